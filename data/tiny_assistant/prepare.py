@@ -1,0 +1,164 @@
+"""Make the bundled data set again, byte for byte.
+
+    python data/tiny_assistant/prepare.py              # writes beside this file, in about ten seconds
+
+Everything follows from judge.py's topics and phrases and one seed: questions, the replies of helpers good and bad,
+the votes of noisy annotators, and the byte-pair ranks of the tokenizer. README.md here gives the counts.
+"""
+
+import argparse
+import base64
+import csv
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+from judge import KIND, RAMBLING, RUDE, TOPICS, preference_probability, score_one
+
+# ---- questions: every greeting x every form x every topic, 7 x 12 x 20 = 1,680 of them ----
+GREETINGS = ("", "Hello. ", "Hi. ", "Help me. ", "Excuse me. ", "Good day. ", "Sorry. ")
+FORMS = (
+    "What should I do about {}?",
+    "Can you help me with {}?",
+    "I need advice about {}.",
+    "Any ideas for {}?",
+    "A friend asked me about {}.",
+    "How would you handle {}?",
+    "What is best for {}?",
+    "I worry about {}.",
+    "Tell me about {}.",
+    "Where do I start with {}?",
+    "What goes wrong with {}?",
+    "It is about {} again.",
+)
+UNSEEN_FORMS = 3  # of the 12 forms, how many are never seen in training with a given topic
+HELD_OUT_GREETINGS = 0.13  # of the seen topic-and-form combinations, the share of prompts held out all the same
+
+# ---- how the helpers write: four habits, drawn independently of each other ----
+P_BOTH_SORTS = 0.5  # completeness: says what to do *and* what to avoid; otherwise one of the two
+P_RELEVANT = 0.6  # relevance: the advice is about this topic; otherwise the helper misread and is about another
+P_KIND, P_RUDE = 0.4, 0.35  # tone: a kind sentence opens the reply; a rude one closes it
+P_RAMBLING = 0.4  # rambling: one sentence of small talk
+
+DEMONSTRATIONS, DEMONSTRATIONS_HELD_OUT = 3000, 400
+COMPARISONS, COMPARISONS_HELD_OUT = 12000, 1500
+VOCAB_SIZE = 800  # 256 bytes, 542 merges, end-of-text and pad (the last two are added by rlhf/tokenizer.py)
+
+
+def make_prompts(rng: random.Random) -> tuple[list[str], list[str]]:
+    """All questions as (training, held-out), disjoint; UNSEEN_FORMS forms of each topic are only in the second."""
+    train, heldout = [], []
+    for topic in TOPICS:
+        unseen = rng.sample(FORMS, UNSEEN_FORMS)
+        for form in FORMS:
+            for greeting in GREETINGS:
+                prompt = f"\n\nHuman: {greeting}{form.format(topic)}\n\nAssistant:"
+                (heldout if form in unseen or rng.random() < HELD_OUT_GREETINGS else train).append(prompt)
+    rng.shuffle(train)
+    rng.shuffle(heldout)
+    return train, heldout
+
+
+def make_reply(rng: random.Random, prompt: str) -> str:
+    """One helper's reply: advice in order, small talk anywhere in it, a tone at either end."""
+    topic = next(topic for topic in TOPICS if topic in prompt)
+    if rng.random() >= P_RELEVANT:
+        topic = rng.choice([other for other in TOPICS if other != topic])
+    sorts = (0, 1) if rng.random() < P_BOTH_SORTS else (rng.randrange(2),)
+    sentences = [rng.choice(TOPICS[topic][sort]) for sort in sorts]
+
+    if rng.random() < P_RAMBLING:
+        sentences.insert(rng.randrange(len(sentences) + 1), rng.choice(RAMBLING))
+    if rng.random() < P_KIND:
+        sentences.insert(0, rng.choice(KIND))
+    if rng.random() < P_RUDE:
+        sentences.append(rng.choice(RUDE))
+    return " ".join(sentences)
+
+
+def make_comparison(rng: random.Random, prompt: str) -> tuple[str, str, str]:
+    """Two different replies to a prompt and the annotator's noisy vote: (prompt, chosen, rejected)."""
+    first, second = make_reply(rng, prompt), make_reply(rng, prompt)
+    while second == first:
+        second = make_reply(rng, prompt)
+    likes_first = rng.random() < preference_probability(score_one(prompt, first), score_one(prompt, second))
+    return (prompt, first, second) if likes_first else (prompt, second, first)
+
+
+def train_bpe(texts: list[str], vocab_size: int) -> list[bytes]:
+    """Byte-pair encoding (Sennrich et al. 2016): start from the 256 bytes, keep joining the commonest neighbours.
+
+    The position of a token in the list returned is its rank, which is also its id. Texts are cut into words first,
+    as GPT-2 cuts them (the pattern here is its pattern for ASCII), and no merge crosses a cut.
+    """
+    words = Counter(
+        tuple(bytes([byte]) for byte in word.encode("ascii"))
+        for text in texts
+        for word in re.findall(r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", text)
+    )
+    tokens = [bytes([byte]) for byte in range(256)]
+    while len(tokens) < vocab_size:
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += count
+        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))  # ties: the last in byte order
+        tokens.append(left + right)
+        words = Counter({join_pair(word, left, right): count for word, count in words.items()})
+    return tokens
+
+
+def join_pair(word: tuple[bytes, ...], left: bytes, right: bytes) -> tuple[bytes, ...]:
+    """('a', 'b', 'c') with left 'a', right 'b' -> ('ab', 'c'): every occurrence, from the left."""
+    joined, at = [], 0
+    while at < len(word):
+        if word[at : at + 2] == (left, right):
+            joined.append(left + right)
+            at += 2
+        else:
+            joined.append(word[at])
+            at += 1
+    return tuple(joined)
+
+
+def write_csv(path: Path, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+    print(f"{path}: {len(rows):,} rows, {path.stat().st_size:,} bytes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws another world of the same kind")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    rng = random.Random(args.seed)
+    train, heldout = make_prompts(rng)
+    write_csv(args.out / "prompts.csv", ("Prompt",), [(prompt,) for prompt in train])
+    write_csv(args.out / "prompts_heldout.csv", ("Prompt",), [(prompt,) for prompt in heldout])
+
+    texts = []
+    for suffix, prompts, demonstrations, comparisons in (
+        ("", train, DEMONSTRATIONS, COMPARISONS),
+        ("_heldout", heldout, DEMONSTRATIONS_HELD_OUT, COMPARISONS_HELD_OUT),
+    ):
+        turns = [prompts[i % len(prompts)] for i in range(max(demonstrations, comparisons))]
+        rows = [(prompt, make_reply(rng, prompt)) for prompt in turns[:demonstrations]]
+        write_csv(args.out / f"demonstrations{suffix}.csv", ("Prompt", "Response"), rows)
+        pairs = [make_comparison(rng, prompt) for prompt in turns[:comparisons]]
+        write_csv(args.out / f"comparisons{suffix}.csv", ("Prompt", "Chosen", "Rejected"), pairs)
+        texts = texts or [f"{prompt} {reply}" for prompt, reply in rows]  # the tokenizer sees training text alone
+
+    ranks = train_bpe(texts, VOCAB_SIZE - 2)
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)]
+    (args.out / "tokenizer.tiktoken").write_text("".join(lines))
+    print(f"{args.out / 'tokenizer.tiktoken'}: {len(ranks)} ranks")
+
+
+if __name__ == "__main__":
+    main()
