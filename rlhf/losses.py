@@ -1,0 +1,130 @@
+"""Every loss, in the order in which the scripts need them. Pure functions: tensors in, tensors out.
+
+Masks are bool, (B, T-1), True where the action counts. Masked entries are replaced before any exp, so that what a
+pad holds reaches neither a loss nor a gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf.masked import check_same_shape, masked_mean, token_logprobs
+
+# ---- stage one: supervised fine-tuning ----
+
+
+def sft_loss(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy of the response tokens: -mean over True slots of log pi(token t+1 | tokens 0..t).
+
+    Args: logits (B, T, V); tokens (B, T); mask (B, T-1), True on the response, end-of-text included.
+    Returns: scalar, nats per token. A model that knows nothing starts at ln V.
+    """
+    return -masked_mean(token_logprobs(logits, tokens, mask), mask)
+
+
+# ---- stage two: the reward model ----
+
+
+def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    """-mean log sigmoid(r_chosen - r_rejected): how surprised the scores are by the annotators' votes.
+
+    Bradley and Terry 1952; Ouyang et al. 2022 (InstructGPT), equation 1 with K = 2. `logsigmoid` stays finite where
+    log(sigmoid(x)) is log 0. The derivative by a chosen score is -(1 - sigmoid(margin)) / N: a pair that is ordered
+    well already pulls no more.
+
+    Args: both (N,).  Returns: scalar, nats per pair; ln 2 where the scores say nothing.
+
+    >>> bradley_terry_loss(torch.tensor([0.]), torch.tensor([0.]))
+    tensor(0.6931)
+    """
+    if chosen_scores.dim() != 1:
+        raise ValueError(f"scores must be (N,), got {tuple(chosen_scores.shape)}")
+    check_same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
+    return -F.logsigmoid(chosen_scores - rejected_scores).mean()
+
+
+def ranking_loss(scores: Tensor, ranks: Tensor) -> Tensor:
+    """Bradley-Terry over all pairs of K ranked responses: mean over a prompt's pairs, then over the prompts.
+
+    Ouyang et al. 2022 (InstructGPT), equation 1: -1/C(K,2) * sum over pairs of log sigmoid(r_better - r_worse). The
+    pairs of one prompt are one element: they share K forward passes, and a prompt with many pairs weighs no more.
+
+    Args:
+        scores (N, K).
+        ranks (N, K), integers: the lower the better; equal ranks are ties, which say nothing and are dropped; -1
+            marks a place that holds no response. A prompt without a pair (all tied, or fewer than two) is left out.
+    Returns: scalar. Raises ValueError where no prompt has a pair.
+    """
+    if scores.dim() != 2:
+        raise ValueError(f"scores must be (N, K), got {tuple(scores.shape)}")
+    check_same_shape(scores=scores, ranks=ranks)
+    better, worse = ranks.unsqueeze(2), ranks.unsqueeze(1)  # (N, K, 1), (N, 1, K)
+    pairs = (better < worse) & (better >= 0)  # (N, K, K): True where i beats j; then j >= 0 too
+    margins = torch.where(pairs, scores.unsqueeze(2) - scores.unsqueeze(1), 0.0)  # (N, K, K)
+    losses = torch.where(pairs, -F.logsigmoid(margins), 0.0)
+    counts = pairs.sum(dim=(1, 2))  # (N,)
+    per_prompt = losses.sum(dim=(1, 2)) / counts.clamp(min=1)
+    return masked_mean(per_prompt, counts > 0)
+
+
+# ---- stage three: PPO ----
+
+
+def policy_loss(
+    new_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_eps: float
+) -> tuple[Tensor, Tensor]:
+    """The clipped surrogate of PPO, as a loss.
+
+        ratio = exp(new_logprobs - old_logprobs)
+        mean over True slots of max(-A * ratio, -A * clip(ratio, 1 - eps, 1 + eps))
+
+    Schulman et al. 2017, equation 7. The max makes it pessimistic: once the ratio has moved beyond eps in the
+    direction that the advantage asks for, the gradient of that slot is exactly zero; a move in the wrong direction is
+    never clipped.
+
+    Args: new_logprobs (with gradient), old_logprobs, advantages, mask: (B, T-1).
+    Returns: the loss; the share of True slots where the clipped branch is the larger loss.
+    """
+    check_same_shape(new_logprobs=new_logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
+    ratio = torch.exp(torch.where(mask, new_logprobs - old_logprobs, 0.0))  # (B, T-1)
+    advantages = torch.where(mask, advantages, 0.0)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    loss = masked_mean(torch.maximum(unclipped, clipped), mask)
+    return loss, masked_mean((clipped > unclipped).float(), mask)
+
+
+def value_loss(
+    new_values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_eps: float
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error of the value estimate, clipped around the estimate that made the advantages.
+
+        V_clipped = V_old + clip(V - V_old, -eps, eps)
+        mean over True slots of 1/2 max((V - R)^2, (V_clipped - R)^2)
+
+    OpenAI's baselines and lm-human-preferences (Ziegler et al. 2019); not in the PPO paper. clip_eps = inf turns the
+    clipping off.
+
+    Args: new_values (with gradient), old_values, returns, mask: (B, T-1).
+    Returns: the loss; the share of True slots where the clipped branch is the larger loss.
+    """
+    check_same_shape(new_values=new_values, old_values=old_values, returns=returns, mask=mask)
+    new_values, old_values, returns = (torch.where(mask, x, 0.0) for x in (new_values, old_values, returns))
+    clipped_values = old_values + (new_values - old_values).clamp(-clip_eps, clip_eps)
+    unclipped = (new_values - returns) ** 2
+    clipped = (clipped_values - returns) ** 2
+    loss = 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask)
+    return loss, masked_mean((clipped > unclipped).float(), mask)
+
+
+def entropy(logits: Tensor, mask: Tensor) -> Tensor:
+    """Mean over True slots of -sum over the vocabulary of p log p: how undecided the policy is.
+
+    Args: logits (B, T, V); mask (B, T-1).  Returns: scalar, nats per slot; at most ln V.
+    """
+    if logits.dim() != 3 or mask.shape != (logits.size(0), logits.size(1) - 1):
+        raise ValueError(f"expected logits (B, T, V) and mask (B, T-1), got {tuple(logits.shape)} and "
+                         f"{tuple(mask.shape)}")
+    logits = logits[:, :-1][mask]  # (actions, V): the last column has no action
+    logprobs = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    return -(logprobs.exp() * logprobs).sum(dim=-1).mean()

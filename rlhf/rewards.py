@@ -1,0 +1,58 @@
+"""From one score for a response to one reward for each action.
+
+scores (B,) are the reward model's judgement; rewards (B, T-1) are what reinforcement learning maximises. The two are
+never called by the same name here.
+"""
+
+import torch
+from torch import Tensor
+
+from rlhf.masked import check_same_shape
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """log pi - log pi_ref of each sampled action: the estimator of KL(pi || pi_ref) that enters the reward.
+
+    Its mean over actions sampled from pi is the KL exactly; a single one may be negative. Schulman, "Approximating KL
+    divergence" (2020), k1.
+
+    Args: both (B, T-1), nats.  Returns: (B, T-1), nats per token; summed over a response, nats per response.
+    """
+    check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    return logprobs - ref_logprobs
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """(pi_ref/pi - 1) - log(pi_ref/pi) = expm1(-d) + d, with d = log pi - log pi_ref.
+
+    Schulman 2020, k3: unbiased as well, never negative and less noisy, so it suits a display. Mind the side: with
+    the roles of pi and pi_ref exchanged under the same samples it estimates another quantity, and is still positive.
+
+    Args: both (B, T-1), nats.  Returns: (B, T-1), nats per token.
+    """
+    d = kl_k1(logprobs, ref_logprobs)
+    return torch.expm1(-d) + d
+
+
+def shape_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
+) -> Tensor:
+    """Every action pays for leaving the reference; the last one is paid the score.
+
+        rewards[t] = -kl_coef * (log pi - log pi_ref)[t]  + (score if t is the response's last action)
+
+    Ziegler et al. 2019, equation 2; InstructGPT, equation 2. Summed over a response this is
+    score - kl_coef * log(pi/pi_ref), whose expectation is the objective J = E[score] - kl_coef * KL(pi || pi_ref).
+
+    Args: scores (B,); logprobs, ref_logprobs, mask: (B, T-1); kl_coef: score units per nat.
+    Returns: rewards (B, T-1), 0 where the mask is False. Raises ValueError where a row has no action.
+    """
+    check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
+    if scores.shape != mask.shape[:1]:
+        raise ValueError(f"scores {tuple(scores.shape)} must hold one number a row of mask {tuple(mask.shape)}")
+    if not mask.any(dim=1).all():
+        raise ValueError("a row of the mask has no True slot: its score has no action to land on")
+    penalties = torch.where(mask, -kl_coef * kl_k1(logprobs, ref_logprobs), 0.0)  # (B, T-1)
+    slots = torch.arange(mask.size(1), device=mask.device)  # (T-1,)
+    last = torch.where(mask, slots, -1).amax(dim=1, keepdim=True)  # (B, 1): the last True slot
+    return torch.where(slots == last, penalties + scores.unsqueeze(1), penalties)

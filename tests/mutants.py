@@ -1,0 +1,123 @@
+"""Break the maths on purpose and see red.
+
+    python tests/mutants.py            # about ten minutes; not collected by pytest
+
+Two lists. By hand: the mistakes that RLHF code is known for, each a replacement of one piece of text by another. By
+machine: every comparison, operator and number in the four maths files, changed one at a time. A mutant that no test
+notices survives and is printed; one of the first list makes the exit status 1. docs/results.md keeps the last score
+and the reason for each survivor of the second.
+"""
+
+import ast
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ("masked", "losses", "rewards", "advantages")
+TESTS = {name: [f"tests/test_{name}.py"] for name in FILES}
+
+HAND = [
+    ("masked", "whiten keeps the mean", "(x - mean) * torch.rsqrt", "x * torch.rsqrt"),
+    ("masked", "whiten variance over pads", "var = masked_mean((x - mean) ** 2, mask)", "var = ((x - mean) ** 2).mean()"),
+    ("masked", "mean ignores the mask", "torch.where(mask, x, 0.0).sum() / mask.sum()", "x.mean()"),
+    ("masked", "mean multiplies by the mask", "torch.where(mask, x, 0.0).sum()", "(x * mask).sum()"),
+    ("masked", "log-probability without the shift", "logits[:, :-1], tokens[:, 1:]", "logits[:, :-1], tokens[:, :-1]"),
+    ("rewards", "KL sign flipped", "-kl_coef * kl_k1", "kl_coef * kl_k1"),
+    ("rewards", "KL not masked", "torch.where(mask, -kl_coef * kl_k1(logprobs, ref_logprobs), 0.0)", "-kl_coef * kl_k1(logprobs, ref_logprobs)"),
+    ("rewards", "score in the last column", ".amax(dim=1, keepdim=True)", ".amax(dim=1, keepdim=True) * 0 + mask.size(1) - 1"),
+    ("rewards", "k3 of the wrong side", "torch.expm1(-d) + d", "torch.expm1(d) - d"),
+    ("rewards", "k3 without expm1", "torch.expm1(-d) + d", "torch.exp(-d) - 1 + d"),
+    ("advantages", "GAE without lambda", "gamma * lam * next_advantage", "gamma * next_advantage"),
+    ("advantages", "GAE without gamma on V", "gamma * next_value", "next_value"),
+    ("advantages", "GAE reads V from pads", "values = torch.where(mask, values, 0.0)", "values = values * 1"),
+    ("advantages", "GAE advantages not masked", "torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0.0)", "delta + gamma * lam * next_advantage"),
+    ("advantages", "returns are advantages", "return advantages, advantages + values", "return advantages, advantages"),
+    ("losses", "PPO min and max swapped", "torch.maximum(unclipped, clipped), mask)\n    return loss, masked_mean((clipped > unclipped).float(), mask)\n\n\ndef value_loss", "torch.minimum(unclipped, clipped), mask)\n    return loss, masked_mean((clipped > unclipped).float(), mask)\n\n\ndef value_loss"),
+    ("losses", "advantage sign", "unclipped = -advantages * ratio", "unclipped = advantages * ratio"),
+    ("losses", "ratio inverted", "new_logprobs - old_logprobs, 0.0", "old_logprobs - new_logprobs, 0.0"),
+    ("losses", "clip fraction as |r - 1| > eps", "return loss, masked_mean((clipped > unclipped).float(), mask)\n\n\ndef value_loss", "return loss, masked_mean(((ratio - 1).abs() > clip_eps).float(), mask)\n\n\ndef value_loss"),
+    ("losses", "value loss without a half", "0.5 * masked_mean", "masked_mean"),
+    ("losses", "value clip takes the smaller", "0.5 * masked_mean(torch.maximum", "0.5 * masked_mean(torch.minimum"),
+    ("losses", "value clip centred on the returns", "clipped_values = old_values + (new_values - old_values)", "clipped_values = returns + (new_values - returns)"),
+    ("losses", "Bradley-Terry reversed", "logsigmoid(chosen_scores - rejected_scores)", "logsigmoid(rejected_scores - chosen_scores)"),
+    ("losses", "log of sigmoid", "-F.logsigmoid(chosen_scores - rejected_scores)", "-torch.log(torch.sigmoid(chosen_scores - rejected_scores))"),
+]  # fmt: skip
+
+SWAPS = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
+    ast.Gt: ast.LtE, ast.Lt: ast.GtE, ast.GtE: ast.Gt, ast.LtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.BitAnd: ast.BitOr, ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+
+
+def machine_mutants(source: str):
+    """(line, what was changed, new source) for each operator, comparison, number and minus."""
+    count = sum(1 for _ in ast.walk(ast.parse(source)))
+    for index in range(count):
+        tree = ast.parse(source)
+        node = list(ast.walk(tree))[index]
+        changes = []
+        if isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in SWAPS:
+            changes.append(("op", SWAPS[type(node.op)]()))
+        elif isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+            changes.append(("ops", [SWAPS[type(node.ops[0])]()]))
+        elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            changes += [("value", node.value + 1), ("value", -node.value if node.value else -1)]
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            changes.append(("op", ast.UAdd()))
+        for field, value in changes:
+            before = ast.unparse(node)
+            old = getattr(node, field)
+            setattr(node, field, value)
+            yield node.lineno, f"{before}  ->  {ast.unparse(node)}", ast.unparse(ast.fix_missing_locations(tree))
+            setattr(node, field, old)
+
+
+def killed(copy: Path, name: str, source: str) -> bool:
+    path = copy / "rlhf" / f"{name}.py"
+    original = path.read_text()
+    path.write_text(source)
+    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:doctest", "-o", "addopts=",
+               *TESTS[name]]
+    try:
+        return subprocess.run(command, cwd=copy, capture_output=True, timeout=120).returncode != 0
+    except subprocess.TimeoutExpired:
+        return True
+    finally:
+        path.write_text(original)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("rlhf", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in FILES:
+            assert not killed(copy, name, (copy / "rlhf" / f"{name}.py").read_text()), f"{name}: red without a mutant"
+        mutants = []
+        for name, what, old, new in HAND:
+            source = (copy / "rlhf" / f"{name}.py").read_text()
+            assert source.count(old) == 1, f"{name}: {what}: found {source.count(old)} times"
+            mutants.append((name, f"by hand: {what}", source.replace(old, new)))
+        for name in FILES:
+            for line, what, source in machine_mutants((copy / "rlhf" / f"{name}.py").read_text()):
+                mutants.append((name, f"line {line}: {what}", source))
+        survivors = []
+        for number, (name, what, source) in enumerate(mutants, start=1):
+            dead = killed(copy, name, source)
+            if not dead:
+                survivors.append(f"{name}.py {what}")
+            print(f"{number}/{len(mutants)} {'killed  ' if dead else 'SURVIVED'} {name}.py {what}", flush=True)
+    by_hand = sum("by hand" in survivor for survivor in survivors)
+    print(f"\nby hand: {len(HAND) - by_hand} of {len(HAND)} killed; by machine: "
+          f"{len(mutants) - len(HAND) - len(survivors) + by_hand} of {len(mutants) - len(HAND)} killed")
+    for survivor in survivors:
+        print("survived:", survivor)
+    sys.exit(bool(by_hand))
+
+
+if __name__ == "__main__":
+    main()
