@@ -1,0 +1,55 @@
+"""A frozen dataclass becomes the command line: one field, one flag, one default, one line of help."""
+
+import argparse
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable
+
+from rlhf.common import InputError
+
+
+def arg(default, help: str, choices: tuple[str, ...] | None = None):
+    """A field of a config: `lr: float = arg(1e-3, "peak learning rate")` is the flag --lr."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def parse_cli(cls: type, argv: list[str] | None = None):
+    """Read the flags into a config. --help shows every default; a bad flag or value exits with status 2."""
+    parser = argparse.ArgumentParser(
+        description=cls.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        flag, kind = "--" + field.name.replace("_", "-"), hints[field.name]
+        options = {"default": field.default, "help": field.metadata["help"]}
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        else:
+            parser.add_argument(flag, type=kind, choices=field.metadata["choices"], **options)
+    try:
+        return cls(**vars(parser.parse_args(argv)))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def run(main: Callable, cls: type) -> None:
+    """Parse, then run a script's main. What the user can mend is told in one line, with exit status 2."""
+    try:
+        main(parse_cli(cls))
+    except InputError as error:
+        sys.exit(_fail(str(error)))
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; --resume goes on from the last checkpoint")
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def check_positive(config, *names: str) -> None:
+    """Raise ValueError where a numeric field is below its least sensible value."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}: it must be above 0")

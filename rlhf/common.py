@@ -1,0 +1,163 @@
+"""Plumbing shared by the scripts: devices, seeds, checkpoints and progress. No maths."""
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import torch
+
+FORMAT = 1  # of a checkpoint
+
+
+class InputError(Exception):
+    """Something that the user can mend; shown as one line without a traceback."""
+
+
+# ---- devices and seeds ----
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu or cuda. auto takes a CUDA GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but torch sees no CUDA GPU here; use --device cpu")
+    return torch.device(name)
+
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of the matrix products under autocast; None for float32 throughout.
+
+    auto: bfloat16 on a CUDA GPU that has it, else off.
+    """
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def autocast(device: torch.device, amp: torch.dtype | None):
+    """Context for forward passes. Losses are taken outside of it, in float32."""
+    return torch.autocast(device.type, dtype=amp) if amp else contextlib.nullcontext()
+
+
+def make_scaler(device: torch.device, amp: torch.dtype | None) -> torch.amp.GradScaler:
+    """Scales losses in float16, whose small gradients would be rounded to zero; elsewhere it does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+
+
+def make_generator(device: torch.device | str, *key: int | str) -> torch.Generator:
+    """A stream of random numbers that follows from its key alone, such as (seed, "rollout", step).
+
+    Nothing random carries over from one step to the next, so a run that resumes at step 40 draws what the
+    uninterrupted run drew there, and no generator's state needs saving.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+# ---- checkpoints: one file with weights, model config, the run's config, step, and what resuming needs ----
+
+
+def save_checkpoint(
+    path: Path, kind: str, model: torch.nn.Module, config, step: int, tokenizer, optimizer, scaler
+) -> None:
+    """Write to a temporary name and rename, so that a kill leaves the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint = {
+        "format": FORMAT,
+        "kind": kind,
+        "model": model.state_dict(),
+        "model_config": dataclasses.asdict(model.gpt.config if hasattr(model, "gpt") else model.config),
+        "config": dataclasses.asdict(config),
+        "step": step,
+        "tokenizer": tokenizer.fingerprint,
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(checkpoint, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path, kind: str, tokenizer=None) -> dict:
+    """Read a checkpoint of the named kind ("sft", "reward" or "ppo"), on the CPU.
+
+    Raises InputError where it is missing, garbled, another script's, or was made with another tokenizer.
+    """
+    script = f"train_{kind}.py"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: run `python {script}` first, with the same --out")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint["kind"]
+        if checkpoint["format"] != FORMAT:
+            raise InputError(f"{path} has format {checkpoint['format']}, this code reads {FORMAT}: run {script} again")
+    except InputError:
+        raise
+    except Exception as error:  # a zip that is cut short, a pickle of something else, a missing key, ...
+        raise InputError(f"{path} is not a checkpoint of this project ({type(error).__name__}): "
+                         f"run `python {script}` again") from error
+    if found != kind:
+        raise InputError(f"{path} was written by train_{found}.py; a checkpoint of {script} is needed here")
+    if tokenizer is not None and checkpoint["tokenizer"] != tokenizer.fingerprint:
+        raise InputError(f"{path} was trained with another tokenizer than this data set's: "
+                         f"give the same --data to all three scripts, or run {script} again")
+    return checkpoint
+
+
+MAY_CHANGE = {"resume", "device", "out", "data", "log_every", "eval_every", "save_every"}
+
+
+def check_resumable(path: Path, checkpoint: dict, config) -> None:
+    """A run that resumes must be the run that stopped: raise InputError where a setting that shapes it differs."""
+    theirs = checkpoint["config"]
+    for name, ours in dataclasses.asdict(config).items():
+        if name not in MAY_CHANGE and theirs.get(name) != ours:
+            raise InputError(f"--resume: {path} was trained with --{name.replace('_', '-')} {theirs.get(name)}, "
+                             f"not {ours}; give the same flags, or start afresh without --resume")
+
+
+# ---- progress ----
+
+
+def format_seconds(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+class Progress:
+    """One aligned line a logged step on the screen, and the same row in a CSV."""
+
+    def __init__(self, path: Path, steps: int, start: int):
+        self.path, self.steps, self.start = path, steps, start
+        self.began, self.tokens = time.perf_counter(), 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = []
+        if start > 0 and path.is_file():  # resuming: keep the rows up to the checkpoint
+            with path.open(newline="", encoding="utf-8") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+
+    def log(self, step: int, **values: float) -> None:
+        """step counts from 1: what was done so far."""
+        elapsed = time.perf_counter() - self.began
+        left = elapsed / max(1, step - self.start) * (self.steps - step)
+        row = {"step": step, **values, "tokens_per_s": round(self.tokens / elapsed), "seconds": round(elapsed, 1)}
+        cells = [f"{name} {value:{'.1e' if name == 'lr' else '.3f'}}" if value is not None else " " * (len(name) + 6)
+                 for name, value in values.items()]
+        print(f"step {step:>4}/{self.steps} | {' | '.join(cells)} | {row['tokens_per_s']:,} tok/s"
+              f" | {format_seconds(left)} left", flush=True)
+        self.rows.append({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
+        write_csv(self.path, self.rows)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Rows of the same keys; written whole to a temporary name and renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)

@@ -1,0 +1,77 @@
+"""Text <-> token ids, by tiktoken's byte-pair encoder with this project's ranks or GPT-2's."""
+
+import base64
+import hashlib
+from pathlib import Path
+
+import tiktoken
+
+from rlhf.common import InputError
+
+# GPT-2's pattern (Radford et al. 2019): contractions, words, numbers and signs, each with the space before it.
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+class Tokenizer:
+    """encode, decode, and the two ids that are not text.
+
+    eos_id ends a response and is learned like any token. pad_id only fills the rectangle behind it: no mask is ever
+    made by looking for it, so it needs to be a valid id and different from eos_id, and nothing else.
+    """
+
+    def __init__(self, encoding: tiktoken.Encoding, eos_id: int, pad_id: int):
+        if eos_id == pad_id:
+            raise ValueError("pad and end-of-text must differ, or a model never learns to stop")
+        self.encoding, self.eos_id, self.pad_id = encoding, eos_id, pad_id
+        self.vocab_size = encoding.n_vocab
+        # Two vocabularies of one size are told apart by this; a checkpoint keeps it.
+        ranks = repr(sorted(encoding._mergeable_ranks.items()))
+        self.fingerprint = hashlib.sha256(ranks.encode()).hexdigest()[:16]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text. "<|endoftext|>" inside it is text, not the special token."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids; bytes that form no character become U+FFFD."""
+        return self.encoding.decode(ids)
+
+
+def load_tokenizer(path_or_name: str) -> Tokenizer:
+    """"gpt2" for tiktoken's own, or the path of a ranks file (base64 token, space, rank; one a line).
+
+    Raises InputError where the file is missing or garbled, or GPT-2's ranks can be neither found nor fetched.
+    """
+    if path_or_name == "gpt2":
+        try:
+            encoding = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # tiktoken lets through whatever its download met
+            raise InputError(
+                f"tiktoken could not fetch GPT-2's ranks ({type(error).__name__}); go online once, or set "
+                f"TIKTOKEN_CACHE_DIR to a folder that holds them"
+            ) from error
+        # GPT-2 has no pad token. The NUL byte is a valid id that no text holds, and keeps the vocabulary 50,257 large.
+        return Tokenizer(encoding, eos_id=encoding.eot_token, pad_id=encoding.encode_single_token(b"\x00"))
+
+    ranks = _read_ranks(Path(path_or_name))
+    special = {"<|endoftext|>": len(ranks), "<|pad|>": len(ranks) + 1}
+    encoding = tiktoken.Encoding(
+        Path(path_or_name).stem, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+    return Tokenizer(encoding, eos_id=len(ranks), pad_id=len(ranks) + 1)
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    # tiktoken's own reader keeps a copy under the path's name, and would go on using it after the file has changed.
+    if not path.is_file():
+        raise InputError(f'{path}: no such tokenizer file; give a .tiktoken file, or "gpt2"')
+    ranks = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise InputError(f"{path}, line {number}: expected `base64-token rank`, got {line[:60]!r}") from None
+    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+        raise InputError(f"{path}: the ranks must be 0, 1, 2, ... and hold all of the 256 single bytes")
+    return ranks
