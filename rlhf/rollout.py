@@ -1,0 +1,118 @@
+"""Sampling from the policy, and everything PPO needs to know about what was sampled. No gradients here."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.common import autocast
+from rlhf.data import response_mask
+from rlhf.masked import token_logprobs
+from rlhf.model import PolicyWithValue, RewardModel
+
+
+class Rollout(NamedTuple):
+    """One batch of experience; the slots of the last five are those of rlhf/__init__.py."""
+
+    tokens: Tensor  # (B, T)
+    mask: Tensor  # (B, T-1) bool: the policy's own actions, end-of-text included
+    logprobs: Tensor  # (B, T-1) of the policy that sampled them
+    ref_logprobs: Tensor  # (B, T-1) of the reference
+    values: Tensor  # (B, T-1)
+    scores: Tensor  # (B,) the reward model's
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Tensor,
+    prompt_lens: Tensor,
+    max_new_tokens: int,
+    eos_id: int,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample a response to each prompt from exactly the model's distribution: no top-k, no top-p.
+
+    Prompts of different lengths go side by side. At column t a row still inside its prompt keeps its own token, a
+    row past it takes the sampled one, until end-of-text or max_new_tokens of its own.
+
+    Args:
+        model: tokens -> logits (B, T, V). A GPT is run with a cache, one column at a time; any other callable, such
+            as a test's, is run on the whole prefix again and again. If it returns a tuple, its first entry counts.
+        prompts (B, P), padded on the right; prompt_lens (B,), each at least 1.
+        generator: on the device of prompts.
+    Returns: tokens (B, T), with 0 after a row's end, and T as short as the longest row allows;
+        mask (B, T-1), True where the action was sampled here.
+    """
+    B, P = prompts.shape
+    if prompt_lens.shape != (B,) or prompt_lens.min() < 1 or prompt_lens.max() > P:
+        raise ValueError(f"prompt_lens must be ({B},) numbers between 1 and {P}, got {prompt_lens.tolist()}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+    width = int(prompt_lens.max()) + max_new_tokens
+    columns = torch.arange(P, device=prompts.device)
+    tokens = prompts.new_zeros(B, width)  # (B, T)
+    tokens[:, :P] = torch.where(columns < prompt_lens.unsqueeze(1), prompts, 0)[:, :width]
+    lengths, done = prompt_lens.clone(), torch.zeros_like(prompt_lens, dtype=torch.bool)  # (B,)
+    cache = model.make_cache(B, width) if hasattr(model, "make_cache") else None
+
+    start = int(prompt_lens.min())
+    for t in range(start, width):
+        if cache is None:
+            output = model(tokens[:, :t])
+        else:
+            output = model(tokens[:, cache.length : t], cache)  # the prompts' common part, then a column a time
+        logits = (output[0] if isinstance(output, tuple) else output)[:, -1]  # (B, V), of column t
+        sampled = torch.multinomial(torch.softmax(logits.float(), dim=-1), 1, generator=generator).squeeze(1)
+        writing = (t >= prompt_lens) & ~done  # (B,): past its prompt, not at its end
+        tokens[:, t] = torch.where(writing, sampled, tokens[:, t])
+        lengths = torch.where(writing, t + 1, lengths)
+        done = done | (writing & (sampled == eos_id)) | (lengths == prompt_lens + max_new_tokens)
+        if done.all():
+            break
+    tokens = tokens[:, : t + 1]
+    return tokens, response_mask(prompt_lens, lengths, t + 1)
+
+
+def has_ended(tokens: Tensor, mask: Tensor, eos_id: int) -> Tensor:
+    """(B, T), (B, T-1) -> (B,) bool: did the policy say end-of-text, or was it cut off?"""
+    return (mask & (tokens[:, 1:] == eos_id)).any(dim=1)
+
+
+@torch.no_grad()
+def collect(
+    policy: PolicyWithValue,
+    reference: nn.Module,
+    reward_model: RewardModel,
+    prompts: Tensor,
+    prompt_lens: Tensor,
+    max_new_tokens: int,
+    eos_id: int,
+    missing_eos_score: float = -3.0,
+    chunk_size: int = 64,
+    amp: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Sample responses, then score them with all four models.
+
+    Old and reference log-probabilities come from a forward pass over the finished sequences, in the same mode as the
+    update will make, and not from sampling: the two agree on paper but not to the last bit, and the ratio of the
+    first update must be 1. The pass goes in chunks of rows, so that logits (rows, T, V) fit in memory.
+
+    A response without end-of-text is no answer: its score is *replaced* by the fixed missing_eos_score, whatever the
+    reward model thinks of the fragment (Ziegler et al. 2019).
+    """
+    with autocast(prompts.device, amp):
+        tokens, mask = generate(policy.gpt, prompts, prompt_lens, max_new_tokens, eos_id, generator)
+    lengths = prompt_lens + mask.sum(dim=1)  # (B,)
+    parts = []
+    for rows in torch.arange(len(tokens), device=tokens.device).split(chunk_size):
+        with autocast(prompts.device, amp):
+            logits, values = policy(tokens[rows])  # (rows, T, V), (rows, T)
+            ref_logits = reference(tokens[rows])
+            scores = reward_model(tokens[rows], lengths[rows])
+        logprobs, ref_logprobs = (token_logprobs(x, tokens[rows], mask[rows]) for x in (logits, ref_logits))
+        parts.append((logprobs, ref_logprobs, values[:, :-1], scores))
+    logprobs, ref_logprobs, values, scores = (torch.cat(part) for part in zip(*parts))
+    scores = torch.where(has_ended(tokens, mask, eos_id), scores, missing_eos_score)
+    return Rollout(tokens, mask, logprobs, ref_logprobs, values, scores)
