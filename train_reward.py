@@ -1,0 +1,199 @@
+"""Stage two: a reward model. The fine-tuned GPT, with a score head, learns which of two responses people prefer.
+
+    python train_reward.py         # reads runs/sft.pt; writes runs/reward.pt, reward.csv and reward_evaluation.csv
+
+The loss is -log sigmoid(r_chosen - r_rejected), so the chosen response scores HIGHER. Only differences are learned;
+the zero and the unit of the scores are free. They are set once, after training: the demonstrations' mean becomes 0
+and their standard deviation 1, so that a kl_coef in PPO means the same trade whatever scale the training happened to
+reach. Demonstrations, because they are what the reference policy imitates: a score of +1 is one standard deviation
+better than usual.
+
+How good can it be? Annotators disagree with themselves, so no model reaches 1.0. Where the data set has a judge and
+knows its annotators' noise, the evaluation has the perfect model beside ours.
+
+Left out: several epochs (one and a bit is right: reward models overfit quickly), margins, ensembles.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rlhf.cli import arg, check_positive, run
+from rlhf.common import (
+    Progress,
+    autocast,
+    check_resumable,
+    load_checkpoint,
+    make_generator,
+    make_scaler,
+    pick_amp,
+    pick_device,
+    save_checkpoint,
+    write_csv,
+)
+from rlhf.data import (
+    batch_indices,
+    comparison_batch,
+    find_tokenizer,
+    load_comparisons,
+    load_demonstrations,
+    load_judge,
+    pad_rows,
+)
+from rlhf.losses import bradley_terry_loss
+from rlhf.model import GPT, GPTConfig, RewardModel
+from rlhf.optim import cosine_schedule, make_optimizer, optimizer_step, set_lr
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Train a reward model on comparisons (stage two of three)."""
+
+    # data
+    data: str = arg("data/tiny_assistant", "data set folder")
+    out: str = arg("runs", "folder for the checkpoint and the metrics")
+    sft: str = arg("", "checkpoint to start from; empty: sft.pt in --out")
+    comparisons: int = arg(0, "train on the first N comparisons only; 0: all")
+    shuffle_prompts: bool = arg(False, "a control: learn with prompts that belong to other rows")
+    # optimisation
+    steps: int = arg(600, "optimizer steps")
+    batch_size: int = arg(64, "comparisons a step")
+    lr: float = arg(2e-3, "peak learning rate")
+    warmup: int = arg(20, "steps of linear warm-up, then a cosine down to a tenth")
+    weight_decay: float = arg(0.1, "AdamW's, on matrices alone")
+    max_grad_norm: float = arg(5.0, "gradients are clipped to this norm")
+    # run
+    device: str = arg("auto", "where to run; auto takes a GPU where there is one", ("auto", "cpu", "cuda"))
+    amp: str = arg("off", "mixed precision; auto is bf16 on a GPU that has it", ("auto", "off", "bf16", "fp16"))
+    seed: int = arg(0, "of the order of the data")
+    log_every: int = arg(20, "steps between lines")
+    eval_every: int = arg(100, "steps between held-out accuracies and checkpoints")
+    resume: bool = arg(False, "go on from the checkpoint in --out")
+
+    def __post_init__(self):
+        check_positive(self, "steps", "batch_size", "lr", "max_grad_norm", "log_every", "eval_every")
+        if self.comparisons < 0:
+            raise ValueError(f"--comparisons is {self.comparisons}: give a number of rows, or 0 for all")
+
+
+@torch.no_grad()
+def score_rows(model, rows: list[list[int]], pad_id: int, device, amp) -> torch.Tensor:
+    """Scores of whole sequences, (N,) on the CPU, 128 at a time."""
+    scores = []
+    for at in range(0, len(rows), 128):
+        tokens, lengths = pad_rows(rows[at : at + 128], pad_id, device)
+        with autocast(device, amp):
+            scores.append(model(tokens, lengths).float().cpu())
+    return torch.cat(scores)
+
+
+def accuracy(model, rows, pad_id: int, device, amp) -> float:
+    """Share of comparisons in which the chosen side scores higher; equal scores count half."""
+    chosen = score_rows(model, [row.prompt.tokens + row.chosen for row in rows], pad_id, device, amp)
+    rejected = score_rows(model, [row.prompt.tokens + row.rejected for row in rows], pad_id, device, amp)
+    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
+
+
+def swap_prompts(rows, seed: int):
+    """Give every comparison the prompt of another row: what is left can be judged without reading the question."""
+    order = torch.randperm(len(rows), generator=make_generator("cpu", seed, "swap")).tolist()
+    prompts = {row: rows[after].prompt for row, after in zip(order, order[1:] + order[:1])}
+    return [row._replace(prompt=prompts[i]) for i, row in enumerate(rows)]
+
+
+def perfect_accuracies(judge, rows, tokenizer) -> dict[str, float]:
+    """What a reward model that equals the judge would reach on these comparisons.
+
+    bayes_accuracy: expected, mean of max(p, 1 - p) with p the annotator's probability; the best that any model can do.
+    judge_accuracy: on the votes as they were drawn, which lie a little off their expectation.
+    """
+    prompts = [row.prompt.text for row in rows]
+    chosen = judge.score(prompts, [tokenizer.decode(row.chosen[:-1]) for row in rows])
+    rejected = judge.score(prompts, [tokenizer.decode(row.rejected[:-1]) for row in rows])
+    pairs = list(zip(chosen, rejected))
+    result = {"judge_accuracy": sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)}
+    if hasattr(judge, "preference_probability"):
+        p = [judge.preference_probability(a, b) for a, b in pairs]
+        result["bayes_accuracy"] = sum(max(x, 1 - x) for x in p) / len(p)
+    return result
+
+
+def main(cfg: RewardConfig) -> None:
+    device = pick_device(cfg.device)
+    amp = pick_amp(cfg.amp, device)
+    sft_path, path, start = Path(cfg.sft or Path(cfg.out) / "sft.pt"), Path(cfg.out) / "reward.pt", 0
+    sft = load_checkpoint(sft_path, "sft")
+    tokenizer = find_tokenizer(cfg.data, sft["config"]["tokenizer"])
+    sft = load_checkpoint(sft_path, "sft", tokenizer)
+    gpt = GPT(GPTConfig(**sft["model_config"]))
+    gpt.load_state_dict(sft["model"])
+    limit = gpt.config.block_size
+    train_rows = load_comparisons(cfg.data, tokenizer, limit)[: cfg.comparisons or None]
+    heldout_rows = load_comparisons(cfg.data, tokenizer, limit, heldout=True)
+    demonstrations = load_demonstrations(cfg.data, tokenizer, limit)
+    if cfg.shuffle_prompts:
+        train_rows = swap_prompts(train_rows, cfg.seed)
+
+    model = RewardModel(gpt).to(device)
+    optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
+    scaler = make_scaler(device, amp)
+    if cfg.resume:
+        checkpoint = load_checkpoint(path, "reward", tokenizer)
+        check_resumable(path, checkpoint, cfg)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        start = checkpoint["step"]
+
+    judge = load_judge(cfg.data)
+    perfect = perfect_accuracies(judge, heldout_rows, tokenizer) if judge else {}
+    print(f"{len(train_rows):,} comparisons ({len(heldout_rows):,} held out), on {device}, amp {cfg.amp}, "
+          f"seed {cfg.seed}; held-out accuracy of a perfect model: "
+          + (", ".join(f"{name} {value:.3f}" for name, value in perfect.items()) or "not known, there is no judge"))
+
+    progress = Progress(Path(cfg.out) / "reward.csv", cfg.steps, start)
+    for step in range(start, cfg.steps):
+        rows = [train_rows[i] for i in batch_indices(len(train_rows), cfg.batch_size, step, cfg.seed)]
+        tokens, lengths = comparison_batch(rows, tokenizer.pad_id, device)  # (2N, T), (2N,)
+        with autocast(device, amp):
+            scores = model(tokens, lengths)  # (2N,)
+        chosen, rejected = scores.chunk(2)  # (N,), (N,)
+        loss = bradley_terry_loss(chosen, rejected)
+        lr = cfg.lr * cosine_schedule(step, cfg.steps, cfg.warmup)
+        set_lr(optimizer, lr)
+        grad_norm = optimizer_step(loss, model, optimizer, scaler, cfg.max_grad_norm)
+        progress.tokens += tokens.numel()
+
+        done = step + 1
+        last = done == cfg.steps
+        if step == 0 or done % cfg.log_every == 0 or last:
+            evaluated = done % cfg.eval_every == 0 and not last
+            heldout = accuracy(model, heldout_rows[:500], tokenizer.pad_id, device, amp) if evaluated else None
+            batch_accuracy = (chosen > rejected).float().mean().item()
+            progress.log(done, loss=loss.item(), accuracy=batch_accuracy, heldout=heldout,
+                         margin=(chosen - rejected).mean().item(), grad_norm=grad_norm.item(), lr=lr)
+        if done % cfg.eval_every == 0 and not last:
+            save_checkpoint(path, "reward", model, cfg, done, tokenizer, optimizer, scaler)
+
+    if start < cfg.steps:  # the zero and the unit of the scores, once
+        scores = score_rows(model, [row.tokens for row in demonstrations], tokenizer.pad_id, device, amp)
+        model.mean.fill_(scores.mean())
+        model.scale.fill_(scores.std().clamp(min=1e-6))
+        save_checkpoint(path, "reward", model, cfg, cfg.steps, tokenizer, optimizer, scaler)
+        print(f"scores: (raw - {model.mean:.3f}) / {model.scale:.3f}, so that demonstrations have mean 0 and std 1")
+
+    result = {"accuracy": accuracy(model, heldout_rows, tokenizer.pad_id, device, amp), **perfect}
+    swapped = swap_prompts(heldout_rows, cfg.seed)
+    result["swapped_accuracy"] = accuracy(model, swapped, tokenizer.pad_id, device, amp)
+    result["comparisons"] = len(heldout_rows)
+    write_csv(Path(cfg.out) / "reward_evaluation.csv", [result])
+    print("held out: " + " | ".join(f"{name} {value:.3f}" for name, value in result.items() if name != "comparisons")
+          + "\n          (swapped_accuracy: the same model shown the prompt of another row)")
+    if result["accuracy"] < 0.55:
+        print("warning: accuracy is near 0.5, the reward model has learned next to nothing; PPO against it is noise")
+    print(f"wrote {path}; next: python train_ppo.py")
+
+
+if __name__ == "__main__":
+    run(main, RewardConfig)
