@@ -1,0 +1,202 @@
+"""The three scripts as a user runs them: in order, with tiny flags, twice, interrupted, and with bad input."""
+
+import csv
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+TINY = {
+    "sft": "--n-layer 2 --n-head 2 --n-embd 16 --steps 8 --eval-every 4 --log-every 1 --batch-size 8",
+    "reward": "--steps 6 --batch-size 8 --eval-every 3 --log-every 1",
+    "ppo": "--steps 4 --batch-size 8 --minibatch-size 4 --max-new-tokens 8 --eval-every 2 --eval-prompts 10",
+}
+
+
+def script(name, *flags, ok=True):
+    command = [sys.executable, f"train_{name}.py", "--device", "cpu", *TINY[name].split(), *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    if ok:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def rows(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """All three stages once on 40 rows of each file; (data folder, output folder, what each script printed)."""
+    folder = tmp_path_factory.mktemp("scripts")
+    data = folder / "data"
+    data.mkdir()
+    for path in (ROOT / "data" / "tiny_assistant").glob("*"):
+        if path.suffix == ".csv":
+            with path.open(newline="", encoding="utf-8") as file:
+                some = list(csv.reader(file))[:41]
+            with (data / path.name).open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(some)
+        elif path.name in ("tokenizer.tiktoken", "judge.py"):
+            (data / path.name).write_bytes(path.read_bytes())
+    out = folder / "runs"
+    printed = {name: script(name, "--data", data, "--out", out).stdout for name in TINY}
+    return data, out, printed
+
+
+def test_files_of_the_three_stages(trained):
+    """The contract: checkpoints, one metrics CSV a stage, the evaluations."""
+    data, out, printed = trained
+    assert sorted(path.name for path in out.iterdir()) == [
+        "evaluation.csv", "ppo.csv", "ppo.pt", "ppo_samples.csv", "reward.csv", "reward.pt", "reward_evaluation.csv",
+        "sft.csv", "sft.pt"]
+    assert [len(rows(out / f"{name}.csv")) for name in TINY] == [8, 6, 4]
+    table = rows(out / "evaluation.csv")
+    assert [row["policy"] for row in table] == ["sft", "ppo"]
+    assert {"score", "gold", "kl_ref", "length", "eos_rate", "win_rate_vs_sft"} <= set(table[0])
+    assert float(table[0]["kl_ref"]) == 0 and float(table[0]["win_rate_vs_sft"]) == 0.5
+    evaluation = rows(out / "reward_evaluation.csv")[0]
+    assert {"accuracy", "bayes_accuracy"} <= set(evaluation) and 0.5 < float(evaluation["bayes_accuracy"]) < 1
+    assert len(rows(out / "ppo_samples.csv")) == 10
+    assert "before" in printed["ppo"] and "after" in printed["ppo"]
+
+
+def test_facts_of_the_first_step(trained):
+    """SFT starts within 10 % of ln V, the reward loss at ln 2, and PPO with kl_ref 0, nothing clipped on its first
+    minibatch, and a policy loss near 0."""
+    data, out, _ = trained
+    vocabulary = torch.load(out / "sft.pt", weights_only=True)["model_config"]["vocab_size"]
+    assert float(rows(out / "sft.csv")[0]["loss"]) == pytest.approx(math.log(vocabulary), rel=0.1)
+    assert float(rows(out / "reward.csv")[0]["loss"]) == pytest.approx(math.log(2), abs=1e-5)
+    first = rows(out / "ppo.csv")[0]
+    assert abs(float(first["kl_ref"])) < 1e-5 and abs(float(first["policy_loss"])) < 0.05
+    assert all(float(row["first_log_ratio"]) < 1e-5 for row in rows(out / "ppo.csv"))
+
+
+def test_scores_are_centred_on_the_demonstrations(trained):
+    """Mean 0 and standard deviation 1 over demonstrations.csv, from the constants in the checkpoint."""
+    from rlhf.data import find_tokenizer, load_demonstrations, pad_rows
+    from rlhf.model import GPT, GPTConfig, RewardModel
+
+    data, out, _ = trained
+    checkpoint = torch.load(out / "reward.pt", weights_only=True)
+    model = RewardModel(GPT(GPTConfig(**checkpoint["model_config"])))
+    model.load_state_dict(checkpoint["model"])
+    tokenizer = find_tokenizer(str(data))
+    demonstrations = load_demonstrations(str(data), tokenizer, 80)
+    with torch.no_grad():
+        scores = model(*pad_rows([row.tokens for row in demonstrations], tokenizer.pad_id, torch.device("cpu")))
+    assert scores.mean().item() == pytest.approx(0, abs=1e-3) and scores.std().item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(trained, tmp_path, name):
+    """Stop at the middle checkpoint, resume, and compare every weight and every logged number but the clock's."""
+    data, out, _ = trained
+    inputs = ["--data", data, "--out", tmp_path]
+    if name != "sft":
+        inputs += ["--sft", out / "sft.pt"]
+    if name == "ppo":
+        inputs += ["--reward", out / "reward.pt"]
+    stop = {"sft": 4, "reward": 3, "ppo": 2}[name]
+    code = (f"import sys, train_{name} as script; from rlhf.cli import parse_cli\n"
+            "real, cls = script.save_checkpoint, [c for n, c in vars(script).items() if n.endswith('Config') and "
+            "n != 'GPTConfig'][0]\n"
+            "def save(*a):\n    real(*a)\n    sys.exit(7)\n"
+            "script.save_checkpoint = save\nscript.main(parse_cli(cls))")
+    flags = ["--device", "cpu", *TINY[name].split(), *map(str, inputs)]
+    cut = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert cut.returncode == 7, cut.stderr
+    assert torch.load(tmp_path / f"{name}.pt", weights_only=True)["step"] == stop
+    script(name, *inputs, "--resume")
+
+    whole, resumed = (torch.load(folder / f"{name}.pt", weights_only=True) for folder in (out, tmp_path))
+    assert whole["step"] == resumed["step"] > stop
+    for key, tensor in whole["model"].items():
+        assert torch.equal(tensor, resumed["model"][key]), key
+    clock = {"tokens_per_s", "seconds"}
+    for one, other in zip(rows(out / f"{name}.csv"), rows(tmp_path / f"{name}.csv"), strict=True):
+        assert {k: v for k, v in one.items() if k not in clock} == {k: v for k, v in other.items() if k not in clock}
+
+
+@pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--amp", "fp16"], ["--value-network", "reward"],
+                                   ["--entropy-coef", "0.01", "--value-clip-eps", "0.2"]])
+def test_ppo_options_run(trained, tmp_path, flags):
+    data, out, _ = trained
+    script("ppo", "--data", data, "--out", tmp_path, "--sft", out / "sft.pt", "--reward", out / "reward.pt",
+           "--steps", "2", *flags)
+    assert all(math.isfinite(float(row["policy_loss"])) for row in rows(tmp_path / "ppo.csv"))
+
+
+def test_scripts_say_what_to_run_first(trained, tmp_path):
+    data, out, _ = trained
+    for name, first in (("reward", "train_sft.py"), ("ppo", "train_sft.py")):
+        done = script(name, "--data", data, "--out", tmp_path, ok=False)
+        assert done.returncode == 2 and f"run `python {first}` first" in done.stderr
+    done = script("ppo", "--data", data, "--out", tmp_path, "--sft", out / "sft.pt", ok=False)
+    assert done.returncode == 2 and "run `python train_reward.py` first" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("sft", ["--data", "nowhere", "--tokenizer", "data/tiny_assistant/tokenizer.tiktoken"], "does not exist"),
+        ("sft", ["--n-head", "3"], "must be a multiple of n_head"),
+        ("sft", ["--block-size", "12"], "there is room for 12"),
+        ("sft", ["--steps", "0"], "must be above 0"),
+        ("reward", ["--sft", "OUT/reward.pt"], "written by train_reward.py"),
+        ("reward", ["--sft", "data/tiny_assistant/judge.py"], "not a checkpoint"),
+        ("reward", ["--resume", "--lr", "0.5"], "was trained with --lr"),
+        ("ppo", ["--max-new-tokens", "500"], "leaves no room"),
+        ("ppo", ["--max-new-tokens", "70"], "there is room for 10"),
+        ("ppo", ["--minibatch-size", "3"], "must be a multiple"),
+        ("ppo", ["--gamma", "1.5"], "between 0 and 1"),
+        ("ppo", ["--device", "quantum"], "invalid choice"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(trained, name, flags, message):
+    """No traceback, and not a byte of the output folder has changed."""
+    data, out, _ = trained
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    flags = [str(flag).replace("OUT", str(out)) for flag in flags]
+    done = script(name, *([] if "--data" in flags else ["--data", data]), "--out", out, *flags, ok=False)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if "error:" in line]) == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_checkpoint_of_another_vocabulary(trained, tmp_path):
+    data, out, _ = trained
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in data.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    ranks = (other / "tokenizer.tiktoken").read_text().splitlines(keepends=True)
+    (other / "tokenizer.tiktoken").write_text("".join(ranks[:-1]))
+    done = script("reward", "--data", other, "--out", out, ok=False)
+    assert done.returncode == 2 and "another tokenizer" in done.stderr
+
+
+def test_help_of_every_script_names_the_common_flags():
+    for name in TINY:
+        shown = subprocess.run([sys.executable, f"train_{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+        for flag in ("--data", "--out", "--device", "--amp", "--seed", "--steps", "--resume"):
+            assert flag in shown.stdout
+        assert re.search(r"\(default:\s+runs\)", shown.stdout)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_three_stages_on_a_gpu(trained, tmp_path, amp):
+    data, *_ = trained
+    for name in TINY:
+        script(name, "--data", data, "--out", tmp_path, "--device", "cuda", "--amp", amp)
+    assert all(math.isfinite(float(row["policy_loss"])) for row in rows(tmp_path / "ppo.csv"))

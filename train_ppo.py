@@ -1,0 +1,249 @@
+"""Stage three: PPO. The policy answers prompts, the reward model scores the answers, better answers become likelier.
+
+    python train_ppo.py            # reads runs/sft.pt and runs/reward.pt; writes runs/ppo.pt, ppo.csv,
+                                   # ppo_samples.csv and evaluation.csv
+
+What is maximised, for each prompt, is
+
+    J(pi) = E_pi[score] - kl_coef * KL(pi || reference)
+
+The reference is the fine-tuned model, frozen. The second term is the leash: the reward model was trained on text like
+the reference's and is a poor judge of anything else, so a policy without it (--kl-coef 0) finds the mistakes of the
+judge instead of better answers.
+
+Kept: log-probabilities re-computed in the mode of the update, the k1 penalty inside the reward, the score on the last
+action, V = 0 after it, advantages whitened once a rollout, both clips, a fixed score for answers that never end.
+Left out: whitening of rewards, adaptive kl_coef, a mix of pretraining text, dropout, several sampling temperatures.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rlhf.advantages import explained_variance, gae
+from rlhf.cli import arg, check_positive, run
+from rlhf.common import (
+    InputError,
+    Progress,
+    autocast,
+    check_resumable,
+    load_checkpoint,
+    make_generator,
+    make_scaler,
+    pick_amp,
+    pick_device,
+    save_checkpoint,
+    write_csv,
+)
+from rlhf.data import batch_indices, find_tokenizer, load_judge, load_prompts, pad_rows
+from rlhf.evaluate import answer, print_pairs, print_table, sample_rows, summarise
+from rlhf.losses import entropy, policy_loss, value_loss
+from rlhf.masked import masked_mean, masked_whiten, token_logprobs
+from rlhf.model import GPT, GPTConfig, PolicyWithValue, RewardModel
+from rlhf.optim import linear_schedule, make_optimizer, optimizer_step, set_lr
+from rlhf.rewards import kl_k1, shape_rewards
+from rlhf.rollout import Rollout, collect, has_ended
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Train the policy with PPO against the reward model (stage three of three)."""
+
+    # data
+    data: str = arg("data/tiny_assistant", "data set folder")
+    out: str = arg("runs", "folder for the checkpoint and the metrics")
+    sft: str = arg("", "starting policy and frozen reference; empty: sft.pt in --out")
+    reward: str = arg("", "frozen reward model; empty: reward.pt in --out")
+    # reward
+    max_new_tokens: int = arg(40, "longest response in tokens, end-of-text included")
+    missing_eos_score: float = arg(-3.0, "replaces the score of a response without end-of-text")
+    kl_coef: float = arg(0.1, "price of a nat of KL to the reference, in units of score")
+    # PPO
+    batch_size: int = arg(128, "rollouts a step")
+    minibatch_size: int = arg(32, "rollouts a gradient step")
+    inner_epochs: int = arg(2, "passes over each batch of rollouts")
+    gamma: float = arg(1.0, "discount")
+    lam: float = arg(0.95, "GAE's lambda")
+    clip_eps: float = arg(0.2, "the ratio earns nothing beyond 1 - eps and 1 + eps")
+    value_clip_eps: float = arg(math.inf, "how far the value may move in an update; inf: freely")
+    value_coef: float = arg(0.5, "weight of the value loss")
+    entropy_coef: float = arg(0.0, "weight of the entropy bonus")
+    value_network: str = arg("shared", "shared: a head on the policy; reward: a network of its own, started from "
+                             "the reward model", ("shared", "reward"))
+    # optimisation
+    steps: int = arg(125, "rollout-and-update steps")
+    lr: float = arg(6e-4, "peak learning rate")
+    warmup: int = arg(3, "steps of linear warm-up, then linear decay towards 0")
+    max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
+    # run
+    eval_prompts: int = arg(500, "held-out prompts of the closing evaluation")
+    device: str = arg("auto", "where to run; auto takes a GPU where there is one", ("auto", "cpu", "cuda"))
+    amp: str = arg("off", "mixed precision; auto is bf16 on a GPU that has it", ("auto", "off", "bf16", "fp16"))
+    seed: int = arg(0, "of the order of the prompts, the samples and the minibatches")
+    eval_every: int = arg(25, "steps between sample answers and checkpoints")
+    resume: bool = arg(False, "go on from the checkpoint in --out")
+
+    def __post_init__(self):
+        check_positive(self, "max_new_tokens", "batch_size", "minibatch_size", "inner_epochs", "clip_eps",
+                       "value_clip_eps", "steps", "lr", "max_grad_norm", "eval_prompts", "eval_every")
+        if self.batch_size % self.minibatch_size:
+            raise ValueError(f"--batch-size ({self.batch_size}) must be a multiple of --minibatch-size "
+                             f"({self.minibatch_size})")
+        if self.kl_coef < 0 or self.value_coef < 0 or self.entropy_coef < 0:
+            raise ValueError("--kl-coef, --value-coef and --entropy-coef cannot be negative")
+        if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
+            raise ValueError("--gamma and --lam must lie between 0 and 1")
+
+
+def update(policy, optimizer, scaler, rollout: Rollout, advantages, returns, cfg: PPOConfig, amp, seed) -> dict:
+    """Stages 5 and 6: several passes over one batch of rollouts. Returns means over the gradient steps."""
+    device = rollout.tokens.device
+    stats = []
+    for epoch in range(cfg.inner_epochs):
+        order = torch.randperm(len(rollout.tokens), generator=make_generator("cpu", *seed, epoch)).to(device)
+        for rows in order.split(cfg.minibatch_size):
+            mb = Rollout(*(x[rows] for x in rollout))
+            with autocast(device, amp):
+                logits, values = policy(mb.tokens)  # (B, T, V), (B, T)
+
+            # ---- 5 losses ----
+            new_logprobs = token_logprobs(logits, mb.tokens, mb.mask)  # (B, T-1)
+            pg_loss, clip_fraction = policy_loss(new_logprobs, mb.logprobs, advantages[rows], mb.mask, cfg.clip_eps)
+            v_loss, v_clip_fraction = value_loss(
+                values[:, :-1], mb.values, returns[rows], mb.mask, cfg.value_clip_eps)
+            mb_entropy = entropy(logits, mb.mask)
+            loss = pg_loss + cfg.value_coef * v_loss - cfg.entropy_coef * mb_entropy
+
+            # ---- 6 update ----
+            log_ratio = (new_logprobs - mb.logprobs).detach()
+            grad_norm = optimizer_step(loss, policy, optimizer, scaler, cfg.max_grad_norm)
+            stats.append(torch.stack([pg_loss, v_loss, mb_entropy, clip_fraction, v_clip_fraction,
+                                      masked_mean(log_ratio**2, mb.mask) / 2, log_ratio.abs().max(),
+                                      grad_norm]).detach())
+    stats = torch.stack(stats).cpu()  # (gradient steps, 8): one transfer from the device
+    names = ("policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "kl_old", "", "grad_norm")
+    means = {name: value for name, value in zip(names, stats.mean(dim=0).tolist()) if name}
+    return {**means, "first_log_ratio": stats[0, 6].item()}
+
+
+def check_beginning(step: int, kl_ref: float, first_log_ratio: float, amp) -> None:
+    """Facts that hold whatever the data, and whose failure means that two of the passes disagree."""
+    tolerance = 1e-4 if amp is None else 0.1
+    if step == 0 and abs(kl_ref) > tolerance:
+        raise RuntimeError(f"kl_ref is {kl_ref} before the first update; policy and reference must be the same")
+    if first_log_ratio > tolerance:
+        raise RuntimeError(f"log ratio {first_log_ratio} in the first minibatch, where old and new policy are the same")
+    if kl_ref < -1:
+        print(f"warning: kl_ref is {kl_ref:.2f} nats; a KL this negative means that sampler and scorer disagree")
+
+
+def load_models(cfg: PPOConfig, device):
+    """The policy and its value estimate, the frozen reference, the frozen reward model, the tokenizer."""
+    sft_path = Path(cfg.sft or Path(cfg.out) / "sft.pt")
+    reward_path = Path(cfg.reward or Path(cfg.out) / "reward.pt")
+    sft = load_checkpoint(sft_path, "sft")
+    tokenizer = find_tokenizer(cfg.data, sft["config"]["tokenizer"])
+    sft, reward = load_checkpoint(sft_path, "sft", tokenizer), load_checkpoint(reward_path, "reward", tokenizer)
+
+    def gpt_from_sft() -> GPT:
+        gpt = GPT(GPTConfig(**sft["model_config"]))
+        gpt.load_state_dict(sft["model"])
+        return gpt
+
+    def reward_model() -> RewardModel:
+        model = RewardModel(GPT(GPTConfig(**reward["model_config"])))
+        model.load_state_dict(reward["model"])
+        return model
+
+    value_gpt = reward_model().gpt if cfg.value_network == "reward" else None
+    if value_gpt is not None and value_gpt.config.n_embd != sft["model_config"]["n_embd"]:
+        raise InputError("--value-network reward needs a reward model as wide (n_embd) as the policy")
+    policy = PolicyWithValue(gpt_from_sft(), value_gpt)
+    frozen = gpt_from_sft().requires_grad_(False), reward_model().requires_grad_(False)
+    return (policy.to(device), *(model.to(device) for model in frozen), tokenizer)
+
+
+def main(cfg: PPOConfig) -> None:
+    device = pick_device(cfg.device)
+    amp = pick_amp(cfg.amp, device)
+    policy, reference, reward_model, tokenizer = load_models(cfg, device)
+    limit = min(reference.config.block_size, reward_model.gpt.config.block_size) - cfg.max_new_tokens
+    if limit < 1:
+        raise InputError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a prompt in a context of "
+                         f"{limit + cfg.max_new_tokens} tokens; lower it")
+    prompts = load_prompts(cfg.data, tokenizer, limit)
+    heldout = load_prompts(cfg.data, tokenizer, limit, heldout=True)[: cfg.eval_prompts]
+    judge = load_judge(cfg.data)
+
+    optimizer = make_optimizer(policy, cfg.lr, weight_decay=0.0, eps=1e-5)
+    scaler = make_scaler(device, amp)
+    path, start = Path(cfg.out) / "ppo.pt", 0
+    if cfg.resume:
+        checkpoint = load_checkpoint(path, "ppo", tokenizer)
+        check_resumable(path, checkpoint, cfg)
+        policy.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        start = checkpoint["step"]
+    print(f"{len(prompts):,} prompts ({len(heldout):,} held out), {cfg.steps * cfg.batch_size:,} episodes, "
+          f"on {device}, amp {cfg.amp}, seed {cfg.seed}")
+
+    scoring = {"missing_eos_score": cfg.missing_eos_score, "chunk_size": cfg.minibatch_size, "amp": amp}
+    models = (reference, reward_model)
+    progress = Progress(Path(cfg.out) / "ppo.csv", cfg.steps, start)
+    for step in range(start, cfg.steps):
+        rows = [prompts[i].tokens for i in batch_indices(len(prompts), cfg.batch_size, step, cfg.seed)]
+        tokens, prompt_lens = pad_rows(rows, tokenizer.pad_id, device)  # (B, P), (B,)
+
+        # ---- 1 generate, 2 score ----
+        generator = make_generator(device, cfg.seed, "rollout", step)
+        rollout = collect(policy, *models, tokens, prompt_lens, cfg.max_new_tokens, tokenizer.eos_id,
+                          generator=generator, **scoring)
+        # ---- 3 shape ----
+        rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, cfg.kl_coef)
+        # ---- 4 credit ----
+        advantages, returns = gae(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
+        advantages = masked_whiten(advantages, rollout.mask)
+        # ---- 5 losses, 6 update ----
+        lr = cfg.lr * linear_schedule(step, cfg.steps, cfg.warmup)
+        set_lr(optimizer, lr)
+        stats = update(policy, optimizer, scaler, rollout, advantages, returns, cfg, amp, (cfg.seed, "update", step))
+
+        kl_ref = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1).mean().item()  # nats per response
+        check_beginning(step, kl_ref, stats["first_log_ratio"], amp)
+        progress.tokens += int(rollout.mask.sum())
+        progress.log(
+            step + 1,
+            score=rollout.scores.mean().item(),
+            kl_ref=kl_ref,
+            objective=rollout.scores.mean().item() - cfg.kl_coef * kl_ref,
+            **stats,
+            explained_variance=explained_variance(rollout.values, returns, rollout.mask).item(),
+            length=rollout.mask.sum(dim=1).float().mean().item(),
+            eos_rate=has_ended(rollout.tokens, rollout.mask, tokenizer.eos_id).float().mean().item(),
+            lr=lr,
+        )
+        done = step + 1
+        if done % cfg.eval_every == 0 or done == cfg.steps:
+            fixed = answer(policy.gpt, *models, heldout[:3], tokenizer, cfg.max_new_tokens, judge, **scoring)
+            for one in fixed:
+                gold = "" if one["gold"] is None else f", gold {one['gold']:+.1f}"
+                print(f"    {one['prompt'].strip().splitlines()[0]}\n        -> {one['response']}   "
+                      f"(score {one['score']:+.2f}{gold})")
+            save_checkpoint(path, "ppo", policy, cfg, done, tokenizer, optimizer, scaler)
+
+    print(f"\nheld out: {len(heldout)} prompts, one sampled response each")
+    before, after = (answer(gpt, *models, heldout, tokenizer, cfg.max_new_tokens, judge, seed=cfg.seed, **scoring)
+                     for gpt in (reference, policy.gpt))
+    table = [summarise("sft", before, before), summarise("ppo", after, before)]
+    print_table(table)
+    print_pairs(before, after, 3)
+    write_csv(Path(cfg.out) / "evaluation.csv", table)
+    write_csv(Path(cfg.out) / "ppo_samples.csv", sample_rows(before, after))
+    print(f"\nwrote {path}, {Path(cfg.out) / 'evaluation.csv'} and {Path(cfg.out) / 'ppo_samples.csv'}")
+
+
+if __name__ == "__main__":
+    run(main, PPOConfig)
