@@ -28,8 +28,9 @@ from rlhf.common import (
     InputError,
     Progress,
     autocast,
-    check_resumable,
+    check_tokenizer,
     load_checkpoint,
+    load_resumable,
     make_generator,
     make_scaler,
     pick_amp,
@@ -143,9 +144,10 @@ def load_models(cfg: PPOConfig, device):
     """The policy and its value estimate, the frozen reference, the frozen reward model, the tokenizer."""
     sft_path = Path(cfg.sft or Path(cfg.out) / "sft.pt")
     reward_path = Path(cfg.reward or Path(cfg.out) / "reward.pt")
-    sft = load_checkpoint(sft_path, "sft")
+    sft, reward = load_checkpoint(sft_path, "sft"), load_checkpoint(reward_path, "reward")
     tokenizer = find_tokenizer(cfg.data, sft["config"]["tokenizer"])
-    sft, reward = load_checkpoint(sft_path, "sft", tokenizer), load_checkpoint(reward_path, "reward", tokenizer)
+    check_tokenizer(sft_path, sft, tokenizer)
+    check_tokenizer(reward_path, reward, tokenizer)
 
     def gpt_from_sft() -> GPT:
         gpt = GPT(GPTConfig(**sft["model_config"]))
@@ -181,8 +183,7 @@ def main(cfg: PPOConfig) -> None:
     scaler = make_scaler(device, amp)
     path, start = Path(cfg.out) / "ppo.pt", 0
     if cfg.resume:
-        checkpoint = load_checkpoint(path, "ppo", tokenizer)
-        check_resumable(path, checkpoint, cfg)
+        checkpoint = load_resumable(path, "ppo", cfg, tokenizer)
         policy.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])

@@ -23,8 +23,9 @@ from rlhf.cli import arg, check_positive, run
 from rlhf.common import (
     Progress,
     autocast,
-    check_resumable,
+    check_tokenizer,
     load_checkpoint,
+    load_resumable,
     make_generator,
     make_scaler,
     pick_amp,
@@ -125,7 +126,7 @@ def main(cfg: RewardConfig) -> None:
     sft_path, path, start = Path(cfg.sft or Path(cfg.out) / "sft.pt"), Path(cfg.out) / "reward.pt", 0
     sft = load_checkpoint(sft_path, "sft")
     tokenizer = find_tokenizer(cfg.data, sft["config"]["tokenizer"])
-    sft = load_checkpoint(sft_path, "sft", tokenizer)
+    check_tokenizer(sft_path, sft, tokenizer)
     gpt = GPT(GPTConfig(**sft["model_config"]))
     gpt.load_state_dict(sft["model"])
     limit = gpt.config.block_size
@@ -139,8 +140,7 @@ def main(cfg: RewardConfig) -> None:
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     scaler = make_scaler(device, amp)
     if cfg.resume:
-        checkpoint = load_checkpoint(path, "reward", tokenizer)
-        check_resumable(path, checkpoint, cfg)
+        checkpoint = load_resumable(path, "reward", cfg, tokenizer)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])

@@ -18,8 +18,7 @@ from rlhf.cli import arg, check_positive, run
 from rlhf.common import (
     Progress,
     autocast,
-    check_resumable,
-    load_checkpoint,
+    load_resumable,
     make_generator,
     make_scaler,
     pick_amp,
@@ -107,8 +106,7 @@ def main(cfg: SFTConfig) -> None:
     scaler = make_scaler(device, amp)
     path, start = Path(cfg.out) / "sft.pt", 0
     if cfg.resume:
-        checkpoint = load_checkpoint(path, "sft", tokenizer)
-        check_resumable(path, checkpoint, cfg)
+        checkpoint = load_resumable(path, "sft", cfg, tokenizer)
         gpt.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])

@@ -37,19 +37,15 @@ def run(main: Callable, cls: type) -> None:
     """Parse, then run a script's main. What the user can mend is told in one line, with exit status 2."""
     try:
         main(parse_cli(cls))
-    except InputError as error:
-        sys.exit(_fail(str(error)))
+    except (InputError, OSError) as error:  # an OSError is a folder that cannot be written, a full disk, ...
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; --resume goes on from the last checkpoint")
 
 
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
-
-
 def check_positive(config, *names: str) -> None:
-    """Raise ValueError where a numeric field is below its least sensible value."""
+    """Raise ValueError where a numeric field is not above 0."""
     for name in names:
         if not getattr(config, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}: it must be above 0")

@@ -83,10 +83,10 @@ def save_checkpoint(
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path, kind: str, tokenizer=None) -> dict:
+def load_checkpoint(path: Path, kind: str, unfinished: bool = False) -> dict:
     """Read a checkpoint of the named kind ("sft", "reward" or "ppo"), on the CPU.
 
-    Raises InputError where it is missing, garbled, another script's, or was made with another tokenizer.
+    Raises InputError where it is missing, garbled, another script's, or, unless that is wanted to resume, unfinished.
     """
     script = f"train_{kind}.py"
     if not path.is_file():
@@ -103,22 +103,33 @@ def load_checkpoint(path: Path, kind: str, tokenizer=None) -> dict:
                          f"run `python {script}` again") from error
     if found != kind:
         raise InputError(f"{path} was written by train_{found}.py; a checkpoint of {script} is needed here")
-    if tokenizer is not None and checkpoint["tokenizer"] != tokenizer.fingerprint:
-        raise InputError(f"{path} was trained with another tokenizer than this data set's: "
-                         f"give the same --data to all three scripts, or run {script} again")
+    if not unfinished and checkpoint["step"] < checkpoint["config"]["steps"]:
+        raise InputError(f"{path} stopped at step {checkpoint['step']} of {checkpoint['config']['steps']}: "
+                         f"finish it with `python {script} --resume`")
     return checkpoint
+
+
+def check_tokenizer(path: Path, checkpoint: dict, tokenizer) -> None:
+    """Raise InputError where a checkpoint speaks of other tokens than this tokenizer."""
+    if checkpoint["tokenizer"] != tokenizer.fingerprint:
+        raise InputError(f"{path} was trained with another tokenizer than this data set's: "
+                         f"give the same --data to all three scripts, or train it again")
 
 
 MAY_CHANGE = {"resume", "device", "out", "data", "log_every", "eval_every", "save_every"}
 
 
-def check_resumable(path: Path, checkpoint: dict, config) -> None:
-    """A run that resumes must be the run that stopped: raise InputError where a setting that shapes it differs."""
+def load_resumable(path: Path, kind: str, config, tokenizer) -> dict:
+    """The checkpoint of a run that is to go on. It must be the same run: raises InputError where the tokenizer or a
+    setting that shapes it differs."""
+    checkpoint = load_checkpoint(path, kind, unfinished=True)
+    check_tokenizer(path, checkpoint, tokenizer)
     theirs = checkpoint["config"]
     for name, ours in dataclasses.asdict(config).items():
         if name not in MAY_CHANGE and theirs.get(name) != ours:
             raise InputError(f"--resume: {path} was trained with --{name.replace('_', '-')} {theirs.get(name)}, "
                              f"not {ours}; give the same flags, or start afresh without --resume")
+    return checkpoint
 
 
 # ---- progress ----

@@ -143,8 +143,12 @@ def load_judge(folder: str) -> ModuleType | None:
     writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no __pycache__ in the user's data
     try:
         spec.loader.exec_module(judge)
+    except Exception as error:
+        raise InputError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
     finally:
         sys.dont_write_bytecode = writes
+    if not hasattr(judge, "score"):
+        raise InputError(f"{path} defines no score(prompts, responses)")
     return judge
 
 

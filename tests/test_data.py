@@ -289,6 +289,14 @@ def test_judge_reads_the_last_question(bundled):
     assert judge.score(["\n\nHuman: Tell me a joke.\n\nAssistant:"], ["Drink tea for the throat."]) == [-1.0]
 
 
+def test_a_broken_judge_is_named(tmp_path):
+    for text, message in (("1/0", "ZeroDivisionError"), ("x = 1", "defines no score")):
+        (tmp_path / "judge.py").write_text(text)
+        with pytest.raises(InputError, match=message):
+            load_judge(str(tmp_path))
+    assert load_judge(str(tmp_path / "elsewhere")) is None
+
+
 def test_votes_follow_the_stated_noise(bundled):
     """The share of votes for the better reply lies within 4 standard errors of the mean of
     sigmoid(2.5 * |difference|)."""

@@ -14,8 +14,9 @@ from rlhf.common import (
     InputError,
     Progress,
     autocast,
-    check_resumable,
+    check_tokenizer,
     load_checkpoint,
+    load_resumable,
     make_generator,
     make_scaler,
     pick_amp,
@@ -31,7 +32,7 @@ class Config:
     """A config."""
 
     lr: float = arg(0.5, "the rate")
-    steps: int = arg(3, "the steps")
+    steps: int = arg(9, "the steps")
     resume: bool = arg(False, "go on")
     amp: str = arg("off", "precision", ("off", "bf16"))
     block_size: int = arg(8, "context")
@@ -162,7 +163,7 @@ def saved(tmp_path):
 
 def test_checkpoint_round_trip(saved):
     path, gpt, optimizer = saved
-    checkpoint = load_checkpoint(path, "sft", FakeTokenizer)
+    checkpoint = load_checkpoint(path, "sft", unfinished=True)
     other = GPT(GPTConfig(**checkpoint["model_config"]))
     other.load_state_dict(checkpoint["model"])
     tokens = torch.tensor([[3, 1, 4]])
@@ -182,7 +183,9 @@ def test_wrong_checkpoints(saved, tmp_path):
         fingerprint = "xyz"
 
     with pytest.raises(InputError, match="another tokenizer"):
-        load_checkpoint(path, "sft", Other)
+        check_tokenizer(path, load_checkpoint(path, "sft", unfinished=True), Other)
+    with pytest.raises(InputError, match="stopped at step 7 of 9: finish it with `python train_sft.py --resume`"):
+        load_checkpoint(path, "sft")
     with pytest.raises(InputError, match="run `python train_ppo.py` first"):
         load_checkpoint(tmp_path / "ppo.pt", "ppo")
     path.write_bytes(path.read_bytes()[:500])
@@ -209,10 +212,9 @@ def test_a_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
 
 def test_resume_refuses_another_run(saved):
     path, *_ = saved
-    checkpoint = load_checkpoint(path, "sft")
-    check_resumable(path, checkpoint, Config(resume=True))
+    assert load_resumable(path, "sft", Config(resume=True), FakeTokenizer)["step"] == 7
     with pytest.raises(InputError, match="trained with --lr 0.5, not 0.1"):
-        check_resumable(path, checkpoint, Config(lr=0.1))
+        load_resumable(path, "sft", Config(lr=0.1), FakeTokenizer)
 
 
 # ---- progress ----

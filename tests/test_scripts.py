@@ -172,6 +172,13 @@ def test_bad_input_is_one_line_and_status_2(trained, name, flags, message):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_a_folder_that_cannot_be_written(trained, tmp_path):
+    data, *_ = trained
+    (tmp_path / "file").write_text("not a folder")
+    done = script("sft", "--data", data, "--out", tmp_path / "file", ok=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
 def test_a_checkpoint_of_another_vocabulary(trained, tmp_path):
     data, out, _ = trained
     other = tmp_path / "other"
