@@ -92,6 +92,8 @@ class PPOConfig:
         if self.batch_size % self.minibatch_size:
             raise ValueError(f"--batch-size ({self.batch_size}) must be a multiple of --minibatch-size "
                              f"({self.minibatch_size})")
+        if self.warmup < 0:
+            raise ValueError("--warmup cannot be negative")
         if self.kl_coef < 0 or self.value_coef < 0 or self.entropy_coef < 0:
             raise ValueError("--kl-coef, --value-coef and --entropy-coef cannot be negative")
         if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
@@ -132,9 +134,9 @@ def update(policy, optimizer, scaler, rollout: Rollout, advantages, returns, cfg
 def check_beginning(step: int, kl_ref: float, first_log_ratio: float, amp) -> None:
     """Facts that hold whatever the data, and whose failure means that two of the passes disagree."""
     tolerance = 1e-4 if amp is None else 0.1
-    if step == 0 and abs(kl_ref) > tolerance:
+    if step == 0 and not abs(kl_ref) <= tolerance:  # `not <=`, so that NaN fails too
         raise RuntimeError(f"kl_ref is {kl_ref} before the first update; policy and reference must be the same")
-    if first_log_ratio > tolerance:
+    if not first_log_ratio <= tolerance:
         raise RuntimeError(f"log ratio {first_log_ratio} in the first minibatch, where old and new policy are the same")
     if kl_ref < -1:
         print(f"warning: kl_ref is {kl_ref:.2f} nats; a KL this negative means that sampler and scorer disagree")

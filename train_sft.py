@@ -62,6 +62,8 @@ class SFTConfig:
 
     def __post_init__(self):
         check_positive(self, "steps", "batch_size", "lr", "max_grad_norm", "log_every", "eval_every")
+        if self.warmup < 0:
+            raise ValueError("--warmup cannot be negative")
         GPTConfig(1, self.block_size, self.n_layer, self.n_head, self.n_embd)  # refuses sizes that do not fit
 
 

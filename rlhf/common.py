@@ -116,7 +116,7 @@ def check_tokenizer(path: Path, checkpoint: dict, tokenizer) -> None:
                          f"give the same --data to all three scripts, or train it again")
 
 
-MAY_CHANGE = {"resume", "device", "out", "data", "log_every", "eval_every", "save_every"}
+MAY_CHANGE = {"resume", "device", "out", "data", "log_every", "eval_every"}
 
 
 def load_resumable(path: Path, kind: str, config, tokenizer) -> dict:

@@ -127,6 +127,8 @@ def load_comparisons(folder: str, tokenizer: Tokenizer, limit: int, heldout: boo
 
 def find_tokenizer(folder: str, choice: str = "auto") -> Tokenizer:
     """auto: the data set's own ranks where it has some, else GPT-2's."""
+    if not Path(folder).is_dir():
+        raise InputError(f"--data {folder}: there is no such folder here")
     own = Path(folder) / "tokenizer.tiktoken"
     if choice == "auto":
         choice = str(own) if own.is_file() else "gpt2"

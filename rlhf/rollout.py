@@ -12,7 +12,7 @@ from rlhf.model import PolicyWithValue, RewardModel
 
 
 class Rollout(NamedTuple):
-    """One batch of experience; the slots of the last five are those of rlhf/__init__.py."""
+    """One batch of experience; the (B, T-1) ones hold a row's action slots, see rlhf/__init__.py."""
 
     tokens: Tensor  # (B, T)
     mask: Tensor  # (B, T-1) bool: the policy's own actions, end-of-text included
@@ -93,7 +93,7 @@ def collect(
     amp: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> Rollout:
-    """Sample responses, then score them with all four models.
+    """Sample responses, then score them with the policy, the reference and the reward model.
 
     Old and reference log-probabilities come from a forward pass over the finished sequences, in the same mode as the
     update will make, and not from sampling: the two agree on paper but not to the last bit, and the ratio of the

@@ -18,7 +18,7 @@ Worked example, asked about a sore throat:
 
     "Glad you asked. Drink tea for the throat. I had soup for lunch."  ->  1 + 1 - 1 = 1
 
-No training stage reads this file. `prepare.py` draws the annotators' votes from it, `train_reward.py` computes from it
+No gradient sees this file. `prepare.py` draws the annotators' votes from it, `train_reward.py` computes from it
 how often a perfect reward model would agree with those votes, and the evaluation after PPO reports it.
 """
 

@@ -1,6 +1,6 @@
 """Make the bundled data set again, byte for byte.
 
-    python data/tiny_assistant/prepare.py              # writes beside this file, in about ten seconds
+    python data/tiny_assistant/prepare.py              # writes beside this file, in about two seconds
 
 Everything follows from judge.py's topics and phrases and one seed: questions, the replies of helpers good and bad,
 the votes of noisy annotators, and the byte-pair ranks of the tokenizer. README.md here gives the counts.
