@@ -33,5 +33,5 @@ reinforcement learning touches has T-1 columns, the *action slots*:
     action      p1   p2   a0   a1   EOS   pad
     mask         -    -    T    T    T     -         True where the action was the policy's own
     score                            +               the reward model's number lands on the last True slot
-    V(after)                         0               nothing follows the last action
+    V(after)                              0          nothing follows the last action
 """

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.masked import check_same_shape, masked_mean, token_logprobs
+from rlhf.masked import action_logprobs, check_same_shape, masked_mean, token_logprobs, unpack
 
 # ---- stage one: supervised fine-tuning ----
 
@@ -122,9 +122,6 @@ def entropy(logits: Tensor, mask: Tensor) -> Tensor:
 
     Args: logits (B, T, V); mask (B, T-1).  Returns: scalar, nats per slot; at most ln V.
     """
-    if logits.dim() != 3 or mask.shape != (logits.size(0), logits.size(1) - 1):
-        raise ValueError(f"expected logits (B, T, V) and mask (B, T-1), got {tuple(logits.shape)} and "
-                         f"{tuple(mask.shape)}")
-    logits = logits[:, :-1][mask]  # (actions, V): the last column has no action
-    logprobs = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-    return -(logprobs.exp() * logprobs).sum(dim=-1).mean()
+    logprobs = action_logprobs(logits, mask)  # (actions, V)
+    entropies = -(logprobs.exp() * logprobs).sum(dim=1)  # (actions,)
+    return masked_mean(unpack(entropies, mask), mask)

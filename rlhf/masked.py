@@ -1,4 +1,4 @@
-"""The only reductions over tokens, and the only shift between logits and tokens, in the project.
+"""The only means over tokens, and the only shift between logits and tokens, in the project.
 
 Masks are bool and True counts. Masked entries are taken out with `where` and never multiplied by zero: what stands
 in a pad may be NaN or infinite, and NaN * 0 is NaN.
@@ -51,13 +51,32 @@ def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, (x - mean) * torch.rsqrt(var + 1e-8), 0.0)
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Log-probability of each token given those before it: the shift of the project.
+def action_logprobs(logits: Tensor, mask: Tensor) -> Tensor:
+    """log softmax of the logits that choose an action: logits (B, T, V), mask (B, T-1) -> (True slots, V).
 
-        out[:, t] = log softmax(logits[:, t])[tokens[:, t+1]]
+    This is the shift of the project: slot t reads column t, and the last column of logits has no action.
 
     The softmax is taken in float32 at least, whatever autocast made of the logits: in bfloat16 a log-probability of
-    -8 is known to 0.03, which is as large as the changes that PPO's ratio has to measure.
+    -8 is known to 0.03, which is as large as the changes that PPO's ratio has to measure. (What the logits themselves
+    lost in half precision stays lost; it is the same loss in both passes of a ratio.)
+    """
+    if logits.dim() != 3 or mask.shape != (logits.size(0), logits.size(1) - 1):
+        raise ValueError(f"expected logits (B, T, V) and mask (B, T-1), got {tuple(logits.shape)} and "
+                         f"{tuple(mask.shape)}")
+    check_same_shape(mask=mask)
+    logits = logits[:, :-1][mask]  # (slots, V)
+    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+
+
+def unpack(x: Tensor, mask: Tensor) -> Tensor:
+    """(True slots,) -> the shape of mask, with 0 where it is False."""
+    return x.new_zeros(mask.shape).masked_scatter(mask, x)
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Log-probability of each token given those before it.
+
+        out[:, t] = log softmax(logits[:, t])[tokens[:, t+1]]
 
     Args: logits: (B, T, V); tokens: (B, T); mask: (B, T-1), the slots to compute, all where it is not given. The
         others are left out of the softmax and its gradient, and hold 0.
@@ -66,11 +85,9 @@ def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -
     if logits.dim() != 3 or tokens.shape != logits.shape[:2]:
         raise ValueError(f"expected logits (B, T, V) and tokens (B, T), got {tuple(logits.shape)} and "
                          f"{tuple(tokens.shape)}")
-    logits, actions = logits[:, :-1], tokens[:, 1:]  # (B, T-1, V), (B, T-1)
+    actions = tokens[:, 1:]  # (B, T-1): slot t's action is token t+1
     if mask is None:
         mask = torch.ones_like(actions, dtype=torch.bool)
-    check_same_shape(actions=actions, mask=mask)
-    logits = logits[mask]  # (slots, V)
-    logprobs = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-    chosen = logprobs.gather(-1, actions[mask].unsqueeze(-1)).squeeze(-1)  # (slots,)
-    return chosen.new_zeros(mask.shape).masked_scatter(mask, chosen)  # (B, T-1)
+    logprobs = action_logprobs(logits, mask)  # (slots, V)
+    chosen = logprobs.gather(1, actions[mask].unsqueeze(1)).squeeze(1)  # (slots,)
+    return unpack(chosen, mask)  # (B, T-1)

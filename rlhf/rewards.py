@@ -13,7 +13,7 @@ from rlhf.masked import check_same_shape
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """log pi - log pi_ref of each sampled action: the estimator of KL(pi || pi_ref) that enters the reward.
 
-    Its mean over actions sampled from pi is the KL exactly; a single one may be negative. Schulman, "Approximating KL
+    Its expectation over actions sampled from pi is the KL; a single one may be negative. Schulman, "Approximating KL
     divergence" (2020), k1.
 
     Args: both (B, T-1), nats.  Returns: (B, T-1), nats per token; summed over a response, nats per response.

@@ -320,5 +320,9 @@ def test_shapes_that_would_broadcast_are_refused():
         entropy(torch.zeros(2, 4, 3), mask)
     with pytest.raises(ValueError, match="logits"):
         entropy(torch.zeros(2, 4), torch.ones(2, 3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="shapes must be equal"):
+    with pytest.raises(TypeError, match="bool"):
+        entropy(torch.zeros(2, 4, 3), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="no True entry"):
+        entropy(torch.zeros(2, 4, 3), torch.zeros(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="mask"):
         sft_loss(torch.zeros(2, 4, 3), torch.zeros(2, 4, dtype=torch.long), mask)
