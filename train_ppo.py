@@ -23,12 +23,14 @@ from pathlib import Path
 import torch
 
 from rlhf.advantages import explained_variance, gae
-from rlhf.cli import arg, check_positive, run
+from rlhf.cli import arg, check_not_negative, check_positive, run
 from rlhf.common import (
     InputError,
     Progress,
     autocast,
+    check_finite,
     check_tokenizer,
+    digests,
     load_checkpoint,
     load_resumable,
     make_generator,
@@ -38,13 +40,13 @@ from rlhf.common import (
     save_checkpoint,
     write_csv,
 )
-from rlhf.data import batch_indices, find_tokenizer, load_judge, load_prompts, pad_rows
+from rlhf.data import batch_indices, csv_path, find_tokenizer, load_judge, load_prompts, pad_rows
 from rlhf.evaluate import answer, print_pairs, print_table, sample_rows, summarise
 from rlhf.losses import entropy, policy_loss, value_loss
 from rlhf.masked import masked_mean, masked_whiten, token_logprobs
 from rlhf.model import GPT, GPTConfig, PolicyWithValue, RewardModel
 from rlhf.optim import linear_schedule, make_optimizer, optimizer_step, set_lr
-from rlhf.rewards import kl_k1, shape_rewards
+from rlhf.rewards import kl_k1, kl_k3, shape_rewards
 from rlhf.rollout import Rollout, collect, has_ended
 
 
@@ -87,21 +89,22 @@ class PPOConfig:
     resume: bool = arg(False, "go on from the checkpoint in --out")
 
     def __post_init__(self):
-        check_positive(self, "max_new_tokens", "batch_size", "minibatch_size", "inner_epochs", "clip_eps",
-                       "value_clip_eps", "steps", "lr", "max_grad_norm", "eval_prompts", "eval_every")
+        check_positive(self, "max_new_tokens", "batch_size", "minibatch_size", "inner_epochs", "clip_eps", "steps",
+                       "lr", "max_grad_norm", "eval_prompts", "eval_every")
+        check_not_negative(self, "kl_coef", "value_coef", "entropy_coef", "warmup")
         if self.batch_size % self.minibatch_size:
             raise ValueError(f"--batch-size ({self.batch_size}) must be a multiple of --minibatch-size "
                              f"({self.minibatch_size})")
-        if self.warmup < 0:
-            raise ValueError("--warmup cannot be negative")
-        if self.kl_coef < 0 or self.value_coef < 0 or self.entropy_coef < 0:
-            raise ValueError("--kl-coef, --value-coef and --entropy-coef cannot be negative")
+        if not self.value_clip_eps > 0:
+            raise ValueError("--value-clip-eps must be above 0; inf does not clip")
+        if math.isinf(self.missing_eos_score):
+            raise ValueError("--missing-eos-score must be finite")
         if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
             raise ValueError("--gamma and --lam must lie between 0 and 1")
 
 
 def update(policy, optimizer, scaler, rollout: Rollout, advantages, returns, cfg: PPOConfig, amp, seed) -> dict:
-    """Stages 5 and 6: several passes over one batch of rollouts. Returns means over the gradient steps."""
+    """Parts 5 and 6 of a step: several passes over one batch of rollouts. Returns means over the gradient steps."""
     device = rollout.tokens.device
     stats = []
     for epoch in range(cfg.inner_epochs):
@@ -120,15 +123,21 @@ def update(policy, optimizer, scaler, rollout: Rollout, advantages, returns, cfg
             loss = pg_loss + cfg.value_coef * v_loss - cfg.entropy_coef * mb_entropy
 
             # ---- 6 update ----
-            log_ratio = (new_logprobs - mb.logprobs).detach()
             grad_norm = optimizer_step(loss, policy, optimizer, scaler, cfg.max_grad_norm)
-            stats.append(torch.stack([pg_loss, v_loss, mb_entropy, clip_fraction, v_clip_fraction,
-                                      masked_mean(log_ratio**2, mb.mask) / 2, log_ratio.abs().max(),
-                                      grad_norm]).detach())
-    stats = torch.stack(stats).cpu()  # (gradient steps, 8): one transfer from the device
-    names = ("policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "kl_old", "", "grad_norm")
-    means = {name: value for name, value in zip(names, stats.mean(dim=0).tolist()) if name}
-    return {**means, "first_log_ratio": stats[0, 6].item()}
+
+            new_logprobs = new_logprobs.detach()
+            stats.append({
+                "policy_loss": pg_loss.detach(),
+                "value_loss": v_loss.detach(),
+                "entropy": mb_entropy.detach(),
+                "clip_fraction": clip_fraction,
+                "value_clip_fraction": v_clip_fraction,
+                "kl_old": masked_mean(kl_k3(mb.logprobs, new_logprobs), mb.mask),  # nats per token
+                "grad_norm": grad_norm,
+                "first_log_ratio": (new_logprobs - mb.logprobs).abs().max(),
+            })
+    means = {name: torch.stack([one[name] for one in stats]).mean().item() for name in stats[0]}
+    return {**means, "first_log_ratio": stats[0]["first_log_ratio"].item()}
 
 
 def check_beginning(step: int, kl_ref: float, first_log_ratio: float, amp) -> None:
@@ -143,7 +152,8 @@ def check_beginning(step: int, kl_ref: float, first_log_ratio: float, amp) -> No
 
 
 def load_models(cfg: PPOConfig, device):
-    """The policy and its value estimate, the frozen reference, the frozen reward model, the tokenizer."""
+    """The policy and its value estimate, the frozen reference, the frozen reward model, the tokenizer; and the digests
+    of what the run is made from."""
     sft_path = Path(cfg.sft or Path(cfg.out) / "sft.pt")
     reward_path = Path(cfg.reward or Path(cfg.out) / "reward.pt")
     sft, reward = load_checkpoint(sft_path, "sft"), load_checkpoint(reward_path, "reward")
@@ -166,13 +176,14 @@ def load_models(cfg: PPOConfig, device):
         raise InputError("--value-network reward needs a reward model as wide (n_embd) as the policy")
     policy = PolicyWithValue(gpt_from_sft(), value_gpt)
     frozen = gpt_from_sft().requires_grad_(False), reward_model().requires_grad_(False)
-    return (policy.to(device), *(model.to(device) for model in frozen), tokenizer)
+    inputs = digests(sft=sft_path, reward=reward_path, prompts=csv_path(cfg.data, "prompts"))
+    return (policy.to(device), *(model.to(device) for model in frozen), tokenizer, inputs)
 
 
 def main(cfg: PPOConfig) -> None:
     device = pick_device(cfg.device)
     amp = pick_amp(cfg.amp, device)
-    policy, reference, reward_model, tokenizer = load_models(cfg, device)
+    policy, reference, reward_model, tokenizer, inputs = load_models(cfg, device)
     limit = min(reference.config.block_size, reward_model.gpt.config.block_size) - cfg.max_new_tokens
     if limit < 1:
         raise InputError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a prompt in a context of "
@@ -185,7 +196,7 @@ def main(cfg: PPOConfig) -> None:
     scaler = make_scaler(device, amp)
     path, start = Path(cfg.out) / "ppo.pt", 0
     if cfg.resume:
-        checkpoint = load_resumable(path, "ppo", cfg, tokenizer)
+        checkpoint = load_resumable(path, "ppo", cfg, tokenizer, inputs)
         policy.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
@@ -195,7 +206,8 @@ def main(cfg: PPOConfig) -> None:
 
     scoring = {"missing_eos_score": cfg.missing_eos_score, "chunk_size": cfg.minibatch_size, "amp": amp}
     models = (reference, reward_model)
-    progress = Progress(Path(cfg.out) / "ppo.csv", cfg.steps, start)
+    progress = Progress(Path(cfg.out) / "ppo.csv", cfg.steps, start, csv_only=(
+        "objective", "value_clip_fraction", "kl_old", "grad_norm", "first_log_ratio", "lr"))
     for step in range(start, cfg.steps):
         rows = [prompts[i].tokens for i in batch_indices(len(prompts), cfg.batch_size, step, cfg.seed)]
         tokens, prompt_lens = pad_rows(rows, tokenizer.pad_id, device)  # (B, P), (B,)
@@ -213,6 +225,7 @@ def main(cfg: PPOConfig) -> None:
         lr = cfg.lr * linear_schedule(step, cfg.steps, cfg.warmup)
         set_lr(optimizer, lr)
         stats = update(policy, optimizer, scaler, rollout, advantages, returns, cfg, amp, (cfg.seed, "update", step))
+        check_finite(policy, step + 1)
 
         kl_ref = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1).mean().item()  # nats per response
         check_beginning(step, kl_ref, stats["first_log_ratio"], amp)
@@ -235,7 +248,7 @@ def main(cfg: PPOConfig) -> None:
                 gold = "" if one["gold"] is None else f", gold {one['gold']:+.1f}"
                 print(f"    {one['prompt'].strip().splitlines()[0]}\n        -> {one['response']}   "
                       f"(score {one['score']:+.2f}{gold})")
-            save_checkpoint(path, "ppo", policy, cfg, done, tokenizer, optimizer, scaler)
+            save_checkpoint(path, "ppo", policy, cfg, done, tokenizer, optimizer, scaler, inputs)
 
     print(f"\nheld out: {len(heldout)} prompts, one sampled response each")
     before, after = (answer(gpt, *models, heldout, tokenizer, cfg.max_new_tokens, judge, seed=cfg.seed, **scoring)

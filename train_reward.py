@@ -20,11 +20,13 @@ from pathlib import Path
 
 import torch
 
-from rlhf.cli import arg, check_positive, run
+from rlhf.cli import arg, check_not_negative, check_positive, run
 from rlhf.common import (
     Progress,
     autocast,
+    check_finite,
     check_tokenizer,
+    digests,
     load_checkpoint,
     load_resumable,
     make_generator,
@@ -37,7 +39,9 @@ from rlhf.common import (
 from rlhf.data import (
     batch_indices,
     comparison_batch,
+    csv_path,
     find_tokenizer,
+    gold_scores,
     load_comparisons,
     load_demonstrations,
     load_judge,
@@ -75,10 +79,7 @@ class RewardConfig:
 
     def __post_init__(self):
         check_positive(self, "steps", "batch_size", "lr", "max_grad_norm", "log_every", "eval_every")
-        if self.warmup < 0:
-            raise ValueError("--warmup cannot be negative")
-        if self.comparisons < 0:
-            raise ValueError(f"--comparisons is {self.comparisons}: give a number of rows, or 0 for all")
+        check_not_negative(self, "warmup", "weight_decay", "comparisons")
 
 
 @torch.no_grad()
@@ -92,11 +93,16 @@ def score_rows(model, rows: list[list[int]], pad_id: int, device, amp) -> torch.
     return torch.cat(scores)
 
 
+def share_higher(chosen, rejected) -> float:
+    """Share of pairs in which the chosen side scores higher; equal scores count half."""
+    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
+
+
 def accuracy(model, rows, pad_id: int, device, amp) -> float:
-    """Share of comparisons in which the chosen side scores higher; equal scores count half."""
+    """share_higher of the model's scores of comparisons."""
     chosen = score_rows(model, [row.prompt.tokens + row.chosen for row in rows], pad_id, device, amp)
     rejected = score_rows(model, [row.prompt.tokens + row.rejected for row in rows], pad_id, device, amp)
-    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
+    return share_higher(chosen, rejected)
 
 
 def swap_prompts(rows, seed: int, limit: int):
@@ -115,12 +121,11 @@ def perfect_accuracies(judge, rows, tokenizer) -> dict[str, float]:
     judge_accuracy: on the votes as they were drawn, which lie a little off their expectation.
     """
     prompts = [row.prompt.text for row in rows]
-    chosen = judge.score(prompts, [tokenizer.decode(row.chosen[:-1]) for row in rows])
-    rejected = judge.score(prompts, [tokenizer.decode(row.rejected[:-1]) for row in rows])
-    pairs = list(zip(chosen, rejected))
-    result = {"judge_accuracy": sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)}
+    chosen, rejected = (gold_scores(judge, prompts, [tokenizer.decode(side[:-1]).strip() for side in sides])
+                        for sides in ([row.chosen for row in rows], [row.rejected for row in rows]))
+    result = {"judge_accuracy": share_higher(torch.tensor(chosen), torch.tensor(rejected))}
     if hasattr(judge, "preference_probability"):
-        p = [judge.preference_probability(a, b) for a, b in pairs]
+        p = [judge.preference_probability(a, b) for a, b in zip(chosen, rejected)]
         result["bayes_accuracy"] = sum(max(x, 1 - x) for x in p) / len(p)
     return result
 
@@ -144,8 +149,10 @@ def main(cfg: RewardConfig) -> None:
     model = RewardModel(gpt).to(device)
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     scaler = make_scaler(device, amp)
+    inputs = digests(sft=sft_path, comparisons=csv_path(cfg.data, "comparisons"),
+                     demonstrations=csv_path(cfg.data, "demonstrations"))
     if cfg.resume:
-        checkpoint = load_resumable(path, "reward", cfg, tokenizer)
+        checkpoint = load_resumable(path, "reward", cfg, tokenizer, inputs)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
@@ -171,21 +178,22 @@ def main(cfg: RewardConfig) -> None:
         progress.tokens += tokens.numel()
 
         done = step + 1
+        check_finite(model, done)
         last = done == cfg.steps
-        if step == 0 or done % cfg.log_every == 0 or last:
-            evaluated = done % cfg.eval_every == 0 and not last
+        evaluated = done % cfg.eval_every == 0 and not last
+        if evaluated or step == 0 or done % cfg.log_every == 0 or last:
             heldout = accuracy(model, heldout_rows[:500], tokenizer.pad_id, device, amp) if evaluated else None
-            batch_accuracy = (chosen > rejected).float().mean().item()
-            progress.log(done, loss=loss.item(), accuracy=batch_accuracy, heldout=heldout,
+            progress.log(done, loss=loss.item(), accuracy=share_higher(chosen, rejected), heldout=heldout,
                          margin=(chosen - rejected).mean().item(), grad_norm=grad_norm.item(), lr=lr)
-        if done % cfg.eval_every == 0 and not last:
-            save_checkpoint(path, "reward", model, cfg, done, tokenizer, optimizer, scaler)
+        if evaluated:
+            save_checkpoint(path, "reward", model, cfg, done, tokenizer, optimizer, scaler, inputs)
 
     if start < cfg.steps:  # the zero and the unit of the scores, once
         scores = score_rows(model, [row.tokens for row in demonstrations], tokenizer.pad_id, device, amp)
+        std = scores.std(correction=0)
         model.mean.fill_(scores.mean())
-        model.scale.fill_(scores.std().clamp(min=1e-6))
-        save_checkpoint(path, "reward", model, cfg, cfg.steps, tokenizer, optimizer, scaler)
+        model.scale.fill_(std if std > 1e-6 else 1.0)  # a single demonstration has no spread
+        save_checkpoint(path, "reward", model, cfg, cfg.steps, tokenizer, optimizer, scaler, inputs)
         print(f"scores: (raw - {model.mean:.3f}) / {model.scale:.3f}, so that demonstrations have mean 0 and std 1")
 
     result = {"accuracy": accuracy(model, heldout_rows, tokenizer.pad_id, device, amp), **perfect}

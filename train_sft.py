@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 
-from rlhf.cli import arg, check_positive, run
+from rlhf.cli import arg, check_not_negative, check_positive, run
 from rlhf.common import (
     Progress,
     autocast,
+    check_finite,
+    digests,
     load_resumable,
     make_generator,
     make_scaler,
@@ -25,7 +27,7 @@ from rlhf.common import (
     pick_device,
     save_checkpoint,
 )
-from rlhf.data import batch_indices, demonstration_batch, find_tokenizer, load_demonstrations, pad_rows
+from rlhf.data import batch_indices, csv_path, demonstration_batch, find_tokenizer, load_demonstrations, pad_rows
 from rlhf.losses import sft_loss
 from rlhf.model import GPT, GPTConfig
 from rlhf.optim import cosine_schedule, make_optimizer, optimizer_step, set_lr
@@ -62,8 +64,7 @@ class SFTConfig:
 
     def __post_init__(self):
         check_positive(self, "steps", "batch_size", "lr", "max_grad_norm", "log_every", "eval_every")
-        if self.warmup < 0:
-            raise ValueError("--warmup cannot be negative")
+        check_not_negative(self, "warmup", "weight_decay")
         GPTConfig(1, self.block_size, self.n_layer, self.n_head, self.n_embd)  # refuses sizes that do not fit
 
 
@@ -107,8 +108,9 @@ def main(cfg: SFTConfig) -> None:
     optimizer = make_optimizer(gpt, cfg.lr, cfg.weight_decay)
     scaler = make_scaler(device, amp)
     path, start = Path(cfg.out) / "sft.pt", 0
+    inputs = digests(demonstrations=csv_path(cfg.data, "demonstrations"))
     if cfg.resume:
-        checkpoint = load_resumable(path, "sft", cfg, tokenizer)
+        checkpoint = load_resumable(path, "sft", cfg, tokenizer, inputs)
         gpt.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
@@ -134,14 +136,15 @@ def main(cfg: SFTConfig) -> None:
         progress.tokens += tokens.numel()
 
         done = step + 1
+        check_finite(gpt, done)
         last = done == cfg.steps
-        if step == 0 or done % cfg.log_every == 0 or last:
-            evaluated = done % cfg.eval_every == 0 or last or step == 0
+        evaluated = step == 0 or done % cfg.eval_every == 0 or last
+        if evaluated or done % cfg.log_every == 0:
             valid = validation_loss(gpt, valid_rows, tokenizer, device, amp, cfg.batch_size) if evaluated else None
             progress.log(done, loss=loss.item(), valid=valid, grad_norm=grad_norm.item(), lr=lr)
         if done % cfg.eval_every == 0 or last:
             print_samples(gpt, valid_rows, tokenizer, device, amp, cfg.seed)
-            save_checkpoint(path, "sft", gpt, cfg, done, tokenizer, optimizer, scaler)
+            save_checkpoint(path, "sft", gpt, cfg, done, tokenizer, optimizer, scaler, inputs)
     print(f"wrote {path}; next: python train_reward.py")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import sys
 import typing
 from collections.abc import Callable
@@ -12,6 +13,13 @@ from rlhf.common import InputError
 def arg(default, help: str, choices: tuple[str, ...] | None = None):
     """A field of a config: `lr: float = arg(1e-3, "peak learning rate")` is the flag --lr."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def number(text: str) -> float:
+    """float(text), but NaN is refused: it would pass every check of a range."""
+    if math.isnan(value := float(text)):
+        raise ValueError
+    return value
 
 
 def parse_cli(cls: type, argv: list[str] | None = None):
@@ -26,6 +34,7 @@ def parse_cli(cls: type, argv: list[str] | None = None):
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
+            kind = number if kind is float else kind
             parser.add_argument(flag, type=kind, choices=field.metadata["choices"], **options)
     try:
         return cls(**vars(parser.parse_args(argv)))
@@ -41,11 +50,18 @@ def run(main: Callable, cls: type) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; --resume goes on from the last checkpoint")
+        sys.exit("\ninterrupted; if a checkpoint has been written, --resume goes on from it")
 
 
 def check_positive(config, *names: str) -> None:
-    """Raise ValueError where a numeric field is not above 0."""
+    """Raise ValueError where a numeric field is not above 0, or infinite."""
     for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}: it must be above 0")
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}: it must be above 0 and finite")
+
+
+def check_not_negative(config, *names: str) -> None:
+    """Raise ValueError where a numeric field is below 0, or infinite."""
+    for name in names:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}: it must be 0 or more, and finite")

@@ -63,9 +63,12 @@ def make_generator(device: torch.device | str, *key: int | str) -> torch.Generat
 
 
 def save_checkpoint(
-    path: Path, kind: str, model: torch.nn.Module, config, step: int, tokenizer, optimizer, scaler
+    path: Path, kind: str, model: torch.nn.Module, config, step: int, tokenizer, optimizer, scaler, inputs: dict
 ) -> None:
-    """Write to a temporary name and rename, so that a kill leaves the old file or the new one, never half of one."""
+    """Write to a temporary name and rename, so that a kill leaves the old file or the new one, never half of one.
+
+    inputs: what the run was made from, as `digests` gives it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = {
         "format": FORMAT,
@@ -75,6 +78,7 @@ def save_checkpoint(
         "config": dataclasses.asdict(config),
         "step": step,
         "tokenizer": tokenizer.fingerprint,
+        "inputs": inputs,
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
     }
@@ -116,12 +120,19 @@ def check_tokenizer(path: Path, checkpoint: dict, tokenizer) -> None:
                          f"give the same --data to all three scripts, or train it again")
 
 
-MAY_CHANGE = {"resume", "device", "out", "data", "log_every", "eval_every"}
+MAY_CHANGE = {"resume", "device", "out", "data", "sft", "reward", "log_every", "eval_every"}  # inputs are compared
 
 
-def load_resumable(path: Path, kind: str, config, tokenizer) -> dict:
-    """The checkpoint of a run that is to go on. It must be the same run: raises InputError where the tokenizer or a
-    setting that shapes it differs."""
+def digests(**paths: Path) -> dict[str, str]:
+    """{name: SHA-256} of the files that a run is made from. A run that resumes with others would be neither run."""
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
+
+
+def load_resumable(path: Path, kind: str, config, tokenizer, inputs: dict[str, str]) -> dict:
+    """The checkpoint of a run that is to go on. It must be the same run: raises InputError where the tokenizer, an
+    input file or a setting that shapes it differs."""
+    if not path.is_file():
+        raise InputError(f"--resume: {path} does not exist, so there is nothing to go on from; drop --resume")
     checkpoint = load_checkpoint(path, kind, unfinished=True)
     check_tokenizer(path, checkpoint, tokenizer)
     theirs = checkpoint["config"]
@@ -129,7 +140,18 @@ def load_resumable(path: Path, kind: str, config, tokenizer) -> dict:
         if name not in MAY_CHANGE and theirs.get(name) != ours:
             raise InputError(f"--resume: {path} was trained with --{name.replace('_', '-')} {theirs.get(name)}, "
                              f"not {ours}; give the same flags, or start afresh without --resume")
+    for name, digest in inputs.items():
+        if checkpoint["inputs"].get(name) != digest:
+            raise InputError(f"--resume: {path} was begun with another {name} file; give the one that it was begun "
+                             f"with, or start afresh without --resume")
     return checkpoint
+
+
+def check_finite(model: torch.nn.Module, step: int) -> None:
+    """Raise InputError where a weight is NaN or infinite: nothing that follows would mean anything."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise InputError(f"the weights are no longer finite after step {step}: the run has diverged. Lower --lr, or "
+                         f"use --amp bf16 instead of fp16; the last checkpoint, if there is one, is from before")
 
 
 # ---- progress ----
@@ -140,11 +162,14 @@ def format_seconds(seconds: float) -> str:
 
 
 class Progress:
-    """One aligned line a logged step on the screen, and the same row in a CSV."""
+    """One aligned line a logged step on the screen, under a header now and then, and the same row in a CSV.
 
-    def __init__(self, path: Path, steps: int, start: int):
-        self.path, self.steps, self.start = path, steps, start
-        self.began, self.tokens = time.perf_counter(), 0
+    The columns named in csv_only are in the CSV alone, so that the line on the screen does not wrap.
+    """
+
+    def __init__(self, path: Path, steps: int, start: int, csv_only: tuple[str, ...] = ()):
+        self.path, self.steps, self.start, self.csv_only = path, steps, start, csv_only
+        self.began, self.tokens, self.lines = time.perf_counter(), 0, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows = []
         if start > 0 and path.is_file():  # resuming: keep the rows up to the checkpoint
@@ -156,10 +181,15 @@ class Progress:
         elapsed = time.perf_counter() - self.began
         left = elapsed / max(1, step - self.start) * (self.steps - step)
         row = {"step": step, **values, "tokens_per_s": round(self.tokens / elapsed), "seconds": round(elapsed, 1)}
-        cells = [f"{name} {value:{'.1e' if name == 'lr' else '.3f'}}" if value is not None else " " * (len(name) + 6)
-                 for name, value in values.items()]
-        print(f"step {step:>4}/{self.steps} | {' | '.join(cells)} | {row['tokens_per_s']:,} tok/s"
-              f" | {format_seconds(left)} left", flush=True)
+        cells = {"step": f"{step}/{self.steps}"}
+        for name, value in values.items():
+            if name not in self.csv_only:
+                cells[name] = "" if value is None else f"{value:{'.1e' if name == 'lr' else '.3f'}}"
+        cells |= {"tokens/s": f"{row['tokens_per_s']:,}", "left": format_seconds(left)}
+        if self.lines % 25 == 0:
+            print(" | ".join(name.rjust(9) for name in cells))
+        print(" | ".join(cell.rjust(max(9, len(name))) for name, cell in cells.items()), flush=True)
+        self.lines += 1
         self.rows.append({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
         write_csv(self.path, self.rows)
 

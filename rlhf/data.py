@@ -10,6 +10,7 @@ A data set is a folder; each file has a twin *_heldout.csv whose prompts no trai
 """
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -60,6 +61,9 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> pandas.DataFrame:
         frame = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     except (ValueError, pandas.errors.ParserError) as error:  # UnicodeDecodeError and EmptyDataError are ValueErrors
         raise InputError(f"{path} is not a CSV file in UTF-8: {str(error).strip()}") from None
+    if not isinstance(frame.index, pandas.RangeIndex):  # pandas takes a cell too many for a name of the row
+        raise InputError(f"{path}: its rows have more cells than the {len(frame.columns)} columns of its header; put "
+                         f"quotes around text that holds a comma")
     missing = [column for column in columns if column not in frame]
     if missing:
         raise InputError(f"{path} has no column {missing[0]!r}; it needs {', '.join(columns)} and has "
@@ -75,17 +79,17 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> pandas.DataFrame:
     return frame
 
 
-def check_lengths(path: Path, lengths: list[int], limit: int, what: str) -> None:
+def check_lengths(path: Path, lengths: list[int], limit: int, what: str, fix: str = "") -> None:
     """Raise InputError naming the first row that is longer than the model can read."""
     too_long = [row for row, length in enumerate(lengths, start=1) if length > limit]
     if too_long:
         row = too_long[0]
         raise InputError(f"{path}, row {row}: {what} takes {lengths[row - 1]} tokens and there is room for {limit} "
-                         f"({len(too_long)} such rows); shorten or remove them, or train_sft.py with a larger "
+                         f"({len(too_long)} such rows); shorten or remove them, {fix}or train_sft.py with a larger "
                          f"--block-size")
 
 
-def csv_path(folder: str | Path, name: str, heldout: bool) -> Path:
+def csv_path(folder: str | Path, name: str, heldout: bool = False) -> Path:
     return Path(folder) / f"{name}{'_heldout' if heldout else ''}.csv"
 
 
@@ -93,7 +97,8 @@ def load_prompts(folder: str, tokenizer: Tokenizer, limit: int, heldout: bool = 
     """limit: the most tokens that a prompt may take, the model's context less the response."""
     path = csv_path(folder, "prompts", heldout)
     prompts = [Prompt(text, tokenizer.encode(text)) for text in read_csv(path, ("Prompt",))["Prompt"]]
-    check_lengths(path, [len(prompt.tokens) for prompt in prompts], limit, "the prompt")
+    check_lengths(path, [len(prompt.tokens) for prompt in prompts], limit, "the prompt",
+                  fix="give a smaller --max-new-tokens, ")
     return prompts
 
 
@@ -136,7 +141,8 @@ def find_tokenizer(folder: str, choice: str = "auto") -> Tokenizer:
 
 
 def load_judge(folder: str) -> ModuleType | None:
-    """The data set's judge.py, or None where it has none."""
+    """The data set's judge.py, or None where it has none. It is called once, so that a fault shows before a run and
+    not at its end."""
     path = Path(folder) / "judge.py"
     if not path.is_file():
         return None
@@ -151,7 +157,20 @@ def load_judge(folder: str) -> ModuleType | None:
         sys.dont_write_bytecode = writes
     if not hasattr(judge, "score"):
         raise InputError(f"{path} defines no score(prompts, responses)")
+    gold_scores(judge, ["\n\nHuman: Hello.\n\nAssistant:"] * 2, ["Hello.", ""])
     return judge
+
+
+def gold_scores(judge: ModuleType, prompts: list[str], responses: list[str]) -> list[float]:
+    """judge.score, checked: one finite number for each response. Raises InputError where it fails."""
+    try:
+        scores = [float(score) for score in judge.score(prompts, responses)]
+    except Exception as error:
+        raise InputError(f"score() in {judge.__file__} failed: {type(error).__name__}: {error}") from error
+    if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
+        raise InputError(f"score() in {judge.__file__} must return one finite number for each of {len(responses)} "
+                         f"responses, got {len(scores)}: {str(scores)[:60]}")
+    return scores
 
 
 # ---- batches ----

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 from rlhf.common import make_generator
-from rlhf.data import Prompt, pad_rows
+from rlhf.data import Prompt, gold_scores, pad_rows
 from rlhf.model import GPT, PolicyWithValue, RewardModel
 from rlhf.rewards import kl_k1
 from rlhf.rollout import collect, has_ended
@@ -47,9 +47,9 @@ def answer(
                             "gold": None, "kl_ref": kl_ref[row].item(), "length": len(ids),
                             "ended": bool(ended[row])})
     if judge is not None:
-        golds = judge.score([a["prompt"] for a in answers], [a["response"] for a in answers])
+        golds = gold_scores(judge, [a["prompt"] for a in answers], [a["response"] for a in answers])
         for one, gold in zip(answers, golds):
-            one["gold"] = float(gold)
+            one["gold"] = gold
     return answers
 
 

@@ -15,8 +15,9 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 class Tokenizer:
     """encode, decode, and the two ids that are not text.
 
-    eos_id ends a response and is learned like any token. pad_id only fills the rectangle behind it: no mask is ever
-    made by looking for it, so it needs to be a valid id and different from eos_id, and nothing else.
+    eos_id ends a response and is learned like any token. pad_id only fills the rectangle behind a row of data: no mask
+    is ever made by looking for it, so it needs to be a valid id and different from eos_id, and nothing else. (The
+    sampler, which knows no tokenizer, fills with 0, which does as well.)
     """
 
     def __init__(self, encoding: tiktoken.Encoding, eos_id: int, pad_id: int):

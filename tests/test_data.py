@@ -121,6 +121,7 @@ def write(path: Path, text: str) -> Path:
         (b"Prompt\n\xff\xfe\x00bad\n", "is not a CSV file in UTF-8"),
         ('Prompt\n"never closed\n', "is not a CSV file"),
         ("Prompt\na\nb,c\n", "is not a CSV file"),
+        ("Prompt\na,b\nc,d\n", "more cells than the 1 columns"),
         ('Prompt\nfine\n"  "\n""\n', r"row 2: Prompt is empty \(2 such rows\)"),
     ],
 )
@@ -290,7 +291,13 @@ def test_judge_reads_the_last_question(bundled):
 
 
 def test_a_broken_judge_is_named(tmp_path):
-    for text, message in (("1/0", "ZeroDivisionError"), ("x = 1", "defines no score")):
+    for text, message in (
+        ("1/0", "ZeroDivisionError"),
+        ("x = 1", "defines no score"),
+        ("def score(prompts, responses): return [1.0]", "one finite number for each of 2 responses, got 1"),
+        ("def score(prompts, responses): return [float('nan')] * len(prompts)", "one finite number"),
+        ("def score(prompts, responses): return prompts[9]", "failed: IndexError"),
+    ):
         (tmp_path / "judge.py").write_text(text)
         with pytest.raises(InputError, match=message):
             load_judge(str(tmp_path))

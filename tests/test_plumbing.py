@@ -14,7 +14,9 @@ from rlhf.common import (
     InputError,
     Progress,
     autocast,
+    check_finite,
     check_tokenizer,
+    digests,
     load_checkpoint,
     load_resumable,
     make_generator,
@@ -46,6 +48,9 @@ class FakeTokenizer:
     fingerprint = "abc"
 
 
+INPUTS = {"demonstrations": "123"}
+
+
 # ---- flags ----
 
 
@@ -56,7 +61,8 @@ def test_flags_become_a_config():
 
 
 @pytest.mark.parametrize(
-    "argv", [["--stepz", "3"], ["--steps", "many"], ["--steps", "0"], ["--amp", "fp8"], ["--step", "3"]]
+    "argv",
+    [["--stepz", "3"], ["--steps", "many"], ["--steps", "0"], ["--amp", "fp8"], ["--step", "3"], ["--lr", "nan"]],
 )
 def test_impossible_flags_exit_with_status_2(argv, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -157,7 +163,7 @@ def saved(tmp_path):
     scaler = make_scaler(torch.device("cpu"), None)
     optimizer_step(gpt(torch.tensor([[1, 2]])).sum(), gpt, optimizer, scaler, 1.0)
     path = tmp_path / "sft.pt"
-    save_checkpoint(path, "sft", gpt, Config(), 7, FakeTokenizer, optimizer, scaler)
+    save_checkpoint(path, "sft", gpt, Config(), 7, FakeTokenizer, optimizer, scaler, INPUTS)
     return path, gpt, optimizer
 
 
@@ -206,15 +212,35 @@ def test_a_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
 
     monkeypatch.setattr(torch, "save", broken)
     with pytest.raises(OSError):
-        save_checkpoint(path, "sft", gpt, Config(), 8, FakeTokenizer, optimizer, make_scaler(torch.device("cpu"), None))
+        scaler = make_scaler(torch.device("cpu"), None)
+        save_checkpoint(path, "sft", gpt, Config(), 8, FakeTokenizer, optimizer, scaler, INPUTS)
     assert path.read_bytes() == before
 
 
 def test_resume_refuses_another_run(saved):
     path, *_ = saved
-    assert load_resumable(path, "sft", Config(resume=True), FakeTokenizer)["step"] == 7
+    assert load_resumable(path, "sft", Config(resume=True), FakeTokenizer, INPUTS)["step"] == 7
     with pytest.raises(InputError, match="trained with --lr 0.5, not 0.1"):
-        load_resumable(path, "sft", Config(lr=0.1), FakeTokenizer)
+        load_resumable(path, "sft", Config(lr=0.1), FakeTokenizer, INPUTS)
+    with pytest.raises(InputError, match="begun with another demonstrations file"):
+        load_resumable(path, "sft", Config(), FakeTokenizer, {"demonstrations": "456"})
+    with pytest.raises(InputError, match="nothing to go on from; drop --resume"):
+        load_resumable(path.with_name("other.pt"), "sft", Config(), FakeTokenizer, INPUTS)
+
+
+def test_digests_follow_the_contents(tmp_path):
+    """SHA-256 of the three bytes "abc", from FIPS 180-2, appendix B.1."""
+    (tmp_path / "x").write_bytes(b"abc")
+    assert digests(x=tmp_path / "x")["x"].startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_stop_a_run(value):
+    gpt = GPT(GPTConfig(11, 8, 1, 2, 8))
+    check_finite(gpt, 3)
+    gpt.wte.weight.data[2, 1] = value
+    with pytest.raises(InputError, match="after step 3: the run has diverged"):
+        check_finite(gpt, 3)
 
 
 # ---- progress ----
@@ -222,14 +248,15 @@ def test_resume_refuses_another_run(saved):
 
 def test_progress_writes_what_it_prints_and_resumes(tmp_path, capsys):
     path = tmp_path / "x.csv"
-    first = Progress(path, steps=4, start=0)
+    first = Progress(path, steps=4, start=0, csv_only=("lr",))
     for step in (1, 2, 3):
         first.tokens += 100
-        first.log(step, loss=step / 8, valid=None)
-    line = capsys.readouterr().out.splitlines()[0]
-    assert line.startswith("step    1/4 | loss 0.125 |") and "tok/s" in line and "left" in line
+        first.log(step, loss=step / 8, valid=None, lr=0.5)
+    header, line, *_ = capsys.readouterr().out.splitlines()
+    assert [name.strip() for name in header.split("|")] == ["step", "loss", "valid", "tokens/s", "left"]
+    assert [cell.strip() for cell in line.split("|")][:3] == ["1/4", "0.125", ""] and len(line) == len(header)
     again = Progress(path, steps=4, start=2)  # the checkpoint was of step 2: row 3 will be made again
-    again.log(3, loss=9.0, valid=1.0)
+    again.log(3, loss=9.0, valid=1.0, lr=0.5)
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     got = [(row["step"], row["loss"], row["valid"]) for row in rows]

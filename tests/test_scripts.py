@@ -92,7 +92,8 @@ def test_scores_are_centred_on_the_demonstrations(trained):
     demonstrations = load_demonstrations(str(data), tokenizer, 80)
     with torch.no_grad():
         scores = model(*pad_rows([row.tokens for row in demonstrations], tokenizer.pad_id, torch.device("cpu")))
-    assert scores.mean().item() == pytest.approx(0, abs=1e-3) and scores.std().item() == pytest.approx(1, abs=1e-3)
+    assert scores.mean().item() == pytest.approx(0, abs=1e-3)
+    assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -158,6 +159,9 @@ def test_scripts_say_what_to_run_first(trained, tmp_path):
         ("ppo", ["--max-new-tokens", "70"], "there is room for 10"),
         ("ppo", ["--minibatch-size", "3"], "must be a multiple"),
         ("ppo", ["--gamma", "1.5"], "between 0 and 1"),
+        ("ppo", ["--kl-coef", "nan"], "invalid number value"),
+        ("ppo", ["--missing-eos-score", "inf"], "must be finite"),
+        ("sft", ["--weight-decay", "-1"], "must be 0 or more"),
         ("ppo", ["--device", "quantum"], "invalid choice"),
     ],
 )
@@ -170,6 +174,14 @@ def test_bad_input_is_one_line_and_status_2(trained, name, flags, message):
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if "error:" in line]) == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_run_that_diverges_says_so(trained, tmp_path):
+    data, out, _ = trained
+    done = script("ppo", "--data", data, "--out", tmp_path, "--sft", out / "sft.pt", "--reward", out / "reward.pt",
+                  "--lr", "1e30", "--warmup", "0", ok=False)
+    assert done.returncode == 2 and "the run has diverged" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "ppo.pt").exists()
 
 
 def test_a_folder_that_cannot_be_written(trained, tmp_path):
