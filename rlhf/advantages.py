@@ -22,7 +22,6 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     Returns: advantages and returns, (B, T-1), 0 where the mask is False; not whitened.
     """
     check_same_shape(rewards=rewards, values=values, mask=mask)
-    rewards = torch.where(mask, rewards, 0.0)
     values = torch.where(mask, values, 0.0)  # so that the V after the last action is 0, never read from a pad
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)

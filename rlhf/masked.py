@@ -54,7 +54,7 @@ def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
 def action_logprobs(logits: Tensor, mask: Tensor) -> Tensor:
     """log softmax of the logits that choose an action: logits (B, T, V), mask (B, T-1) -> (True slots, V).
 
-    This is the shift of the project: slot t reads column t, and the last column of logits has no action.
+    This is the shift of the project: slot t reads column t of logits, and the last column has no action.
 
     The softmax is taken in float32 at least, whatever autocast made of the logits: in bfloat16 a log-probability of
     -8 is known to 0.03, which is as large as the changes that PPO's ratio has to measure. (What the logits themselves
@@ -64,7 +64,7 @@ def action_logprobs(logits: Tensor, mask: Tensor) -> Tensor:
         raise ValueError(f"expected logits (B, T, V) and mask (B, T-1), got {tuple(logits.shape)} and "
                          f"{tuple(mask.shape)}")
     check_same_shape(mask=mask)
-    logits = logits[:, :-1][mask]  # (slots, V)
+    logits = logits[:, :-1][mask]  # (True slots, V)
     return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
 

@@ -1,6 +1,6 @@
 """Break the maths on purpose and see red.
 
-    python tests/mutants.py            # about ten minutes; not collected by pytest
+    python tests/mutants.py            # Linux or macOS; not collected by pytest
 
 Two lists. By hand: the mistakes that RLHF code is known for, each a replacement of one piece of text by another. By
 machine: every comparison, operator and number in the four maths files, changed one at a time. A mutant that no test
@@ -9,11 +9,15 @@ and the reason for each survivor of the second.
 """
 
 import ast
+import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 from pathlib import Path
+
+import pytest
+import torch  # noqa: F401  (so that no child has to import it)
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("masked", "losses", "rewards", "advantages")
@@ -24,7 +28,8 @@ HAND = [
     ("masked", "whiten variance over pads", "var = masked_mean((x - mean) ** 2, mask)", "var = ((x - mean) ** 2).mean()"),
     ("masked", "mean ignores the mask", "torch.where(mask, x, 0.0).sum() / mask.sum()", "x.mean()"),
     ("masked", "mean multiplies by the mask", "torch.where(mask, x, 0.0).sum()", "(x * mask).sum()"),
-    ("masked", "log-probability without the shift", "logits[:, :-1], tokens[:, 1:]", "logits[:, :-1], tokens[:, :-1]"),
+    ("masked", "log-probability without the shift", "actions = tokens[:, 1:]", "actions = tokens[:, :-1]"),
+    ("masked", "logits shifted the other way", "logits[:, :-1][mask]", "logits[:, 1:][mask]"),
     ("rewards", "KL sign flipped", "-kl_coef * kl_k1", "kl_coef * kl_k1"),
     ("rewards", "KL not masked", "torch.where(mask, -kl_coef * kl_k1(logprobs, ref_logprobs), 0.0)", "-kl_coef * kl_k1(logprobs, ref_logprobs)"),
     ("rewards", "score in the last column", ".amax(dim=1, keepdim=True)", ".amax(dim=1, keepdim=True) * 0 + mask.size(1) - 1"),
@@ -77,17 +82,22 @@ def machine_mutants(source: str):
 
 
 def killed(copy: Path, name: str, source: str) -> bool:
+    """Do the tests of a file fail on this source? A forked child runs them, so that torch is imported once for all.
+    A child that hangs is killed by its alarm, which counts."""
     path = copy / "rlhf" / f"{name}.py"
     original = path.read_text()
     path.write_text(source)
-    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:doctest", "-o", "addopts=",
-               *TESTS[name]]
-    try:
-        return subprocess.run(command, cwd=copy, capture_output=True, timeout=120).returncode != 0
-    except subprocess.TimeoutExpired:
-        return True
-    finally:
-        path.write_text(original)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(120)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:doctest", "-o", "addopts=",
+                              *TESTS[name]]))
+    status = os.waitpid(child, 0)[1]
+    path.write_text(original)
+    return status != 0
 
 
 def main() -> None:
@@ -95,6 +105,9 @@ def main() -> None:
         copy = Path(folder)
         for name in ("rlhf", "tests"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        os.chdir(copy)
+        sys.path.insert(0, str(copy))
+        sys.dont_write_bytecode = True
         for name in FILES:
             assert not killed(copy, name, (copy / "rlhf" / f"{name}.py").read_text()), f"{name}: red without a mutant"
         mutants = []

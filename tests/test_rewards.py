@@ -44,12 +44,12 @@ def test_k3_of_a_small_difference_keeps_its_digits():
 @pytest.mark.parametrize("poison", POISON)
 def test_shape_rewards_by_hand(poison):
     """Score 1, log-ratios 1/2 -1/4 1/4 and a pad, kl_coef 1/5: -1/10, 1/20, -1/20 + 1; the pad gets 0. Second row: its
-    prompt's slot gets 0 and its only action -1/5 * 1 - 2."""
-    log_ratios = f64([0.5, -0.25, 0.25, poison], [poison, 1, poison, poison])
-    mask = torch.tensor([[True, True, True, False], [False, True, False, False]])
-    rewards = shape_rewards(f64(1, -2), log_ratios, torch.zeros_like(log_ratios), mask, kl_coef=0.2)
-    assert_close(rewards, f64([-0.1, 0.05, 0.95, 0], [0, -2.2, 0, 0]))
-    ref_side = shape_rewards(f64(1, -2), torch.zeros_like(log_ratios), -log_ratios, mask, kl_coef=0.2)
+    prompt's slot gets 0 and its only action -1/5 * 1 - 2. Third row: its only action is in slot 0, -1/5 * 2 + 3."""
+    log_ratios = f64([0.5, -0.25, 0.25, poison], [poison, 1, poison, poison], [2, poison, poison, poison])
+    mask = torch.tensor([[True, True, True, False], [False, True, False, False], [True, False, False, False]])
+    rewards = shape_rewards(f64(1, -2, 3), log_ratios, torch.zeros_like(log_ratios), mask, kl_coef=0.2)
+    assert_close(rewards, f64([-0.1, 0.05, 0.95, 0], [0, -2.2, 0, 0], [2.6, 0, 0, 0]))
+    ref_side = shape_rewards(f64(1, -2, 3), torch.zeros_like(log_ratios), -log_ratios, mask, kl_coef=0.2)
     assert_close(ref_side, rewards)
 
 
