@@ -22,6 +22,17 @@ class Rollout(NamedTuple):
     scores: Tensor  # (B,) the reward model's
 
 
+def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One token from softmax(logits) for each row: (B, V) -> (B,).
+
+    Lay the probabilities end to end: a uniform number falls into a token's stretch as often as the token is likely.
+    (torch.multinomial draws V random numbers where this draws one.)
+    """
+    ends = torch.softmax(logits.double(), dim=1).cumsum(dim=1)  # (B, V): where each token's stretch ends
+    at = torch.rand(len(logits), 1, generator=generator, dtype=ends.dtype, device=ends.device) * ends[:, -1:]  # (B, 1)
+    return torch.searchsorted(ends, at, right=True).squeeze(1).clamp(max=logits.size(1) - 1)
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -63,7 +74,7 @@ def generate(
         else:
             output = model(tokens[:, cache.length : t], cache)  # the prompts' common part, then a column a time
         logits = (output[0] if isinstance(output, tuple) else output)[:, -1]  # (B, V), of column t
-        sampled = torch.multinomial(torch.softmax(logits.float(), dim=-1), 1, generator=generator).squeeze(1)
+        sampled = sample(logits, generator)  # (B,)
         writing = (t >= prompt_lens) & ~done  # (B,): past its prompt, not at its end
         tokens[:, t] = torch.where(writing, sampled, tokens[:, t])
         lengths = torch.where(writing, t + 1, lengths)
@@ -77,6 +88,19 @@ def generate(
 def has_ended(tokens: Tensor, mask: Tensor, eos_id: int) -> Tensor:
     """(B, T), (B, T-1) -> (B,) bool: did the policy say end-of-text, or was it cut off?"""
     return (mask & (tokens[:, 1:] == eos_id)).any(dim=1)
+
+
+@torch.no_grad()
+def score_responses(
+    reward_model: RewardModel, tokens: Tensor, mask: Tensor, prompt_lens: Tensor, eos_id: int, missing_eos_score: float
+) -> Tensor:
+    """tokens (B, T), mask (B, T-1), prompt_lens (B,) -> scores (B,).
+
+    A response without end-of-text is no answer: its score is *replaced* by the fixed missing_eos_score, whatever the
+    reward model thinks of the fragment (Ziegler et al. 2019).
+    """
+    scores = reward_model(tokens, prompt_lens + mask.sum(dim=1))  # (B,)
+    return torch.where(has_ended(tokens, mask, eos_id), scores, missing_eos_score)
 
 
 @torch.no_grad()
@@ -98,21 +122,17 @@ def collect(
     Old and reference log-probabilities come from a forward pass over the finished sequences, in the same mode as the
     update will make, and not from sampling: the two agree on paper but not to the last bit, and the ratio of the
     first update must be 1. The pass goes in chunks of rows, so that logits (rows, T, V) fit in memory.
-
-    A response without end-of-text is no answer: its score is *replaced* by the fixed missing_eos_score, whatever the
-    reward model thinks of the fragment (Ziegler et al. 2019).
     """
     with autocast(prompts.device, amp):
         tokens, mask = generate(policy.gpt, prompts, prompt_lens, max_new_tokens, eos_id, generator)
-    lengths = prompt_lens + mask.sum(dim=1)  # (B,)
     parts = []
     for rows in torch.arange(len(tokens), device=tokens.device).split(chunk_size):
         with autocast(prompts.device, amp):
             logits, values = policy(tokens[rows])  # (rows, T, V), (rows, T)
             ref_logits = reference(tokens[rows])
-            scores = reward_model(tokens[rows], lengths[rows])
+            scores = score_responses(
+                reward_model, tokens[rows], mask[rows], prompt_lens[rows], eos_id, missing_eos_score)
         logprobs, ref_logprobs = (token_logprobs(x, tokens[rows], mask[rows]) for x in (logits, ref_logits))
         parts.append((logprobs, ref_logprobs, values[:, :-1], scores))
     logprobs, ref_logprobs, values, scores = (torch.cat(part) for part in zip(*parts))
-    scores = torch.where(has_ended(tokens, mask, eos_id), scores, missing_eos_score)
     return Rollout(tokens, mask, logprobs, ref_logprobs, values, scores)

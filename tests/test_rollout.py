@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from rlhf.masked import token_logprobs
-from rlhf.rollout import collect, generate, has_ended
+from rlhf.rollout import collect, generate, has_ended, sample
 
 EOS = 9
 
@@ -47,6 +47,15 @@ def test_end_of_text_in_the_prompt_or_as_last_allowed_token():
     tokens, mask = generate(PlusOne(), torch.tensor([[9, 1], [0, 7]]), torch.tensor([2, 2]), 2, EOS)
     assert tokens.tolist() == [[9, 1, 2, 3], [0, 7, 8, 9]]
     assert has_ended(tokens, mask, EOS).tolist() == [False, True]
+
+
+def test_sample_by_hand():
+    """p = 1/2, 0, 1/4, 1/4: a uniform number below 1/2 means token 0, below 3/4 token 2, above that token 3; the
+    impossible token 1 never comes, nor does an impossible last token."""
+    logits = torch.log(torch.tensor([0.5, 0, 0.25, 0.25, 0])).expand(4000, 5)
+    got = sample(logits, torch.Generator().manual_seed(5))
+    u = torch.rand(4000, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    assert torch.equal(got, torch.where(u < 0.5, 0, torch.where(u < 0.75, 2, 3)))
 
 
 def test_frequencies_are_the_models_probabilities(gpt):
