@@ -41,7 +41,15 @@ from rlhf.common import (
     write_csv,
 )
 from rlhf.data import batch_indices, csv_path, find_tokenizer, load_judge, load_prompts, pad_rows
-from rlhf.evaluate import answer, print_pairs, print_table, sample_rows, summarise
+from rlhf.evaluate import (
+    add_optimum,
+    answer,
+    print_pairs,
+    print_table,
+    reference_samples,
+    sample_rows,
+    summarise,
+)
 from rlhf.losses import entropy, policy_loss, value_loss
 from rlhf.masked import masked_mean, masked_whiten, token_logprobs
 from rlhf.model import GPT, GPTConfig, PolicyWithValue, RewardModel
@@ -82,6 +90,8 @@ class PPOConfig:
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
     # run
     eval_prompts: int = arg(500, "held-out prompts of the closing evaluation")
+    optimum_prompts: int = arg(64, "of these, how many the best possible policy is estimated on")
+    optimum_samples: int = arg(256, "reference samples for each of them")
     device: str = arg("auto", "where to run; auto takes a GPU where there is one", ("auto", "cpu", "cuda"))
     amp: str = arg("off", "mixed precision; auto is bf16 on a GPU that has it", ("auto", "off", "bf16", "fp16"))
     seed: int = arg(0, "of the order of the prompts, the samples and the minibatches")
@@ -90,11 +100,13 @@ class PPOConfig:
 
     def __post_init__(self):
         check_positive(self, "max_new_tokens", "batch_size", "minibatch_size", "inner_epochs", "clip_eps", "steps",
-                       "lr", "max_grad_norm", "eval_prompts", "eval_every")
+                       "lr", "max_grad_norm", "eval_prompts", "optimum_prompts", "eval_every")
         check_not_negative(self, "kl_coef", "value_coef", "entropy_coef", "warmup")
         if self.batch_size % self.minibatch_size:
             raise ValueError(f"--batch-size ({self.batch_size}) must be a multiple of --minibatch-size "
                              f"({self.minibatch_size})")
+        if self.optimum_samples < 4:
+            raise ValueError(f"--optimum-samples is {self.optimum_samples}: an estimate needs at least 4")
         if not self.value_clip_eps > 0:
             raise ValueError("--value-clip-eps must be above 0; inf does not clip")
         if math.isinf(self.missing_eos_score):
@@ -253,8 +265,14 @@ def main(cfg: PPOConfig) -> None:
     print(f"\nheld out: {len(heldout)} prompts, one sampled response each")
     before, after = (answer(gpt, *models, heldout, tokenizer, cfg.max_new_tokens, judge, seed=cfg.seed, **scoring)
                      for gpt in (reference, policy.gpt))
-    table = [summarise("sft", before, before), summarise("ppo", after, before)]
+    table = [summarise(name, answers, before, cfg.kl_coef) for name, answers in (("sft", before), ("ppo", after))]
+    few = heldout[: cfg.optimum_prompts]
+    ours = answer(policy.gpt, *models, few * 8, tokenizer, cfg.max_new_tokens, judge, seed=cfg.seed + 1, **scoring)
+    scores, golds = reference_samples(*models, few, cfg.optimum_samples, tokenizer, cfg.max_new_tokens, judge,
+                                      cfg.missing_eos_score, amp, cfg.seed)
+    trust = add_optimum(table, ours, scores, golds, cfg.kl_coef)
     print_table(table)
+    print(trust)
     print_pairs(before, after, 3)
     write_csv(Path(cfg.out) / "evaluation.csv", table)
     write_csv(Path(cfg.out) / "ppo_samples.csv", sample_rows(before, after))

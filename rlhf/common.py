@@ -190,7 +190,7 @@ class Progress:
             print(" | ".join(name.rjust(9) for name in cells))
         print(" | ".join(cell.rjust(max(9, len(name))) for name, cell in cells.items()), flush=True)
         self.lines += 1
-        self.rows.append({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()})
+        self.rows.append(row)
         write_csv(self.path, self.rows)
 
 
@@ -200,5 +200,5 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows([{name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()} for row in rows])
     os.replace(temporary, path)

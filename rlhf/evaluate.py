@@ -7,13 +7,21 @@ judge, which no training stage has seen, is the honest column; where there is no
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from rlhf.common import make_generator
+from rlhf.common import autocast, make_generator
 from rlhf.data import Prompt, gold_scores, pad_rows
 from rlhf.model import GPT, PolicyWithValue, RewardModel
+from rlhf.optimum import best_of_n, best_of_n_kl, matching_n, optimum
 from rlhf.rewards import kl_k1
-from rlhf.rollout import collect, has_ended
+from rlhf.rollout import collect, generate, has_ended, score_responses
 from rlhf.tokenizer import Tokenizer
+
+
+def decode_responses(tokenizer: Tokenizer, tokens: Tensor, mask: Tensor) -> list[str]:
+    """tokens (B, T), mask (B, T-1) -> the text of each response, without end-of-text."""
+    rows = [row[1:][row_mask].tolist() for row, row_mask in zip(tokens.cpu(), mask.cpu())]
+    return [tokenizer.decode([i for i in row if i != tokenizer.eos_id]).strip() for row in rows]
 
 
 def answer(
@@ -40,11 +48,10 @@ def answer(
                           amp=amp, generator=make_generator(device, seed, "evaluate", at), **scoring)
         kl_ref = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1)  # (B,): slots off the mask hold 0
         ended = has_ended(rollout.tokens, rollout.mask, tokenizer.eos_id)
+        texts = decode_responses(tokenizer, rollout.tokens, rollout.mask)
         for row, prompt in enumerate(chunk):
-            ids = rollout.tokens[row, 1:][rollout.mask[row]].tolist()
-            text = tokenizer.decode([i for i in ids if i != tokenizer.eos_id]).strip()
-            answers.append({"prompt": prompt.text, "response": text, "score": rollout.scores[row].item(),
-                            "gold": None, "kl_ref": kl_ref[row].item(), "length": len(ids),
+            answers.append({"prompt": prompt.text, "response": texts[row], "score": rollout.scores[row].item(),
+                            "gold": None, "kl_ref": kl_ref[row].item(), "length": int(rollout.mask[row].sum()),
                             "ended": bool(ended[row])})
     if judge is not None:
         golds = gold_scores(judge, [a["prompt"] for a in answers], [a["response"] for a in answers])
@@ -53,25 +60,91 @@ def answer(
     return answers
 
 
-def summarise(name: str, answers: list[dict], baseline: list[dict]) -> dict:
-    """One row of evaluation.csv: means over the prompts, and wins over the baseline, where a tie counts half."""
-    def mean(values):
-        values = list(values)
-        return sum(values) / len(values)
+def reference_samples(
+    reference: GPT,
+    reward_model: RewardModel,
+    prompts: list[Prompt],
+    samples: int,
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    judge: ModuleType | None = None,
+    missing_eos_score: float = -3.0,
+    amp: torch.dtype | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """Scores (P, N) of N = samples responses of the reference to each of P prompts, and their gold (None without a
+    judge): what rlhf/optimum.py needs."""
+    device = next(reference.parameters()).device
+    scores, golds = [], []
+    for at, prompt in enumerate(prompts):
+        tokens, prompt_lens = pad_rows([prompt.tokens] * samples, tokenizer.pad_id, device)
+        with autocast(device, amp):
+            tokens, mask = generate(reference, tokens, prompt_lens, max_new_tokens, tokenizer.eos_id,
+                                    make_generator(device, seed, "reference samples", at))
+            scores.append(score_responses(reward_model, tokens, mask, prompt_lens, tokenizer.eos_id, missing_eos_score))
+        if judge is not None:
+            golds.append(gold_scores(judge, [prompt.text] * samples, decode_responses(tokenizer, tokens, mask)))
+    return torch.stack(scores).double().cpu(), torch.tensor(golds, dtype=torch.float64) if golds else None
 
+
+def mean(answers: list[dict], name: str) -> float | None:
+    """Mean of a column; None where it has no numbers."""
+    return None if answers[0][name] is None else sum(float(one[name]) for one in answers) / len(answers)
+
+
+def summarise(name: str, answers: list[dict], baseline: list[dict], kl_coef: float) -> dict:
+    """One row of evaluation.csv: means over the prompts, and wins over the baseline, where a tie counts half."""
     yardstick = "score" if answers[0]["gold"] is None else "gold"
     wins = [(ours[yardstick] > theirs[yardstick]) + 0.5 * (ours[yardstick] == theirs[yardstick])
             for ours, theirs in zip(answers, baseline)]
+    score, kl_ref = mean(answers, "score"), mean(answers, "kl_ref")
     return {
         "policy": name,
-        "score": round(mean(a["score"] for a in answers), 4),
-        "gold": "" if answers[0]["gold"] is None else round(mean(a["gold"] for a in answers), 4),
-        "kl_ref": round(mean(a["kl_ref"] for a in answers), 4),
-        "length": round(mean(a["length"] for a in answers), 2),
-        "eos_rate": round(mean(a["ended"] for a in answers), 4),
-        "win_rate_vs_sft": round(mean(wins), 4),
+        "score": score,
+        "gold": mean(answers, "gold"),
+        "kl_ref": kl_ref,
+        "objective": score - kl_coef * kl_ref,
+        "length": mean(answers, "length"),
+        "eos_rate": mean(answers, "ended"),
+        "win_rate_vs_sft": sum(wins) / len(wins),
         "prompts": len(answers),
     }
+
+
+def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tensor | None, kl_coef: float) -> str:
+    """Append the rows best_of_n and optimum to the table [sft, ..., ppo], and to every row its optimality
+
+        (J - J_sft) / (J* - J_sft),    J = score - kl_coef * kl_ref
+
+    0 for the reference, 1 for the best policy that this objective has. The two rows come from fewer prompts than the
+    others, and prompts differ more than policies do. So each is PPO's row plus what it is better than PPO by on the
+    prompts that both have answered.
+
+    Args: ours: PPO's answers to the P prompts, any number of times each; scores, golds (P, N) of reference_samples.
+    Returns: a line on how far the estimate can be trusted.
+    """
+    ppo, n = table[-1], matching_n(mean(ours, "kl_ref"), scores.size(1) // 2)
+    best = optimum(scores, kl_coef)
+    rows = {
+        "best_of_n": {"score": best_of_n(scores, scores, n), "kl_ref": torch.tensor(best_of_n_kl(n)),
+                      "gold": None if golds is None else best_of_n(scores, golds, n)},
+        "optimum": {"score": best["score"], "kl_ref": best["kl_ref"],
+                    "gold": None if golds is None else (best["weights"] * golds).sum(dim=1)},
+    }
+    for name, row in rows.items():
+        shifted = {column: None if row[column] is None else
+                   ppo[column] + row[column].mean().item() - mean(ours, column) for column in row}
+        table.append({**dict.fromkeys(ppo), "policy": name, **shifted, "prompts": len(scores),
+                      "objective": shifted["score"] - kl_coef * shifted["kl_ref"]})
+    start, end = table[0]["objective"], table[-1]["objective"]
+    for row in table:
+        row["optimality"] = (row["objective"] - start) / (end - start) if end > start else None
+    ess, bias = best["ess"], (kl_coef * (1 / best["ess"] - 1 / scores.size(1)) / 2).mean().item() / (end - start)
+    return (f"best_of_n: n = {n}, whose KL is nearest to PPO's; "
+            f"optimum: from {scores.size(1)} reference samples for each of {len(scores)} prompts; effective sample size\n"
+            f"{ess.mean():.1f} on average, {ess.min():.1f} at least; optimality is too high by about {bias:.1%} for it"
+            + ("\nwarning: that is too few samples to trust; more --optimum-samples, or a larger --kl-coef"
+               if not bias < 0.05 else ""))
 
 
 def sample_rows(before: list[dict], after: list[dict]) -> list[dict]:
@@ -81,8 +154,13 @@ def sample_rows(before: list[dict], after: list[dict]) -> list[dict]:
              "gold_before": a["gold"], "gold_after": b["gold"]} for a, b in zip(before, after)]
 
 
+def shown(value) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 def print_table(rows: list[dict]) -> None:
     """The rows of evaluation.csv, aligned."""
+    rows = [{name: shown(value) for name, value in row.items()} for row in rows]
     widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in rows[0]}
     print(" | ".join(name.rjust(width) for name, width in widths.items()))
     for row in rows:

@@ -14,7 +14,8 @@ from tests.conftest import ROOT
 TINY = {
     "sft": "--n-layer 2 --n-head 2 --n-embd 16 --steps 8 --eval-every 4 --log-every 1 --batch-size 8",
     "reward": "--steps 6 --batch-size 8 --eval-every 3 --log-every 1",
-    "ppo": "--steps 4 --batch-size 8 --minibatch-size 4 --max-new-tokens 8 --eval-every 2 --eval-prompts 10",
+    "ppo": "--steps 4 --batch-size 8 --minibatch-size 4 --max-new-tokens 8 --eval-every 2 --eval-prompts 10 "
+           "--optimum-prompts 3 --optimum-samples 16",
 }
 
 
@@ -58,7 +59,11 @@ def test_files_of_the_three_stages(trained):
         "sft.csv", "sft.pt"]
     assert [len(rows(out / f"{name}.csv")) for name in TINY] == [8, 6, 4]
     table = rows(out / "evaluation.csv")
-    assert [row["policy"] for row in table] == ["sft", "ppo"]
+    assert [row["policy"] for row in table] == ["sft", "ppo", "best_of_n", "optimum"] and "optimality" in table[0]
+    kl_coef = torch.load(out / "ppo.pt", weights_only=True)["config"]["kl_coef"]
+    for row in table:
+        objective = float(row["score"]) - kl_coef * float(row["kl_ref"])
+        assert float(row["objective"]) == pytest.approx(objective, abs=1e-4)
     assert {"score", "gold", "kl_ref", "length", "eos_rate", "win_rate_vs_sft"} <= set(table[0])
     assert float(table[0]["kl_ref"]) == 0 and float(table[0]["win_rate_vs_sft"]) == 0.5
     evaluation = rows(out / "reward_evaluation.csv")[0]

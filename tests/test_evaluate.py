@@ -1,0 +1,74 @@
+"""The closing table: means, wins, and the rows of the best possible policy."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf.evaluate import add_optimum, reference_samples, summarise
+from rlhf.data import Prompt
+from rlhf.optimum import best_of_n_kl
+
+
+def one(score, kl_ref, gold=None, ended=True):
+    return {"prompt": "p", "response": "r", "score": score, "gold": gold, "kl_ref": kl_ref, "length": 4, "ended": ended}
+
+
+def test_summarise_by_hand():
+    """Scores 1 and 3, KL 1 and 2 at kl_coef 1/2: J = 2 - 3/4. Gold 5 and 0 against 5 and 1: a tie and a loss, 1/4."""
+    row = summarise("x", [one(1, 1, 5.0), one(3, 2, 0.0, ended=False)], [one(9, 0, 5.0), one(9, 0, 1.0)], 0.5)
+    assert row == {"policy": "x", "score": 2, "gold": 2.5, "kl_ref": 1.5, "objective": 1.25, "length": 4,
+                   "eos_rate": 0.5, "win_rate_vs_sft": 0.25, "prompts": 2}
+    assert summarise("x", [one(9, 0)], [one(1, 0)], 0.5)["win_rate_vs_sft"] == 1  # without a judge, by score
+
+
+def test_add_optimum_by_hand():
+    """One prompt, scores 2 ln 3, 0, 0, 0 and kl_coef 2, as in test_optimum_by_hand: score ln 3, KL ln 2 - 1/2 ln 3,
+    J* = 2 ln(3/2); gold 4 0 0 0 becomes 4 * 1/2. On that prompt PPO has score 1, KL 0.09 and gold 1, in the table score
+    1.5, KL 0.2 and gold 3, so each figure moves by 0.5, 0.11 and 2. best_of_n: KL 0.09 is nearest to n = 1 (0) and not to
+    n = 2 (0.193), and best of one has the mean score, ln 3 / 2, and the mean gold, 1."""
+    ln2, ln3 = math.log(2), math.log(3)
+    scores, golds = torch.tensor([[2 * ln3, 0, 0, 0]], dtype=torch.float64), torch.tensor([[4.0, 0, 0, 0]])
+    table = [summarise("sft", [one(0.25, 0, 0.0)], [one(0, 0, 0.0)], 2.0),
+             summarise("ppo", [one(1.5, 0.2, 3.0)], [one(0, 0, 0.0)], 2.0)]
+    text = add_optimum(table, [one(1, 0.08, 1.0), one(1, 0.1, 1.0)], scores, golds.double(), 2.0)
+    sft, ppo, best, optimal = table
+    assert best["policy"] == "best_of_n" and "n = 1," in text
+    assert best["score"] == pytest.approx(ln3 / 2 + 0.5) and best["kl_ref"] == pytest.approx(best_of_n_kl(1) + 0.11)
+    assert best["gold"] == pytest.approx(3)
+    assert optimal["score"] == pytest.approx(ln3 + 0.5) and optimal["kl_ref"] == pytest.approx(ln2 - ln3 / 2 + 0.11)
+    assert optimal["gold"] == pytest.approx(4)
+    assert optimal["objective"] == pytest.approx(2 * math.log(1.5) + 0.5 - 0.22)
+    assert sft["optimality"] == 0 and optimal["optimality"] == 1
+    assert ppo["optimality"] == pytest.approx((1.1 - 0.25) / (2 * math.log(1.5) + 0.03))
+    # ess 3 of N = 4: 2 * (1/3 - 1/4) / 2 = 1/12 of a gain of 0.841
+    assert "effective sample size\n3.0 on average, 3.0 at least" in text and f"{1 / 12 / 0.84093:.1%}" in text
+    assert "warning" in text
+
+
+def test_reference_samples_are_the_references(gpt, reward_model):
+    """Means over many samples are near those of an exact sum: responses of one token, so 11 of them."""
+
+    class Tokens:
+        pad_id, eos_id = 0, 10
+
+        @staticmethod
+        def decode(ids):
+            return "".join(map(str, ids))
+
+    class Judge:
+        __file__ = "judge.py"
+
+        @staticmethod
+        def score(prompts, responses):
+            return [len(response) for response in responses]
+
+    prompt = Prompt("1 2", [1, 2])
+    scores, golds = reference_samples(gpt, reward_model, [prompt], 4000, Tokens, 1, Judge, missing_eos_score=-7.0)
+    with torch.no_grad():
+        p = torch.softmax(gpt(torch.tensor([[1, 2]]))[0, -1], dim=0)
+        ended = reward_model(torch.tensor([[1, 2, 10]]), torch.tensor([3])).item()
+    exact = p[10].item() * ended + (1 - p[10].item()) * -7
+    assert scores.shape == golds.shape == (1, 4000)
+    assert scores.mean().item() == pytest.approx(exact, abs=4 * scores.std().item() / 4000**0.5)
+    assert set(golds[0].tolist()) == {0.0, 1.0} and ((golds[0] == 0) == (scores[0] > -7)).all()
