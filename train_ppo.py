@@ -13,11 +13,12 @@ judge instead of better answers.
 
 Kept: log-probabilities re-computed in the mode of the update, the k1 penalty inside the reward, the score on the last
 action, V = 0 after it, advantages whitened once a rollout, both clips, a fixed score for answers that never end.
-Left out: whitening of rewards, adaptive kl_coef, a mix of pretraining text, dropout, several sampling temperatures.
+Left out: whitening of rewards, dropout, top-k and top-p (the policy that samples must be the policy that is trained).
 """
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -54,7 +55,8 @@ from rlhf.losses import entropy, policy_loss, value_loss
 from rlhf.masked import masked_mean, masked_whiten, token_logprobs
 from rlhf.model import GPT, GPTConfig, PolicyWithValue, RewardModel
 from rlhf.optim import linear_schedule, make_optimizer, optimizer_step, set_lr
-from rlhf.rewards import kl_k1, kl_k3, shape_rewards
+from rlhf.ptx import PretrainingMix
+from rlhf.rewards import adapt_kl_coef, kl_k1, kl_k3, shape_rewards
 from rlhf.rollout import Rollout, collect, has_ended
 
 
@@ -70,17 +72,24 @@ class PPOConfig:
     # reward
     max_new_tokens: int = arg(40, "longest response in tokens, end-of-text included")
     missing_eos_score: float = arg(-3.0, "replaces the score of a response without end-of-text")
+    temperature: float = arg(1.0, "divides the logits of policy and reference, in sampling and training alike")
     kl_coef: float = arg(0.1, "price of a nat of KL to the reference, in units of score")
+    kl_target: float = arg(0.0, "adapt kl_coef, from the one given, towards this many nats per response; 0: keep it")
+    kl_horizon: float = arg(10_000, "episodes in which the adaptation takes effect")
     # PPO
     batch_size: int = arg(128, "rollouts a step")
     minibatch_size: int = arg(32, "rollouts a gradient step")
+    micro_batch_size: int = arg(0, "of these, how many at once; the same gradient in less memory; 0: all")
     inner_epochs: int = arg(2, "passes over each batch of rollouts")
+    max_kl_old: float = arg(math.inf, "no further pass over a batch once the policy is this many nats per token from "
+                            "the one that made it")
     gamma: float = arg(1.0, "discount")
     lam: float = arg(0.95, "GAE's lambda")
     clip_eps: float = arg(0.2, "the ratio earns nothing beyond 1 - eps and 1 + eps")
     value_clip_eps: float = arg(math.inf, "how far the value may move in an update; inf: freely")
     value_coef: float = arg(0.5, "weight of the value loss")
     entropy_coef: float = arg(0.0, "weight of the entropy bonus")
+    ptx_coef: float = arg(0.0, "weight of the imitation of demonstrations, InstructGPT's gamma")
     value_network: str = arg("shared", "shared: a head on the policy; reward: a network of its own, started from "
                              "the reward model", ("shared", "reward"))
     # optimisation
@@ -100,56 +109,74 @@ class PPOConfig:
 
     def __post_init__(self):
         check_positive(self, "max_new_tokens", "batch_size", "minibatch_size", "inner_epochs", "clip_eps", "steps",
-                       "lr", "max_grad_norm", "eval_prompts", "optimum_prompts", "eval_every")
-        check_not_negative(self, "kl_coef", "value_coef", "entropy_coef", "warmup")
+                       "temperature", "kl_horizon", "lr", "max_grad_norm", "eval_prompts", "optimum_prompts",
+                       "eval_every")
+        check_not_negative(self, "kl_coef", "kl_target", "value_coef", "entropy_coef", "ptx_coef", "micro_batch_size",
+                           "warmup")
         if self.batch_size % self.minibatch_size:
             raise ValueError(f"--batch-size ({self.batch_size}) must be a multiple of --minibatch-size "
                              f"({self.minibatch_size})")
         if self.optimum_samples < 4:
             raise ValueError(f"--optimum-samples is {self.optimum_samples}: an estimate needs at least 4")
-        if not self.value_clip_eps > 0:
-            raise ValueError("--value-clip-eps must be above 0; inf does not clip")
+        if not (self.value_clip_eps > 0 and self.max_kl_old > 0):
+            raise ValueError("--value-clip-eps and --max-kl-old must be above 0; inf turns them off")
+        if self.kl_target and not self.kl_coef:
+            raise ValueError("--kl-target multiplies --kl-coef step by step, so it needs one above 0 to start from")
         if math.isinf(self.missing_eos_score):
             raise ValueError("--missing-eos-score must be finite")
         if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
             raise ValueError("--gamma and --lam must lie between 0 and 1")
 
 
-def update(policy, optimizer, scaler, rollout: Rollout, advantages, returns, cfg: PPOConfig, amp, seed) -> dict:
-    """Parts 5 and 6 of a step: several passes over one batch of rollouts. Returns means over the gradient steps."""
-    device = rollout.tokens.device
-    stats = []
-    for epoch in range(cfg.inner_epochs):
-        order = torch.randperm(len(rollout.tokens), generator=make_generator("cpu", *seed, epoch)).to(device)
-        for rows in order.split(cfg.minibatch_size):
-            mb = Rollout(*(x[rows] for x in rollout))
-            with autocast(device, amp):
-                logits, values = policy(mb.tokens)  # (B, T, V), (B, T)
+def batch_losses(policy, rollout: Rollout, advantages, returns, rows, cfg: PPOConfig, amp, stats: list):
+    """Part 5 of a step: the loss of some rows of the rollout, in parts that fit in memory (--micro-batch-size). A part
+    weighs as much as it has actions, so the parts sum to the mean over all of them. Appends its figures to stats."""
+    actions = rollout.mask[rows].sum()
+    for part in rows.split(cfg.micro_batch_size or len(rows)):
+        mb = Rollout(*(x[part] for x in rollout))
+        with autocast(mb.tokens.device, amp):
+            logits, values = policy(mb.tokens)  # (B, T, V), (B, T)
+        new_logprobs = token_logprobs(logits, mb.tokens, mb.mask)  # (B, T-1)
 
-            # ---- 5 losses ----
-            new_logprobs = token_logprobs(logits, mb.tokens, mb.mask)  # (B, T-1)
-            pg_loss, clip_fraction = policy_loss(new_logprobs, mb.logprobs, advantages[rows], mb.mask, cfg.clip_eps)
-            v_loss, v_clip_fraction = value_loss(
-                values[:, :-1], mb.values, returns[rows], mb.mask, cfg.value_clip_eps)
-            mb_entropy = entropy(logits, mb.mask)
-            loss = pg_loss + cfg.value_coef * v_loss - cfg.entropy_coef * mb_entropy
+        # ---- 5 losses ----
+        pg_loss, clip_fraction = policy_loss(new_logprobs, mb.logprobs, advantages[part], mb.mask, cfg.clip_eps)
+        v_loss, v_clip_fraction = value_loss(values[:, :-1], mb.values, returns[part], mb.mask, cfg.value_clip_eps)
+        mb_entropy = entropy(logits, mb.mask)
+        loss = pg_loss + cfg.value_coef * v_loss - cfg.entropy_coef * mb_entropy
+
+        share = mb.mask.sum() / actions
+        kl_old = masked_mean(kl_k3(mb.logprobs, new_logprobs.detach()), mb.mask)  # nats per token
+        figures = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": mb_entropy, "clip_fraction": clip_fraction,
+                   "value_clip_fraction": v_clip_fraction, "kl_old": kl_old}
+        stats.append({**{name: share * figure.detach() for name, figure in figures.items()},
+                      "max_log_ratio": (new_logprobs - mb.logprobs).detach().abs().max()})
+        yield share * loss
+
+
+def update(
+    policy, optimizer, scaler, rollout: Rollout, advantages, returns, cfg: PPOConfig, amp, step: int, ptx=None
+) -> dict:
+    """Parts 5 and 6 of a step: several passes over one batch of rollouts, each in random minibatches. Returns means
+    over the gradient steps. ptx: see rlhf/ptx.py."""
+    stats, grad_norms = [], []
+    for epoch in range(cfg.inner_epochs):
+        order = torch.randperm(len(rollout.tokens), generator=make_generator("cpu", cfg.seed, "update", step, epoch))
+        begun = len(stats)
+        minibatches = order.to(rollout.tokens.device).split(cfg.minibatch_size)
+        for i, rows in enumerate(minibatches):
+            losses = batch_losses(policy, rollout, advantages, returns, rows, cfg, amp, stats)
+            if ptx is not None:
+                losses = chain(losses, ptx(policy.gpt, (step * cfg.inner_epochs + epoch) * len(minibatches) + i))
 
             # ---- 6 update ----
-            grad_norm = optimizer_step(loss, policy, optimizer, scaler, cfg.max_grad_norm)
-
-            new_logprobs = new_logprobs.detach()
-            stats.append({
-                "policy_loss": pg_loss.detach(),
-                "value_loss": v_loss.detach(),
-                "entropy": mb_entropy.detach(),
-                "clip_fraction": clip_fraction,
-                "value_clip_fraction": v_clip_fraction,
-                "kl_old": masked_mean(kl_k3(mb.logprobs, new_logprobs), mb.mask),  # nats per token
-                "grad_norm": grad_norm,
-                "first_log_ratio": (new_logprobs - mb.logprobs).abs().max(),
-            })
-    means = {name: torch.stack([one[name] for one in stats]).mean().item() for name in stats[0]}
-    return {**means, "first_log_ratio": stats[0]["first_log_ratio"].item()}
+            _, grad_norm = optimizer_step(losses, policy, optimizer, scaler, cfg.max_grad_norm)
+            grad_norms.append(grad_norm)
+        if sum(one["kl_old"].item() for one in stats[begun:]) / len(minibatches) > cfg.max_kl_old:
+            break  # far enough from the policy that made the rollout; its advantages say little about this one
+    first_log_ratio = [one.pop("max_log_ratio") for one in stats][0].item()
+    means = {name: sum(one[name] for one in stats).item() / len(grad_norms) for name in stats[0]}
+    return {**means, "grad_norm": torch.stack(grad_norms).mean().item(), "gradient_steps": len(grad_norms),
+            "first_log_ratio": first_log_ratio}
 
 
 def check_beginning(step: int, kl_ref: float, first_log_ratio: float, amp) -> None:
@@ -188,6 +215,7 @@ def load_models(cfg: PPOConfig, device):
         raise InputError("--value-network reward needs a reward model as wide (n_embd) as the policy")
     policy = PolicyWithValue(gpt_from_sft(), value_gpt)
     frozen = gpt_from_sft().requires_grad_(False), reward_model().requires_grad_(False)
+    policy.gpt.temperature = frozen[0].temperature = cfg.temperature
     inputs = digests(sft=sft_path, reward=reward_path, prompts=csv_path(cfg.data, "prompts"))
     return (policy.to(device), *(model.to(device) for model in frozen), tokenizer, inputs)
 
@@ -206,20 +234,23 @@ def main(cfg: PPOConfig) -> None:
 
     optimizer = make_optimizer(policy, cfg.lr, weight_decay=0.0, eps=1e-5)
     scaler = make_scaler(device, amp)
-    path, start = Path(cfg.out) / "ppo.pt", 0
+    path, start, kl_coef = Path(cfg.out) / "ppo.pt", 0, cfg.kl_coef
     if cfg.resume:
         checkpoint = load_resumable(path, "ppo", cfg, tokenizer, inputs)
         policy.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        start = checkpoint["step"]
+        start, kl_coef = checkpoint["step"], checkpoint["kl_coef"]
+    ptx = PretrainingMix(cfg.ptx_coef, cfg.data, tokenizer, reference.config.block_size, cfg.minibatch_size, cfg.seed,
+                         device, amp)
     print(f"{len(prompts):,} prompts ({len(heldout):,} held out), {cfg.steps * cfg.batch_size:,} episodes, "
           f"on {device}, amp {cfg.amp}, seed {cfg.seed}")
 
     scoring = {"missing_eos_score": cfg.missing_eos_score, "chunk_size": cfg.minibatch_size, "amp": amp}
     models = (reference, reward_model)
     progress = Progress(Path(cfg.out) / "ppo.csv", cfg.steps, start, csv_only=(
-        "objective", "value_clip_fraction", "kl_old", "grad_norm", "first_log_ratio", "lr"))
+        "objective", "kl_coef", "value_clip_fraction", "kl_old", "grad_norm", "gradient_steps", "first_log_ratio",
+        "lr"))
     for step in range(start, cfg.steps):
         rows = [prompts[i].tokens for i in batch_indices(len(prompts), cfg.batch_size, step, cfg.seed)]
         tokens, prompt_lens = pad_rows(rows, tokenizer.pad_id, device)  # (B, P), (B,)
@@ -229,14 +260,14 @@ def main(cfg: PPOConfig) -> None:
         rollout = collect(policy, *models, tokens, prompt_lens, cfg.max_new_tokens, tokenizer.eos_id,
                           generator=generator, **scoring)
         # ---- 3 shape ----
-        rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, cfg.kl_coef)
+        rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef)
         # ---- 4 credit ----
         advantages, returns = gae(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
         advantages = masked_whiten(advantages, rollout.mask)
         # ---- 5 losses, 6 update ----
         lr = cfg.lr * linear_schedule(step, cfg.steps, cfg.warmup)
         set_lr(optimizer, lr)
-        stats = update(policy, optimizer, scaler, rollout, advantages, returns, cfg, amp, (cfg.seed, "update", step))
+        stats = update(policy, optimizer, scaler, rollout, advantages, returns, cfg, amp, step, ptx)
         check_finite(policy, step + 1)
 
         kl_ref = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1).mean().item()  # nats per response
@@ -246,13 +277,16 @@ def main(cfg: PPOConfig) -> None:
             step + 1,
             score=rollout.scores.mean().item(),
             kl_ref=kl_ref,
-            objective=rollout.scores.mean().item() - cfg.kl_coef * kl_ref,
+            objective=rollout.scores.mean().item() - kl_coef * kl_ref,
+            kl_coef=kl_coef,
             **stats,
             explained_variance=explained_variance(rollout.values, returns, rollout.mask).item(),
             length=rollout.mask.sum(dim=1).float().mean().item(),
             eos_rate=has_ended(rollout.tokens, rollout.mask, tokenizer.eos_id).float().mean().item(),
             lr=lr,
         )
+        if cfg.kl_target:
+            kl_coef = adapt_kl_coef(kl_coef, kl_ref, cfg.kl_target, cfg.kl_horizon, cfg.batch_size)
         done = step + 1
         if done % cfg.eval_every == 0 or done == cfg.steps:
             fixed = answer(policy.gpt, *models, heldout[:3], tokenizer, cfg.max_new_tokens, judge, **scoring)
@@ -260,17 +294,17 @@ def main(cfg: PPOConfig) -> None:
                 gold = "" if one["gold"] is None else f", gold {one['gold']:+.1f}"
                 print(f"    {one['prompt'].strip().splitlines()[0]}\n        -> {one['response']}   "
                       f"(score {one['score']:+.2f}{gold})")
-            save_checkpoint(path, "ppo", policy, cfg, done, tokenizer, optimizer, scaler, inputs)
+            save_checkpoint(path, "ppo", policy, cfg, done, tokenizer, optimizer, scaler, inputs, kl_coef=kl_coef)
 
     print(f"\nheld out: {len(heldout)} prompts, one sampled response each")
     before, after = (answer(gpt, *models, heldout, tokenizer, cfg.max_new_tokens, judge, seed=cfg.seed, **scoring)
                      for gpt in (reference, policy.gpt))
-    table = [summarise(name, answers, before, cfg.kl_coef) for name, answers in (("sft", before), ("ppo", after))]
+    table = [summarise(name, answers, before, kl_coef) for name, answers in (("sft", before), ("ppo", after))]
     few = heldout[: cfg.optimum_prompts]
     ours = answer(policy.gpt, *models, few * 8, tokenizer, cfg.max_new_tokens, judge, seed=cfg.seed + 1, **scoring)
     scores, golds = reference_samples(*models, few, cfg.optimum_samples, tokenizer, cfg.max_new_tokens, judge,
                                       cfg.missing_eos_score, amp, cfg.seed)
-    trust = add_optimum(table, ours, scores, golds, cfg.kl_coef)
+    trust = add_optimum(table, ours, scores, golds, kl_coef)
     print_table(table)
     print(trust)
     print_pairs(before, after, 3)

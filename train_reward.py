@@ -38,6 +38,7 @@ from rlhf.common import (
 )
 from rlhf.data import (
     batch_indices,
+    chunks,
     comparison_batch,
     csv_path,
     find_tokenizer,
@@ -65,6 +66,7 @@ class RewardConfig:
     # optimisation
     steps: int = arg(600, "optimizer steps")
     batch_size: int = arg(64, "comparisons a step")
+    micro_batch_size: int = arg(0, "of these, how many at once; the same gradient in less memory; 0: all")
     lr: float = arg(2e-3, "peak learning rate")
     warmup: int = arg(20, "steps of linear warm-up, then a cosine down to a tenth")
     weight_decay: float = arg(0.1, "AdamW's, on matrices alone")
@@ -79,7 +81,7 @@ class RewardConfig:
 
     def __post_init__(self):
         check_positive(self, "steps", "batch_size", "lr", "max_grad_norm", "log_every", "eval_every")
-        check_not_negative(self, "warmup", "weight_decay", "comparisons")
+        check_not_negative(self, "micro_batch_size", "warmup", "weight_decay", "comparisons")
 
 
 @torch.no_grad()
@@ -93,16 +95,28 @@ def score_rows(model, rows: list[list[int]], pad_id: int, device, amp) -> torch.
     return torch.cat(scores)
 
 
-def share_higher(chosen, rejected) -> float:
+def batch_losses(model, rows, micro_batch_size: int, pad_id: int, device, amp, margins: list):
+    """The loss of a batch of comparisons in parts, one for each micro-batch (0: all rows at once), each weighed by its
+    share of the rows. Appends chosen less rejected scores of each part to `margins`."""
+    for part in chunks(rows, micro_batch_size):
+        tokens, lengths = comparison_batch(part, pad_id, device)  # (2N, T), (2N,)
+        with autocast(device, amp):
+            scores = model(tokens, lengths)  # (2N,)
+        chosen, rejected = scores.chunk(2)  # (N,), (N,)
+        margins.append((chosen - rejected).detach())
+        yield bradley_terry_loss(chosen, rejected) * (len(part) / len(rows))
+
+
+def share_positive(margins) -> float:
     """Share of pairs in which the chosen side scores higher; equal scores count half."""
-    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
+    return ((margins > 0).float() + 0.5 * (margins == 0).float()).mean().item()
 
 
 def accuracy(model, rows, pad_id: int, device, amp) -> float:
-    """share_higher of the model's scores of comparisons."""
+    """share_positive of the model's margins on comparisons."""
     chosen = score_rows(model, [row.prompt.tokens + row.chosen for row in rows], pad_id, device, amp)
     rejected = score_rows(model, [row.prompt.tokens + row.rejected for row in rows], pad_id, device, amp)
-    return share_higher(chosen, rejected)
+    return share_positive(chosen - rejected)
 
 
 def swap_prompts(rows, seed: int, limit: int):
@@ -123,7 +137,7 @@ def perfect_accuracies(judge, rows, tokenizer) -> dict[str, float]:
     prompts = [row.prompt.text for row in rows]
     chosen, rejected = (gold_scores(judge, prompts, [tokenizer.decode(side[:-1]).strip() for side in sides])
                         for sides in ([row.chosen for row in rows], [row.rejected for row in rows]))
-    result = {"judge_accuracy": share_higher(torch.tensor(chosen), torch.tensor(rejected))}
+    result = {"judge_accuracy": share_positive(torch.tensor(chosen) - torch.tensor(rejected))}
     if hasattr(judge, "preference_probability"):
         p = [judge.preference_probability(a, b) for a, b in zip(chosen, rejected)]
         result["bayes_accuracy"] = sum(max(x, 1 - x) for x in p) / len(p)
@@ -167,15 +181,13 @@ def main(cfg: RewardConfig) -> None:
     progress = Progress(Path(cfg.out) / "reward.csv", cfg.steps, start)
     for step in range(start, cfg.steps):
         rows = [train_rows[i] for i in batch_indices(len(train_rows), cfg.batch_size, step, cfg.seed)]
-        tokens, lengths = comparison_batch(rows, tokenizer.pad_id, device)  # (2N, T), (2N,)
-        with autocast(device, amp):
-            scores = model(tokens, lengths)  # (2N,)
-        chosen, rejected = scores.chunk(2)  # (N,), (N,)
-        loss = bradley_terry_loss(chosen, rejected)
+        margins = []
+        losses = batch_losses(model, rows, cfg.micro_batch_size, tokenizer.pad_id, device, amp, margins)
         lr = cfg.lr * cosine_schedule(step, cfg.steps, cfg.warmup)
         set_lr(optimizer, lr)
-        grad_norm = optimizer_step(loss, model, optimizer, scaler, cfg.max_grad_norm)
-        progress.tokens += tokens.numel()
+        loss, grad_norm = optimizer_step(losses, model, optimizer, scaler, cfg.max_grad_norm)
+        margins = torch.cat(margins)  # (N,), or all pairs of the rankings
+        progress.tokens += sum(row.size for row in rows)
 
         done = step + 1
         check_finite(model, done)
@@ -183,8 +195,8 @@ def main(cfg: RewardConfig) -> None:
         evaluated = done % cfg.eval_every == 0 and not last
         if evaluated or step == 0 or done % cfg.log_every == 0 or last:
             heldout = accuracy(model, heldout_rows[:500], tokenizer.pad_id, device, amp) if evaluated else None
-            progress.log(done, loss=loss.item(), accuracy=share_higher(chosen, rejected), heldout=heldout,
-                         margin=(chosen - rejected).mean().item(), grad_norm=grad_norm.item(), lr=lr)
+            progress.log(done, loss=loss.item(), accuracy=share_positive(margins), heldout=heldout,
+                         margin=margins.mean().item(), grad_norm=grad_norm.item(), lr=lr)
         if evaluated:
             save_checkpoint(path, "reward", model, cfg, done, tokenizer, optimizer, scaler, inputs)
 

@@ -27,7 +27,15 @@ from rlhf.common import (
     pick_device,
     save_checkpoint,
 )
-from rlhf.data import batch_indices, csv_path, demonstration_batch, find_tokenizer, load_demonstrations, pad_rows
+from rlhf.data import (
+    batch_indices,
+    chunks,
+    csv_path,
+    demonstration_batch,
+    find_tokenizer,
+    load_demonstrations,
+    pad_rows,
+)
 from rlhf.losses import sft_loss
 from rlhf.model import GPT, GPTConfig
 from rlhf.optim import cosine_schedule, make_optimizer, optimizer_step, set_lr
@@ -50,6 +58,7 @@ class SFTConfig:
     # optimisation
     steps: int = arg(800, "optimizer steps")
     batch_size: int = arg(32, "demonstrations a step")
+    micro_batch_size: int = arg(0, "of these, how many at once; the same gradient in less memory; 0: all")
     lr: float = arg(4e-3, "peak learning rate")
     warmup: int = arg(30, "steps of linear warm-up, then a cosine down to a tenth")
     weight_decay: float = arg(0.1, "AdamW's, on matrices alone")
@@ -64,22 +73,25 @@ class SFTConfig:
 
     def __post_init__(self):
         check_positive(self, "steps", "batch_size", "lr", "max_grad_norm", "log_every", "eval_every")
-        check_not_negative(self, "warmup", "weight_decay")
+        check_not_negative(self, "micro_batch_size", "warmup", "weight_decay")
         GPTConfig(1, self.block_size, self.n_layer, self.n_head, self.n_embd)  # refuses sizes that do not fit
 
 
-@torch.no_grad()
-def validation_loss(gpt, rows, tokenizer, device, amp, batch_size) -> float:
-    """Loss on held-out demonstrations: the mean over all of their tokens, whatever the batch size."""
-    total, count = 0.0, 0
-    for at in range(0, len(rows), batch_size):
-        tokens, mask = demonstration_batch(rows[at : at + batch_size], tokenizer.pad_id, device)
+def batch_losses(gpt, rows, micro_batch_size: int, pad_id: int, device, amp):
+    """The loss of a batch in parts, one for each micro-batch (0: all rows at once). A part weighs as much as it has
+    response tokens, so the parts sum to the mean over all tokens of the batch, however they are cut."""
+    actions = sum(len(row.tokens) - row.prompt_len for row in rows)
+    for part in chunks(rows, micro_batch_size):
+        tokens, mask = demonstration_batch(part, pad_id, device)  # (B, T), (B, T-1)
         with autocast(device, amp):
-            logits = gpt(tokens)
-        actions = int(mask.sum())
-        total += sft_loss(logits, tokens, mask).item() * actions
-        count += actions
-    return total / count
+            logits = gpt(tokens)  # (B, T, V)
+        yield sft_loss(logits, tokens, mask) * (mask.sum() / actions)
+
+
+@torch.no_grad()
+def validation_loss(gpt, rows, batch_size: int, pad_id: int, device, amp) -> float:
+    """Loss on held-out demonstrations: the mean over all of their tokens."""
+    return sum(loss.item() for loss in batch_losses(gpt, rows, batch_size, pad_id, device, amp))
 
 
 def print_samples(gpt, rows, tokenizer, device, amp, seed: int) -> None:
@@ -123,24 +135,22 @@ def main(cfg: SFTConfig) -> None:
     print(f"one row, | where the loss begins: {tokenizer.decode(first.tokens[:first.prompt_len])!r} | "
           f"{tokenizer.decode(first.tokens[first.prompt_len:])!r}")
 
+    size = cfg.micro_batch_size or cfg.batch_size
     progress = Progress(Path(cfg.out) / "sft.csv", cfg.steps, start)
     for step in range(start, cfg.steps):
         rows = [train_rows[i] for i in batch_indices(len(train_rows), cfg.batch_size, step, cfg.seed)]
-        tokens, mask = demonstration_batch(rows, tokenizer.pad_id, device)  # (B, T), (B, T-1)
-        with autocast(device, amp):
-            logits = gpt(tokens)  # (B, T, V)
-        loss = sft_loss(logits, tokens, mask)
+        losses = batch_losses(gpt, rows, cfg.micro_batch_size, tokenizer.pad_id, device, amp)
         lr = cfg.lr * cosine_schedule(step, cfg.steps, cfg.warmup)
         set_lr(optimizer, lr)
-        grad_norm = optimizer_step(loss, gpt, optimizer, scaler, cfg.max_grad_norm)
-        progress.tokens += tokens.numel()
+        loss, grad_norm = optimizer_step(losses, gpt, optimizer, scaler, cfg.max_grad_norm)
+        progress.tokens += sum(len(row.tokens) for row in rows)
 
         done = step + 1
         check_finite(gpt, done)
         last = done == cfg.steps
         evaluated = step == 0 or done % cfg.eval_every == 0 or last
         if evaluated or done % cfg.log_every == 0:
-            valid = validation_loss(gpt, valid_rows, tokenizer, device, amp, cfg.batch_size) if evaluated else None
+            valid = validation_loss(gpt, valid_rows, size, tokenizer.pad_id, device, amp) if evaluated else None
             progress.log(done, loss=loss.item(), valid=valid, grad_norm=grad_norm.item(), lr=lr)
         if done % cfg.eval_every == 0 or last:
             print_samples(gpt, valid_rows, tokenizer, device, amp, cfg.seed)

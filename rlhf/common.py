@@ -63,11 +63,12 @@ def make_generator(device: torch.device | str, *key: int | str) -> torch.Generat
 
 
 def save_checkpoint(
-    path: Path, kind: str, model: torch.nn.Module, config, step: int, tokenizer, optimizer, scaler, inputs: dict
+    path: Path, kind: str, model: torch.nn.Module, config, step: int, tokenizer, optimizer, scaler, inputs: dict,
+    **state,
 ) -> None:
     """Write to a temporary name and rename, so that a kill leaves the old file or the new one, never half of one.
 
-    inputs: what the run was made from, as `digests` gives it.
+    inputs: what the run was made from, as `digests` gives it. state: what else the run needs to go on.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = {
@@ -81,6 +82,7 @@ def save_checkpoint(
         "inputs": inputs,
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
+        **state,
     }
     temporary = path.with_name(path.name + ".tmp")
     torch.save(checkpoint, temporary)

@@ -39,6 +39,11 @@ class Comparison(NamedTuple):
     chosen: list[int]  # response and end-of-text, without the prompt
     rejected: list[int]
 
+    @property
+    def size(self) -> int:
+        """Tokens that the model reads, both sides."""
+        return 2 * len(self.prompt.tokens) + len(self.chosen) + len(self.rejected)
+
 
 # ---- reading ----
 
@@ -188,6 +193,11 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int
             order = torch.randperm(count, generator=make_generator("cpu", seed, "epoch", epoch)).tolist()
         rows.append(order[offset])
     return rows
+
+
+def chunks(rows: list, size: int) -> list[list]:
+    """A list in pieces of `size` rows, the last one smaller where it must be; 0: in one piece."""
+    return [rows[at : at + size] for at in range(0, len(rows), size)] if size else [rows]
 
 
 def pad_rows(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. `hidden` gives what the heads read, `forward` the logits of the next token."""
+    """GPT-2. `hidden` gives what the heads read, `forward` the logits of the next token.
+
+    temperature divides the logits, here and so everywhere: what is sampled, scored, trained and compared with is one
+    and the same distribution.
+    """
+
+    temperature = 1.0
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -136,7 +142,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, V): the output matrix is the token embedding itself."""
-        return F.linear(hidden, self.wte.weight)
+        return F.linear(hidden / self.temperature, self.wte.weight)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> logits (B, T, V); logits[:, t] are of token t+1."""

@@ -1,6 +1,7 @@
 """The optimizer and its one step, the same in all three scripts."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -35,21 +36,27 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_step(
-    loss: Tensor,
+    losses: Iterable[Tensor],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     max_grad_norm: float,
-) -> Tensor:
-    """Backward, clip, step. Returns the norm of the gradient before clipping.
+) -> tuple[Tensor, Tensor]:
+    """Backward, clip, step. Returns the sum of the losses and the norm of their gradient before clipping.
+
+    losses are parts of one loss, such as those of the micro-batches of a batch that does not fit in memory, each
+    weighed already by its share of the batch. From a generator, each part's graph is freed before the next is made.
 
     The scaler does nothing but in float16. There it has multiplied the loss so that small gradients survive, and the
     norm means nothing until they are divided again.
     """
     optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+    total = 0.0
+    for loss in losses:
+        scaler.scale(loss).backward()
+        total = total + loss.detach()
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     scaler.step(optimizer)
     scaler.update()
-    return grad_norm
+    return total, grad_norm

@@ -56,3 +56,18 @@ def shape_rewards(
     slots = torch.arange(mask.size(1), device=mask.device)  # (T-1,)
     last = torch.where(mask, slots, -1).amax(dim=1, keepdim=True)  # (B, 1): the last True slot
     return torch.where(slots == last, penalties + scores.unsqueeze(1), penalties)
+
+
+def adapt_kl_coef(kl_coef: float, kl_ref: float, target: float, horizon: float, batch_size: int) -> float:
+    """The adaptive KL controller: the next step's kl_coef, raised where kl_ref is above its target, lowered below it.
+
+        error = clip(kl_ref / target - 1, -0.2, 0.2)
+        kl_coef * (1 + error * batch_size / horizon)
+
+    Ziegler et al. 2019, section 2.2, where the factor is 0.1 * error a step; batch_size / horizon is their code's form
+    of it. A change of the price of KL moves KL only slowly: too short a horizon makes it swing.
+
+    Args: kl_ref, target: nats per response; horizon, batch_size: in episodes.
+    """
+    error = min(max(kl_ref / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * batch_size / horizon)

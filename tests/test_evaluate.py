@@ -25,8 +25,8 @@ def test_summarise_by_hand():
 def test_add_optimum_by_hand():
     """One prompt, scores 2 ln 3, 0, 0, 0 and kl_coef 2, as in test_optimum_by_hand: score ln 3, KL ln 2 - 1/2 ln 3,
     J* = 2 ln(3/2); gold 4 0 0 0 becomes 4 * 1/2. On that prompt PPO has score 1, KL 0.09 and gold 1, in the table score
-    1.5, KL 0.2 and gold 3, so each figure moves by 0.5, 0.11 and 2. best_of_n: KL 0.09 is nearest to n = 1 (0) and not to
-    n = 2 (0.193), and best of one has the mean score, ln 3 / 2, and the mean gold, 1."""
+    1.5, KL 0.2 and gold 3, so each figure moves by 0.5, 0.11 and 2. best_of_n: KL 0.09 is nearest to n = 1 (0) and not
+    to n = 2 (0.193), and best of one has the mean score, ln 3 / 2, and the mean gold, 1."""
     ln2, ln3 = math.log(2), math.log(3)
     scores, golds = torch.tensor([[2 * ln3, 0, 0, 0]], dtype=torch.float64), torch.tensor([[4.0, 0, 0, 0]])
     table = [summarise("sft", [one(0.25, 0, 0.0)], [one(0, 0, 0.0)], 2.0),
@@ -42,7 +42,7 @@ def test_add_optimum_by_hand():
     assert sft["optimality"] == 0 and optimal["optimality"] == 1
     assert ppo["optimality"] == pytest.approx((1.1 - 0.25) / (2 * math.log(1.5) + 0.03))
     # ess 3 of N = 4: 2 * (1/3 - 1/4) / 2 = 1/12 of a gain of 0.841
-    assert "effective sample size\n3.0 on average, 3.0 at least" in text and f"{1 / 12 / 0.84093:.1%}" in text
+    assert "effective sample size 3.0 on average, 3.0 at least" in text and f"{1 / 12 / 0.84093:.1%}" in text
     assert "warning" in text
 
 

@@ -159,7 +159,8 @@ def test_a_broken_loss_points_elsewhere(uphill, broken):
 
 def train(world, kl_coef, seed, steps, broken=""):
     """train_ppo's loop around its own `update`, on samples. Returns KL(pi || pi*) before and after."""
-    cfg = train_ppo.PPOConfig(batch_size=256, minibatch_size=64, inner_epochs=2, steps=steps, lr=5e-3, warmup=3)
+    cfg = train_ppo.PPOConfig(batch_size=256, minibatch_size=64, inner_epochs=2, steps=steps, lr=5e-3, warmup=3,
+                              seed=seed)
     gpt = GPT(world.config).double()
     gpt.load_state_dict(world.reference.state_dict())
     policy = PolicyWithValue(gpt).double()
@@ -180,7 +181,7 @@ def train(world, kl_coef, seed, steps, broken=""):
         advantages, returns = gae(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
         advantages = masked_whiten(advantages, rollout.mask)
         set_lr(optimizer, cfg.lr * linear_schedule(step, steps, cfg.warmup))
-        train_ppo.update(policy, optimizer, scaler, rollout, advantages, returns, cfg, None, (seed, step))
+        train_ppo.update(policy, optimizer, scaler, rollout, advantages, returns, cfg, None, step)
     return before, world.kl_to_optimum(gpt, kl_coef)
 
 

@@ -13,9 +13,9 @@ LN2, LN3 = math.log(2), math.log(3)
 
 
 def test_optimum_by_hand():
-    """kl_coef 2, scores 2 ln 3, 0, 0, 0: exp(score / 2) = 3 1 1 1, mean 3/2, so J* = 2 ln(3/2). Weights 1/2 1/6 1/6 1/6:
-    score ln 3, KL = 1/2 ln 2 + 1/2 ln(2/3) = ln 2 - 1/2 ln 3, and score - 2 KL = 2 ln 3 - 2 ln 2. ess = 1 / (1/4 + 3/36)
-    = 3. Second prompt: all scores 5, nothing to gain: J* = 5, KL 0, ess 4."""
+    """kl_coef 2, scores 2 ln 3, 0, 0, 0: exp(score / 2) = 3 1 1 1, mean 3/2, so J* = 2 ln(3/2). Weights 1/2, 1/6 three
+    times: score ln 3, KL = 1/2 ln 2 + 1/2 ln(2/3) = ln 2 - 1/2 ln 3, and score - 2 KL = 2 ln 3 - 2 ln 2.
+    ess = 1 / (1/4 + 3/36) = 3. Second prompt: all scores 5, nothing to gain: J* = 5, KL 0, ess 4."""
     got = optimum(f64([2 * LN3, 0, 0, 0], [5, 5, 5, 5]), kl_coef=2.0)
     expected = {"objective": [2 * LN3 - 2 * LN2, 5], "score": [LN3, 5], "kl_ref": [LN2 - LN3 / 2, 0], "ess": [3, 4]}
     for name, values in expected.items():

@@ -139,8 +139,10 @@ def test_step_clips_the_true_gradient(amp):
     scaler = make_scaler(torch.device("cpu"), amp)
     assert scaler.is_enabled() == (amp is torch.float16)
     model.weight.grad = torch.full((1, 2), 1e6)  # left over from an earlier step: must be forgotten
-    norm = optimizer_step(model(torch.tensor([3.0, 4.0])).sum(), model, optimizer, scaler, max_grad_norm=1.0)
-    assert norm.item() == pytest.approx(5.0, rel=1e-5)
+    losses = [model(torch.tensor([3.0, 0.0])).sum(), model(torch.tensor([0.0, 4.0])).sum()]  # their gradients add
+    before = sum(losses).item()
+    loss, norm = optimizer_step(losses, model, optimizer, scaler, max_grad_norm=1.0)
+    assert norm.item() == pytest.approx(5.0, rel=1e-5) and loss.item() == pytest.approx(before)
     assert_close(model.weight.data, torch.tensor([[-0.6, -0.8]]), atol=1e-5, rtol=0)
 
 
@@ -149,7 +151,7 @@ def test_float16_step_with_an_infinite_gradient_is_skipped():
     before = model.weight.item()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scaler = make_scaler(torch.device("cpu"), torch.float16)
-    optimizer_step(model(torch.tensor([math.inf])).sum(), model, optimizer, scaler, 1.0)
+    optimizer_step([model(torch.tensor([math.inf])).sum()], model, optimizer, scaler, 1.0)
     assert model.weight.item() == before and scaler.get_scale() < 65536
 
 
@@ -161,7 +163,7 @@ def saved(tmp_path):
     gpt = GPT(GPTConfig(11, 8, 1, 2, 8))
     optimizer = make_optimizer(gpt, 0.1, 0.0)
     scaler = make_scaler(torch.device("cpu"), None)
-    optimizer_step(gpt(torch.tensor([[1, 2]])).sum(), gpt, optimizer, scaler, 1.0)
+    optimizer_step([gpt(torch.tensor([[1, 2]])).sum()], gpt, optimizer, scaler, 1.0)
     path = tmp_path / "sft.pt"
     save_checkpoint(path, "sft", gpt, Config(), 7, FakeTokenizer, optimizer, scaler, INPUTS)
     return path, gpt, optimizer

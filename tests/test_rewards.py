@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf.rewards import kl_k1, kl_k3, shape_rewards
+from rlhf.rewards import adapt_kl_coef, kl_k1, kl_k3, shape_rewards
 
 POISON = [math.nan, math.inf, -math.inf, 1e6]
 PI, REF = [0.7, 0.2, 0.1], [0.4, 0.4, 0.2]  # asymmetric: KL(pi || ref) = .183787, KL(ref || pi) = .192042
@@ -81,3 +81,10 @@ def test_bad_shapes_are_refused():
     for estimator in (kl_k1, kl_k3):
         with pytest.raises(ValueError, match="shapes must be equal"):
             estimator(x, x[:, :1])
+
+
+@pytest.mark.parametrize(("kl_ref", "expected"), [(6, 0.5), (6.6, 0.505), (60, 0.51), (5.4, 0.495), (-3, 0.49)])
+def test_adapt_kl_coef_by_hand(kl_ref, expected):
+    """kl_coef 1/2, target 6 nats, 100 of 1,000 episodes: an error of 10 % moves it by 1 %, one of more than 20 % by
+    2 %, up or down."""
+    assert adapt_kl_coef(0.5, kl_ref, target=6, horizon=1000, batch_size=100) == pytest.approx(expected, rel=1e-12)

@@ -14,8 +14,8 @@ from tests.conftest import ROOT
 TINY = {
     "sft": "--n-layer 2 --n-head 2 --n-embd 16 --steps 8 --eval-every 4 --log-every 1 --batch-size 8",
     "reward": "--steps 6 --batch-size 8 --eval-every 3 --log-every 1",
-    "ppo": "--steps 4 --batch-size 8 --minibatch-size 4 --max-new-tokens 8 --eval-every 2 --eval-prompts 10 "
-           "--optimum-prompts 3 --optimum-samples 16",
+    "ppo": "--kl-target 1 --steps 4 --batch-size 8 --minibatch-size 4 --max-new-tokens 8 --eval-every 2 "
+           "--eval-prompts 10 --optimum-prompts 3 --optimum-samples 16",
 }
 
 
@@ -60,7 +60,7 @@ def test_files_of_the_three_stages(trained):
     assert [len(rows(out / f"{name}.csv")) for name in TINY] == [8, 6, 4]
     table = rows(out / "evaluation.csv")
     assert [row["policy"] for row in table] == ["sft", "ppo", "best_of_n", "optimum"] and "optimality" in table[0]
-    kl_coef = torch.load(out / "ppo.pt", weights_only=True)["config"]["kl_coef"]
+    kl_coef = torch.load(out / "ppo.pt", weights_only=True)["kl_coef"]  # which --kl-target has moved
     for row in table:
         objective = float(row["score"]) - kl_coef * float(row["kl_ref"])
         assert float(row["objective"]) == pytest.approx(objective, abs=1e-4)
@@ -114,7 +114,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(trained, tmp_path, n
     code = (f"import sys, train_{name} as script; from rlhf.cli import parse_cli\n"
             "real, cls = script.save_checkpoint, [c for n, c in vars(script).items() if n.endswith('Config') and "
             "n != 'GPTConfig'][0]\n"
-            "def save(*a):\n    real(*a)\n    sys.exit(7)\n"
+            "def save(*a, **k):\n    real(*a, **k)\n    sys.exit(7)\n"
             "script.save_checkpoint = save\nscript.main(parse_cli(cls))")
     flags = ["--device", "cpu", *TINY[name].split(), *map(str, inputs)]
     cut = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
@@ -132,7 +132,8 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(trained, tmp_path, n
 
 
 @pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--amp", "fp16"], ["--value-network", "reward"],
-                                   ["--entropy-coef", "0.01", "--value-clip-eps", "0.2"]])
+                                   ["--entropy-coef", "0.01", "--value-clip-eps", "0.2", "--ptx-coef", "1",
+                                    "--temperature", "0.7", "--max-kl-old", "1e-9"]])
 def test_ppo_options_run(trained, tmp_path, flags):
     data, out, _ = trained
     script("ppo", "--data", data, "--out", tmp_path, "--sft", out / "sft.pt", "--reward", out / "reward.pt",

@@ -1,0 +1,109 @@
+"""The gradient step of each script: cut into micro-batches, stopped early, with a pretraining mix, at a temperature."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import train_ppo
+import train_reward
+import train_sft
+from rlhf.common import make_scaler
+from rlhf.data import Comparison, Demonstration, Prompt
+from rlhf.optim import make_optimizer
+from rlhf.rollout import collect
+
+CPU = torch.device("cpu")
+# Responses of 2, 5, 1, 3 and 4 tokens: a mean of the micro-batches' means would not be the mean over the tokens.
+DEMONSTRATIONS = [Demonstration(list(range(1, 4 + n)), 3) for n in (2, 5, 1, 3, 4)]
+COMPARISONS = [Comparison(Prompt("", [1, 2]), list(range(3, 3 + n)), list(range(3, 8 - n))) for n in (1, 2, 3, 4)]
+
+
+def gradient(model, losses):
+    model.zero_grad(set_to_none=True)
+    total = 0.0
+    for loss in losses:
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_sft_in_micro_batches_is_the_whole_batch(gpt, size):
+    whole = gradient(gpt, train_sft.batch_losses(gpt, DEMONSTRATIONS, 0, 0, CPU, None))
+    assert_close(gradient(gpt, train_sft.batch_losses(gpt, DEMONSTRATIONS, size, 0, CPU, None)), whole)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_reward_in_micro_batches_is_the_whole_batch(reward_model, size):
+    margins = [], []
+    whole, parts = (gradient(reward_model, train_reward.batch_losses(reward_model, COMPARISONS, n, 0, CPU, None, seen))
+                    for n, seen in zip((0, size), margins))
+    assert_close(parts, whole)
+    assert_close(torch.cat(margins[1]), torch.cat(margins[0]))
+
+
+@pytest.fixture
+def rollout(policy, gpt, reward_model):
+    """Six responses of at most 6 tokens, with advantages and returns that are plain noise."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.tensor([[1, 2, 3], [4, 5, 0], [6, 0, 0]]).repeat(2, 1)
+    made = collect(policy, gpt, reward_model, prompts, torch.tensor([3, 2, 1, 3, 2, 1]), 6, 7, generator=generator)
+    assert made.mask.sum(dim=1).tolist() == [2, 2, 6, 2, 6, 6]  # ragged
+    noise = torch.randn(2, *made.mask.shape, generator=generator, dtype=torch.float64)
+    return made._replace(logprobs=made.logprobs + 0.1 * noise[0]), noise[0], noise[1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ppo_in_micro_batches_is_the_whole_batch(policy, rollout, size):
+    cfg, rows = train_ppo.PPOConfig(entropy_coef=0.1, value_clip_eps=0.2), torch.arange(6)
+    stats = [], []
+    whole, parts = (
+        gradient(policy, train_ppo.batch_losses(policy, *rollout, rows, dataclasses.replace(cfg, micro_batch_size=n),
+                                                None, figures))
+        for n, figures in zip((0, size), stats))
+    assert_close(parts, whole)
+    for name in ("policy_loss", "value_loss", "entropy", "clip_fraction", "kl_old"):
+        assert_close(sum(one[name] for one in stats[1]), stats[0][0][name], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("limit", "gradient_steps"), [(1e9, 9), (1e-9, 3)])
+def test_inner_epochs_stop_beyond_the_limit(policy, rollout, limit, gradient_steps):
+    """Three passes of three minibatches; the first already moves the policy by more than 1e-9 nats."""
+    cfg = train_ppo.PPOConfig(batch_size=6, minibatch_size=2, inner_epochs=3, max_kl_old=limit)
+    optimizer, scaler = make_optimizer(policy, 1e-3, 0.0), make_scaler(CPU, None)
+    assert train_ppo.update(policy, optimizer, scaler, *rollout, cfg, None, 0)["gradient_steps"] == gradient_steps
+
+
+def test_pretraining_mix_adds_its_gradient(policy, rollout):
+    """With a coefficient of 2, the update's first gradient grows by twice that of the demonstrations' loss."""
+    cfg = train_ppo.PPOConfig(batch_size=6, minibatch_size=6, inner_epochs=1, max_grad_norm=1e9)
+    seen = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append([p.grad.clone() for p in policy.gpt.parameters()])
+
+    def mix(gpt, step):
+        for loss in train_sft.batch_losses(gpt, DEMONSTRATIONS, 0, 0, CPU, None):
+            yield 2 * loss
+
+    for ptx in (None, mix):
+        optimizer = Recorder(policy.parameters(), 1.0)
+        train_ppo.update(policy, optimizer, make_scaler(CPU, None), *rollout, cfg, None, 0, ptx)
+    _, alone = gradient(policy, train_sft.batch_losses(policy.gpt, DEMONSTRATIONS, 0, 0, CPU, None))
+    for (name, _), without, with_mix in zip(policy.gpt.named_parameters(), *seen):
+        assert_close(with_mix, without + 2 * alone["gpt." + name])
+
+
+def test_temperature_divides_the_logits_of_sampling_and_scoring(policy, gpt, reward_model):
+    """Logits 2, 1, 0 at temperature 1/2 are 4, 2, 0; and what collect scores is softmax of the divided logits."""
+    tokens = torch.tensor([[1, 2, 3]])
+    before = gpt(tokens)
+    policy.gpt.temperature = 0.5
+    assert_close(policy.gpt(tokens), 2 * before)
+    made = collect(policy, policy.gpt, reward_model, tokens, torch.tensor([3]), 4, 10)
+    logits = policy.gpt(made.tokens)[:, :-1]
+    expected = torch.log_softmax(logits, dim=-1).gather(2, made.tokens[:, 1:, None]).squeeze(2)
+    assert_close(made.logprobs, torch.where(made.mask, expected, 0.0))
