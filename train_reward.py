@@ -51,6 +51,7 @@ from rlhf.data import (
 from rlhf.losses import bradley_terry_loss
 from rlhf.model import GPT, GPTConfig, RewardModel
 from rlhf.optim import cosine_schedule, make_optimizer, optimizer_step, set_lr
+from rlhf.rankings import load_rankings, ranking_losses
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class RewardConfig:
     data: str = arg("data/tiny_assistant", "data set folder")
     out: str = arg("runs", "folder for the checkpoint and the metrics")
     sft: str = arg("", "checkpoint to start from; empty: sft.pt in --out")
-    comparisons: int = arg(0, "train on the first N comparisons only; 0: all")
+    comparisons: int = arg(0, "train on the first N comparisons (or rankings) only; 0: all")
+    rankings: bool = arg(False, "learn from rankings.csv, K responses to a prompt, instead of comparisons.csv")
     shuffle_prompts: bool = arg(False, "a control: learn with prompts that belong to other rows")
     # optimisation
     steps: int = arg(600, "optimizer steps")
@@ -82,6 +84,8 @@ class RewardConfig:
     def __post_init__(self):
         check_positive(self, "steps", "batch_size", "lr", "max_grad_norm", "log_every", "eval_every")
         check_not_negative(self, "micro_batch_size", "warmup", "weight_decay", "comparisons")
+        if self.rankings and self.shuffle_prompts:
+            raise ValueError("--shuffle-prompts is for comparisons, not for --rankings")
 
 
 @torch.no_grad()
@@ -154,7 +158,13 @@ def main(cfg: RewardConfig) -> None:
     gpt = GPT(GPTConfig(**sft["model_config"]))
     gpt.load_state_dict(sft["model"])
     limit = gpt.config.block_size
-    train_rows = load_comparisons(cfg.data, tokenizer, limit)[: cfg.comparisons or None]
+    if cfg.rankings:
+        train_path, losses_of = csv_path(cfg.data, "rankings"), ranking_losses
+        train_rows = load_rankings(train_path, tokenizer, limit)
+    else:
+        train_path, losses_of = csv_path(cfg.data, "comparisons"), batch_losses
+        train_rows = load_comparisons(cfg.data, tokenizer, limit)
+    train_rows = train_rows[: cfg.comparisons or None]
     heldout_rows = load_comparisons(cfg.data, tokenizer, limit, heldout=True)
     demonstrations = load_demonstrations(cfg.data, tokenizer, limit)
     if cfg.shuffle_prompts:
@@ -163,7 +173,7 @@ def main(cfg: RewardConfig) -> None:
     model = RewardModel(gpt).to(device)
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     scaler = make_scaler(device, amp)
-    inputs = digests(sft=sft_path, comparisons=csv_path(cfg.data, "comparisons"),
+    inputs = digests(sft=sft_path, comparisons=train_path,
                      demonstrations=csv_path(cfg.data, "demonstrations"))
     if cfg.resume:
         checkpoint = load_resumable(path, "reward", cfg, tokenizer, inputs)
@@ -174,15 +184,15 @@ def main(cfg: RewardConfig) -> None:
 
     judge = load_judge(cfg.data)
     perfect = perfect_accuracies(judge, heldout_rows, tokenizer) if judge else {}
-    print(f"{len(train_rows):,} comparisons ({len(heldout_rows):,} held out), on {device}, amp {cfg.amp}, "
-          f"seed {cfg.seed}; held-out accuracy of a perfect model: "
+    print(f"{len(train_rows):,} {train_path.stem} ({len(heldout_rows):,} comparisons held out), on {device}, "
+          f"amp {cfg.amp}, seed {cfg.seed}; held-out accuracy of a perfect model: "
           + (", ".join(f"{name} {value:.3f}" for name, value in perfect.items()) or "not known, there is no judge"))
 
     progress = Progress(Path(cfg.out) / "reward.csv", cfg.steps, start)
     for step in range(start, cfg.steps):
         rows = [train_rows[i] for i in batch_indices(len(train_rows), cfg.batch_size, step, cfg.seed)]
         margins = []
-        losses = batch_losses(model, rows, cfg.micro_batch_size, tokenizer.pad_id, device, amp, margins)
+        losses = losses_of(model, rows, cfg.micro_batch_size, tokenizer.pad_id, device, amp, margins)
         lr = cfg.lr * cosine_schedule(step, cfg.steps, cfg.warmup)
         set_lr(optimizer, lr)
         loss, grad_norm = optimizer_step(losses, model, optimizer, scaler, cfg.max_grad_norm)

@@ -141,6 +141,24 @@ def test_ppo_options_run(trained, tmp_path, flags):
     assert all(math.isfinite(float(row["policy_loss"])) for row in rows(tmp_path / "ppo.csv"))
 
 
+def test_a_reward_model_from_rankings(trained, tmp_path):
+    """rankings.csv made of the comparisons: the same pairs, so the first loss is ln 2 and an evaluation comes out."""
+    data, out, _ = trained
+    copy = tmp_path / "data"
+    copy.mkdir()
+    for path in data.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    with (copy / "rankings.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Prompt", "Response", "Rank"])
+        for row in rows(data / "comparisons.csv"):
+            writer.writerows([[row["Prompt"], row["Chosen"], 1], [row["Prompt"], row["Rejected"], 2]])
+    script("reward", "--data", copy, "--out", tmp_path, "--sft", out / "sft.pt", "--rankings",
+           "--micro-batch-size", "3")
+    assert float(rows(tmp_path / "reward.csv")[0]["loss"]) == pytest.approx(math.log(2), abs=1e-5)
+    assert float(rows(tmp_path / "reward_evaluation.csv")[0]["comparisons"]) == 40
+
+
 def test_scripts_say_what_to_run_first(trained, tmp_path):
     data, out, _ = trained
     for name, first in (("reward", "train_sft.py"), ("ppo", "train_sft.py")):

@@ -1,0 +1,70 @@
+"""An option of train_reward.py: rankings of K responses to a prompt, in place of comparisons of two.
+
+    rankings.csv        Prompt, Response, Rank       the rows of one prompt are one ranking; the lower the better
+
+Annotators who rank K responses give K(K-1)/2 comparisons for little more work. Those are not independent, so a prompt's
+pairs are one element of the loss, and its responses go through the model once, not once a pair (Ouyang et al. 2022,
+section 3.5).
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.common import InputError, autocast
+from rlhf.data import check_lengths, chunks, encode_response, pad_rows, read_csv
+from rlhf.losses import ranking_loss
+from rlhf.tokenizer import Tokenizer
+
+
+class Ranking(NamedTuple):
+    responses: list[list[int]]  # prompt, response and end-of-text of each
+    ranks: list[int]
+
+    @property
+    def size(self) -> int:
+        """Tokens that the model reads."""
+        return sum(map(len, self.responses))
+
+
+def load_rankings(path: Path, tokenizer: Tokenizer, limit: int) -> list[Ranking]:
+    """One Ranking a prompt, in the order in which the prompts first come. A prompt without a pair (one response, or all
+    tied) teaches nothing: it is dropped, and the count is printed."""
+    found, lengths = {}, []
+    for row, (prompt, response, rank) in enumerate(
+        read_csv(path, ("Prompt", "Response", "Rank")).itertuples(index=False), start=1
+    ):
+        if not rank.strip().isdecimal():
+            raise InputError(f"{path}, row {row}: Rank is {rank!r}; it must be a whole number, the lower the better")
+        ranking = found.setdefault(prompt, Ranking([], []))
+        ranking.responses.append(tokenizer.encode(prompt) + encode_response(tokenizer, response))
+        ranking.ranks.append(int(rank))
+        lengths.append(len(ranking.responses[-1]))
+    check_lengths(path, lengths, limit, "prompt and response together")
+    kept = [ranking for ranking in found.values() if len(set(ranking.ranks)) > 1]
+    if len(kept) < len(found):
+        print(f"{path}: {len(found) - len(kept)} of {len(found)} prompts dropped, they have no two ranks")
+    if not kept:
+        raise InputError(f"{path}: no prompt has two responses of different rank; there is nothing to learn")
+    return kept
+
+
+def ranking_batch(rows: list[Ranking], pad_id: int, device) -> tuple[Tensor, Tensor, Tensor]:
+    """-> tokens (R, T) and lengths (R,) of all responses of all rows; ranks (N, K), -1 where a row has fewer than K."""
+    tokens, lengths = pad_rows([response for row in rows for response in row.responses], pad_id, device)
+    K = max(len(row.ranks) for row in rows)
+    return tokens, lengths, torch.tensor([row.ranks + [-1] * (K - len(row.ranks)) for row in rows], device=device)
+
+
+def ranking_losses(model, rows: list[Ranking], micro_batch_size: int, pad_id: int, device, amp, margins: list):
+    """As train_reward.batch_losses, for rankings: the loss in parts, and the margins of all pairs appended."""
+    for part in chunks(rows, micro_batch_size):
+        tokens, lengths, ranks = ranking_batch(part, pad_id, device)  # (R, T), (R,), (N, K)
+        with autocast(device, amp):
+            flat = model(tokens, lengths)  # (R,)
+        scores = flat.new_zeros(ranks.shape).masked_scatter(ranks >= 0, flat)  # (N, K)
+        better = (ranks.unsqueeze(2) < ranks.unsqueeze(1)) & (ranks.unsqueeze(2) >= 0)  # (N, K, K): i beats j
+        margins.append((scores.unsqueeze(2) - scores.unsqueeze(1))[better].detach())
+        yield ranking_loss(scores, ranks) * (len(part) / len(rows))
