@@ -45,6 +45,7 @@ from rlhf.data import batch_indices, csv_path, find_tokenizer, load_judge, load_
 from rlhf.evaluate import (
     add_optimum,
     answer,
+    mean_gold,
     print_pairs,
     print_table,
     reference_samples,
@@ -73,7 +74,7 @@ class PPOConfig:
     max_new_tokens: int = arg(40, "longest response in tokens, end-of-text included")
     missing_eos_score: float = arg(-3.0, "replaces the score of a response without end-of-text")
     temperature: float = arg(1.0, "divides the logits of policy and reference, in sampling and training alike")
-    kl_coef: float = arg(0.1, "price of a nat of KL to the reference, in units of score")
+    kl_coef: float = arg(0.07, "price of a nat of KL to the reference, in units of score")
     kl_target: float = arg(0.0, "adapt kl_coef, from the one given, towards this many nats per response; 0: keep it")
     kl_horizon: float = arg(10_000, "episodes in which the adaptation takes effect")
     # PPO
@@ -93,7 +94,7 @@ class PPOConfig:
     value_network: str = arg("shared", "shared: a head on the policy; reward: a network of its own, started from "
                              "the reward model", ("shared", "reward"))
     # optimisation
-    steps: int = arg(125, "rollout-and-update steps")
+    steps: int = arg(160, "rollout-and-update steps")
     lr: float = arg(6e-4, "peak learning rate")
     warmup: int = arg(3, "steps of linear warm-up, then linear decay towards 0")
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
@@ -252,8 +253,8 @@ def main(cfg: PPOConfig) -> None:
         "objective", "kl_coef", "value_clip_fraction", "kl_old", "grad_norm", "gradient_steps", "first_log_ratio",
         "lr"))
     for step in range(start, cfg.steps):
-        rows = [prompts[i].tokens for i in batch_indices(len(prompts), cfg.batch_size, step, cfg.seed)]
-        tokens, prompt_lens = pad_rows(rows, tokenizer.pad_id, device)  # (B, P), (B,)
+        batch = [prompts[i] for i in batch_indices(len(prompts), cfg.batch_size, step, cfg.seed)]
+        tokens, prompt_lens = pad_rows([prompt.tokens for prompt in batch], tokenizer.pad_id, device)  # (B, P), (B,)
 
         # ---- 1 generate, 2 score ----
         generator = make_generator(device, cfg.seed, "rollout", step)
@@ -276,6 +277,7 @@ def main(cfg: PPOConfig) -> None:
         progress.log(
             step + 1,
             score=rollout.scores.mean().item(),
+            gold=mean_gold(judge, batch, rollout, tokenizer),
             kl_ref=kl_ref,
             objective=rollout.scores.mean().item() - kl_coef * kl_ref,
             kl_coef=kl_coef,

@@ -14,7 +14,7 @@ from rlhf.data import Prompt, gold_scores, pad_rows
 from rlhf.model import GPT, PolicyWithValue, RewardModel
 from rlhf.optimum import best_of_n, best_of_n_kl, matching_n, optimum
 from rlhf.rewards import kl_k1
-from rlhf.rollout import collect, generate, has_ended, score_responses
+from rlhf.rollout import Rollout, collect, generate, has_ended, score_responses
 from rlhf.tokenizer import Tokenizer
 
 
@@ -58,6 +58,14 @@ def answer(
         for one, gold in zip(answers, golds):
             one["gold"] = gold
     return answers
+
+
+def mean_gold(judge: ModuleType | None, prompts: list[Prompt], rollout: Rollout, tokenizer: Tokenizer) -> float | None:
+    """The judge's mean over a rollout; None without a judge. For the log: nothing is trained on it."""
+    if judge is None:
+        return None
+    texts = decode_responses(tokenizer, rollout.tokens, rollout.mask)
+    return sum(gold_scores(judge, [prompt.text for prompt in prompts], texts)) / len(texts)
 
 
 def reference_samples(

@@ -59,8 +59,8 @@ ROWS = [Ranking([[3, 2], [3, 3, 1], [0]], [1, 2, 3]), Ranking([[2], [0, 1]], [2,
 
 def test_ranking_losses_by_hand():
     """First prompt: scores ln 3, ln 2, 0 in the right order: -log sigmoid of ln 3/2, ln 3, ln 2, that is -log of 3/5,
-    3/4, 2/3, mean 1/3 log(10/3). Second: ln 3 is ranked below ln 2: -log sigmoid(ln 2/3) = -log 2/5. The loss is the mean of
-    the two prompts; 3 of the 4 margins are positive."""
+    3/4, 2/3, mean 1/3 log(10/3). Second: ln 3 is ranked below ln 2: -log sigmoid(ln 2/3) = -log 2/5. The loss is the
+    mean of the two prompts; 3 of the 4 margins are positive."""
     margins = []
     (loss,) = ranking_losses(Table(), ROWS, 0, 3, CPU, None, margins)
     assert loss.item() == pytest.approx((math.log(10 / 3) / 3 - math.log(2 / 5)) / 2, rel=1e-12)
