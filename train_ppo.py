@@ -94,13 +94,13 @@ class PPOConfig:
     value_network: str = arg("shared", "shared: a head on the policy; reward: a network of its own, started from "
                              "the reward model", ("shared", "reward"))
     # optimisation
-    steps: int = arg(160, "rollout-and-update steps")
+    steps: int = arg(140, "rollout-and-update steps")
     lr: float = arg(6e-4, "peak learning rate")
     warmup: int = arg(3, "steps of linear warm-up, then linear decay towards 0")
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
     # run
     eval_prompts: int = arg(500, "held-out prompts of the closing evaluation")
-    optimum_prompts: int = arg(64, "of these, how many the best possible policy is estimated on")
+    optimum_prompts: int = arg(48, "of these, how many the best possible policy is estimated on")
     optimum_samples: int = arg(256, "reference samples for each of them")
     device: str = arg("auto", "where to run; auto takes a GPU where there is one", ("auto", "cpu", "cuda"))
     amp: str = arg("off", "mixed precision; auto is bf16 on a GPU that has it", ("auto", "off", "bf16", "fp16"))
@@ -134,15 +134,16 @@ def batch_losses(policy, rollout: Rollout, advantages, returns, rows, cfg: PPOCo
     weighs as much as it has actions, so the parts sum to the mean over all of them. Appends its figures to stats."""
     actions = rollout.mask[rows].sum()
     for part in rows.split(cfg.micro_batch_size or len(rows)):
-        mb = Rollout(*(x[part] for x in rollout))
+        mb = rollout.take(part)
         with autocast(mb.tokens.device, amp):
             logits, values = policy(mb.tokens)  # (B, T, V), (B, T)
         new_logprobs = token_logprobs(logits, mb.tokens, mb.mask)  # (B, T-1)
 
         # ---- 5 losses ----
-        pg_loss, clip_fraction = policy_loss(new_logprobs, mb.logprobs, advantages[part], mb.mask, cfg.clip_eps)
-        v_loss, v_clip_fraction = value_loss(values[:, :-1], mb.values, returns[part], mb.mask, cfg.value_clip_eps)
-        mb_entropy = entropy(logits, mb.mask)
+        mb_advantages, mb_returns = (x[part, : mb.mask.size(1)] for x in (advantages, returns))
+        pg_loss, clip_fraction = policy_loss(new_logprobs, mb.logprobs, mb_advantages, mb.mask, cfg.clip_eps)
+        v_loss, v_clip_fraction = value_loss(values[:, :-1], mb.values, mb_returns, mb.mask, cfg.value_clip_eps)
+        mb_entropy = entropy(logits if cfg.entropy_coef else logits.detach(), mb.mask)  # often a figure alone
         loss = pg_loss + cfg.value_coef * v_loss - cfg.entropy_coef * mb_entropy
 
         share = mb.mask.sum() / actions

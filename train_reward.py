@@ -78,7 +78,7 @@ class RewardConfig:
     amp: str = arg("off", "mixed precision; auto is bf16 on a GPU that has it", ("auto", "off", "bf16", "fp16"))
     seed: int = arg(0, "of the order of the data")
     log_every: int = arg(20, "steps between lines")
-    eval_every: int = arg(100, "steps between held-out accuracies and checkpoints")
+    eval_every: int = arg(150, "steps between held-out accuracies and checkpoints")
     resume: bool = arg(False, "go on from the checkpoint in --out")
 
     def __post_init__(self):

@@ -21,6 +21,11 @@ class Rollout(NamedTuple):
     values: Tensor  # (B, T-1)
     scores: Tensor  # (B,) the reward model's
 
+    def take(self, rows: Tensor) -> "Rollout":
+        """Some of the rows, cut after the longest of them."""
+        actions = self.mask[rows].any(dim=0).nonzero().max() + 1  # columns up to the last action
+        return Rollout(self.tokens[rows, : actions + 1], *(x[rows, :actions] for x in self[1:5]), self.scores[rows])
+
 
 def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One token from softmax(logits) for each row: (B, V) -> (B,).

@@ -111,6 +111,15 @@ def test_collect_scores_what_was_sampled(policy, gpt, reward_model):
     assert torch.equal(got.logprobs, got.ref_logprobs)  # the reference is the policy here
 
 
+def test_take_cuts_after_the_longest_row_taken(policy, gpt, reward_model):
+    made = collect(policy, gpt, reward_model, torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.tensor([3, 1]), 4, 10)
+    mask = torch.zeros(2, 6, dtype=torch.bool)
+    mask[0, 2:6] = mask[1, 0:3] = True
+    taken = made._replace(mask=mask).take(torch.tensor([1]))
+    assert taken.tokens.tolist() == made.tokens[1:, :4].tolist() and taken.mask.tolist() == [[True, True, True]]
+    assert torch.equal(taken.values, made.values[1:, :3]) and torch.equal(taken.scores, made.scores[1:])
+
+
 def test_reference_logprobs_are_the_references(policy, gpt, reward_model):
     got, _ = rollout(policy, reward_model.gpt, reward_model)
     expected = token_logprobs(reward_model.gpt(got.tokens), got.tokens)
