@@ -42,16 +42,7 @@ from rlhf.common import (
     write_csv,
 )
 from rlhf.data import batch_indices, csv_path, find_tokenizer, load_judge, load_prompts, pad_rows
-from rlhf.evaluate import (
-    add_optimum,
-    answer,
-    mean_gold,
-    print_pairs,
-    print_table,
-    reference_samples,
-    sample_rows,
-    summarise,
-)
+from rlhf.evaluate import Setting, answer, compare, mean_gold, print_answers, print_pairs, print_table, sample_rows
 from rlhf.losses import entropy, policy_loss, value_loss
 from rlhf.masked import masked_mean, masked_whiten, token_logprobs
 from rlhf.model import GPT, GPTConfig, PolicyWithValue, RewardModel
@@ -248,8 +239,8 @@ def main(cfg: PPOConfig) -> None:
     print(f"{len(prompts):,} prompts ({len(heldout):,} held out), {cfg.steps * cfg.batch_size:,} episodes, "
           f"on {device}, amp {cfg.amp}, seed {cfg.seed}")
 
-    scoring = {"missing_eos_score": cfg.missing_eos_score, "chunk_size": cfg.minibatch_size, "amp": amp}
-    models = (reference, reward_model)
+    setting = Setting(reference, reward_model, tokenizer, judge, cfg.max_new_tokens, cfg.missing_eos_score,
+                      cfg.minibatch_size, amp)
     progress = Progress(Path(cfg.out) / "ppo.csv", cfg.steps, start, csv_only=(
         "objective", "kl_coef", "value_clip_fraction", "kl_old", "grad_norm", "gradient_steps", "first_log_ratio",
         "lr"))
@@ -259,8 +250,8 @@ def main(cfg: PPOConfig) -> None:
 
         # ---- 1 generate, 2 score ----
         generator = make_generator(device, cfg.seed, "rollout", step)
-        rollout = collect(policy, *models, tokens, prompt_lens, cfg.max_new_tokens, tokenizer.eos_id,
-                          generator=generator, **scoring)
+        rollout = collect(policy, reference, reward_model, tokens, prompt_lens, cfg.max_new_tokens, tokenizer.eos_id,
+                          cfg.missing_eos_score, cfg.minibatch_size, amp, generator)
         # ---- 3 shape ----
         rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef)
         # ---- 4 credit ----
@@ -292,22 +283,12 @@ def main(cfg: PPOConfig) -> None:
             kl_coef = adapt_kl_coef(kl_coef, kl_ref, cfg.kl_target, cfg.kl_horizon, cfg.batch_size)
         done = step + 1
         if done % cfg.eval_every == 0 or done == cfg.steps:
-            fixed = answer(policy.gpt, *models, heldout[:3], tokenizer, cfg.max_new_tokens, judge, **scoring)
-            for one in fixed:
-                gold = "" if one["gold"] is None else f", gold {one['gold']:+.1f}"
-                print(f"    {one['prompt'].strip().splitlines()[0]}\n        -> {one['response']}   "
-                      f"(score {one['score']:+.2f}{gold})")
+            print_answers(answer(policy.gpt, heldout[:3], setting))
             save_checkpoint(path, "ppo", policy, cfg, done, tokenizer, optimizer, scaler, inputs, kl_coef=kl_coef)
 
     print(f"\nheld out: {len(heldout)} prompts, one sampled response each")
-    before, after = (answer(gpt, *models, heldout, tokenizer, cfg.max_new_tokens, judge, seed=cfg.seed, **scoring)
-                     for gpt in (reference, policy.gpt))
-    table = [summarise(name, answers, before, kl_coef) for name, answers in (("sft", before), ("ppo", after))]
-    few = heldout[: cfg.optimum_prompts]
-    ours = answer(policy.gpt, *models, few * 8, tokenizer, cfg.max_new_tokens, judge, seed=cfg.seed + 1, **scoring)
-    scores, golds = reference_samples(*models, few, cfg.optimum_samples, tokenizer, cfg.max_new_tokens, judge,
-                                      cfg.missing_eos_score, amp, cfg.seed)
-    trust = add_optimum(table, ours, scores, golds, kl_coef)
+    table, before, after, trust = compare(
+        policy.gpt, heldout, setting, kl_coef, cfg.optimum_prompts, cfg.optimum_samples, cfg.seed)
     print_table(table)
     print(trust)
     print_pairs(before, after, 3)

@@ -5,6 +5,7 @@ judge, which no training stage has seen, is the honest column; where there is no
 """
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,28 +25,30 @@ def decode_responses(tokenizer: Tokenizer, tokens: Tensor, mask: Tensor) -> list
     return [tokenizer.decode([i for i in row if i != tokenizer.eos_id]).strip() for row in rows]
 
 
-def answer(
-    gpt: GPT,
-    reference: GPT,
-    reward_model: RewardModel,
-    prompts: list[Prompt],
-    tokenizer: Tokenizer,
-    max_new_tokens: int,
-    judge: ModuleType | None = None,
-    amp: torch.dtype | None = None,
-    seed: int = 0,
-    **scoring,
-) -> list[dict]:
+class Setting(NamedTuple):
+    """What answers are sampled and judged with."""
+
+    reference: GPT
+    reward_model: RewardModel
+    tokenizer: Tokenizer
+    judge: ModuleType | None
+    max_new_tokens: int = 40
+    missing_eos_score: float = -3.0
+    chunk_size: int = 64
+    amp: torch.dtype | None = None
+
+
+def answer(gpt: GPT, prompts: list[Prompt], setting: Setting, seed: int = 0) -> list[dict]:
     """One sampled response to each prompt, with its score, gold (None without a judge), kl_ref in nats per response,
     length in tokens and whether it ended. Scored by the very code that PPO trains with."""
     device = next(gpt.parameters()).device
-    policy = PolicyWithValue(gpt).to(device)
-    answers = []
+    policy, tokenizer, judge, answers = PolicyWithValue(gpt).to(device), setting.tokenizer, setting.judge, []
     for at in range(0, len(prompts), 128):
         chunk = prompts[at : at + 128]
         tokens, prompt_lens = pad_rows([prompt.tokens for prompt in chunk], tokenizer.pad_id, device)
-        rollout = collect(policy, reference, reward_model, tokens, prompt_lens, max_new_tokens, tokenizer.eos_id,
-                          amp=amp, generator=make_generator(device, seed, "evaluate", at), **scoring)
+        rollout = collect(policy, setting.reference, setting.reward_model, tokens, prompt_lens, setting.max_new_tokens,
+                          tokenizer.eos_id, setting.missing_eos_score, setting.chunk_size, setting.amp,
+                          make_generator(device, seed, "evaluate", at))
         kl_ref = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1)  # (B,): slots off the mask hold 0
         ended = has_ended(rollout.tokens, rollout.mask, tokenizer.eos_id)
         texts = decode_responses(tokenizer, rollout.tokens, rollout.mask)
@@ -69,29 +72,23 @@ def mean_gold(judge: ModuleType | None, prompts: list[Prompt], rollout: Rollout,
 
 
 def reference_samples(
-    reference: GPT,
-    reward_model: RewardModel,
-    prompts: list[Prompt],
-    samples: int,
-    tokenizer: Tokenizer,
-    max_new_tokens: int,
-    judge: ModuleType | None = None,
-    missing_eos_score: float = -3.0,
-    amp: torch.dtype | None = None,
-    seed: int = 0,
+    prompts: list[Prompt], samples: int, setting: Setting, seed: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """Scores (P, N) of N = samples responses of the reference to each of P prompts, and their gold (None without a
     judge): what rlhf/optimum.py needs."""
-    device = next(reference.parameters()).device
-    scores, golds = [], []
+    device = next(setting.reference.parameters()).device
+    tokenizer, scores, golds = setting.tokenizer, [], []
     for at, prompt in enumerate(prompts):
         tokens, prompt_lens = pad_rows([prompt.tokens] * samples, tokenizer.pad_id, device)
-        with autocast(device, amp):
-            tokens, mask = generate(reference, tokens, prompt_lens, max_new_tokens, tokenizer.eos_id,
+        with autocast(device, setting.amp):
+            tokens, mask = generate(setting.reference, tokens, prompt_lens, setting.max_new_tokens, tokenizer.eos_id,
                                     make_generator(device, seed, "reference samples", at))
-            scores.append(score_responses(reward_model, tokens, mask, prompt_lens, tokenizer.eos_id, missing_eos_score))
-        if judge is not None:
-            golds.append(gold_scores(judge, [prompt.text] * samples, decode_responses(tokenizer, tokens, mask)))
+            scores.append(torch.cat([
+                score_responses(setting.reward_model, *part, tokenizer.eos_id, setting.missing_eos_score)
+                for part in zip(*(x.split(setting.chunk_size) for x in (tokens, mask, prompt_lens)))]))
+        if setting.judge is not None:
+            texts = decode_responses(tokenizer, tokens, mask)
+            golds.append(gold_scores(setting.judge, [prompt.text] * samples, texts))
     return torch.stack(scores).double().cpu(), torch.tensor(golds, dtype=torch.float64) if golds else None
 
 
@@ -156,6 +153,17 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
                if not bias < 0.05 else ""))
 
 
+def compare(
+    policy: GPT, prompts: list[Prompt], setting: Setting, kl_coef: float, optimum_prompts: int, samples: int, seed: int
+) -> tuple[list[dict], list[dict], list[dict], str]:
+    """The closing evaluation: the rows of evaluation.csv, the answers before and after, and add_optimum's line."""
+    before, after = (answer(gpt, prompts, setting, seed) for gpt in (setting.reference, policy))
+    table = [summarise(name, answers, before, kl_coef) for name, answers in (("sft", before), ("ppo", after))]
+    few = prompts[:optimum_prompts]
+    ours = answer(policy, few * 8, setting, seed + 1)
+    return table, before, after, add_optimum(table, ours, *reference_samples(few, samples, setting, seed), kl_coef)
+
+
 def sample_rows(before: list[dict], after: list[dict]) -> list[dict]:
     """Rows of ppo_samples.csv: the same prompt answered before and after."""
     return [{"Prompt": a["prompt"], "Before": a["response"], "After": b["response"],
@@ -174,6 +182,13 @@ def print_table(rows: list[dict]) -> None:
     print(" | ".join(name.rjust(width) for name, width in widths.items()))
     for row in rows:
         print(" | ".join(str(row[name]).rjust(width) for name, width in widths.items()))
+
+
+def print_answers(answers: list[dict]) -> None:
+    for one in answers:
+        gold = "" if one["gold"] is None else f", gold {one['gold']:+.1f}"
+        print(f"    {one['prompt'].strip().splitlines()[0]}\n        -> {one['response']}   "
+              f"(score {one['score']:+.2f}{gold})")
 
 
 def print_pairs(before: list[dict], after: list[dict], count: int) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf.evaluate import add_optimum, reference_samples, summarise
+from rlhf.evaluate import Setting, add_optimum, reference_samples, summarise
 from rlhf.data import Prompt
 from rlhf.optimum import best_of_n_kl
 
@@ -64,7 +64,7 @@ def test_reference_samples_are_the_references(gpt, reward_model):
             return [len(response) for response in responses]
 
     prompt = Prompt("1 2", [1, 2])
-    scores, golds = reference_samples(gpt, reward_model, [prompt], 4000, Tokens, 1, Judge, missing_eos_score=-7.0)
+    scores, golds = reference_samples([prompt], 4000, Setting(gpt, reward_model, Tokens, Judge, 1, -7.0))
     with torch.no_grad():
         p = torch.softmax(gpt(torch.tensor([[1, 2]]))[0, -1], dim=0)
         ended = reward_model(torch.tensor([[1, 2, 10]]), torch.tensor([3])).item()
