@@ -1,0 +1,203 @@
+"""Over-optimisation, shown: the reward model's score climbs, gold peaks and falls (Gao, Schulman and Hilton 2022).
+
+    python -m rlhf.study --jobs 2      # about an hour on two cores; a second call goes on where the first stopped
+
+Runs the three scripts over seeds, sizes of the reward model's training set, and kl_coefs, and writes to --out:
+
+    study.csv   one row a point: method (ppo, best_of_n), seed, comparisons, kl_coef, step or n, kl_ref, score, gold
+    fits.csv    Gao et al.'s curves fitted to gold, with d = sqrt(KL):  best-of-n  d (a - b d),  PPO  d (a - b log d)
+    study.png   both scores against d, where matplotlib is installed
+
+kl_coef = 0 is run with every size; the other kl_coefs with the largest. The points of PPO are the steps of one run, as
+in Gao et al.: score, gold and KL of the answers that it was trained on at that step.
+"""
+
+import csv
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+
+from rlhf.cli import arg, check_positive, run
+from rlhf.common import InputError, load_checkpoint, pick_device, write_csv
+from rlhf.data import find_tokenizer, load_comparisons, load_judge, load_prompts
+from rlhf.evaluate import Setting, reference_samples
+from rlhf.model import GPT, GPTConfig, RewardModel
+from rlhf.optimum import best_of_n, best_of_n_kl
+
+ROOT = Path(__file__).resolve().parent.parent
+EPOCHS, BATCH_SIZE = 3.2, 64  # of every reward model, those of train_reward.py's defaults
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Sweep kl_coef and the number of comparisons; see how far the score can be trusted."""
+
+    data: str = arg("data/tiny_assistant", "data set folder; it needs a judge.py")
+    out: str = arg("runs/study", "folder for all runs and for the results")
+    seeds: str = arg("0,1,2", "seeds, with commas between")
+    comparisons: str = arg("1500,4000,12000", "sizes of the reward model's training set")
+    kl_coefs: str = arg("0,0.02,0.07,0.2", "prices of KL")
+    prompts: int = arg(48, "held-out prompts of best-of-n")
+    largest_n: int = arg(256, "best of up to so many samples")
+    jobs: int = arg(1, "runs at a time; more than one gives each a single thread")
+    device: str = arg("auto", "where to run; auto takes a GPU where there is one", ("auto", "cpu", "cuda"))
+
+    def __post_init__(self):
+        check_positive(self, "prompts", "jobs")
+        if self.largest_n < 4:
+            raise ValueError("--largest-n must be at least 4")
+        for name, kind in (("seeds", int), ("comparisons", int), ("kl_coefs", float)):
+            try:
+                values = [kind(value) for value in getattr(self, name).split(",")]
+            except ValueError:
+                values = [-1]
+            if min(values) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)!r}: give numbers, with commas")
+
+
+def script(cfg: StudyConfig, name: str, seed: int, out: Path, made: str, *flags) -> None:
+    """Run one of the three scripts, unless what it makes is there already."""
+    if (out / made).is_file():
+        return
+    command = [sys.executable, str(ROOT / f"train_{name}.py"), "--data", cfg.data, "--device", cfg.device, "--seed",
+               str(seed), "--out", str(out), *map(str, flags)]
+    print(f"$ train_{name}.py", " ".join(command[2:]), flush=True)
+    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if cfg.jobs > 1 else {})}
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / f"{name}.log").open("w") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode:
+        raise InputError(f"train_{name}.py stopped with status {done.returncode}; see {out / name}.log")
+
+
+def one_reward_model(cfg: StudyConfig, seed: int, size: int, whole: bool) -> list[dict]:
+    """A reward model of so many comparisons, PPO against it, best-of-n by it. Returns the points."""
+    folder = Path(cfg.out) / f"seed{seed}" / f"comparisons{size}"
+    sft = folder.parent / "sft.pt"
+    script(cfg, "reward", seed, folder, "reward_evaluation.csv", "--sft", sft, "--comparisons", size,
+           "--steps", max(1, round(EPOCHS * size / BATCH_SIZE)))
+    points = best_of_n_points(cfg, seed, size, sft, folder / "reward.pt")
+    for kl_coef in cfg.kl_coefs.split(","):
+        if float(kl_coef) == 0 or whole:
+            out = folder / f"kl{kl_coef}"
+            script(cfg, "ppo", seed, out, "evaluation.csv", "--sft", sft, "--reward", folder / "reward.pt",
+                   "--kl-coef", kl_coef)
+            with (out / "ppo.csv").open(newline="") as file:
+                points += [{"method": "ppo", "seed": seed, "comparisons": size, "kl_coef": float(kl_coef),
+                            "step_or_n": int(row["step"]), "kl_ref": float(row["kl_ref"]),
+                            "score": float(row["score"]), "gold": float(row["gold"])} for row in csv.DictReader(file)]
+    return points
+
+
+def best_of_n_points(cfg: StudyConfig, seed: int, size: int, sft_path: Path, reward_path: Path) -> list[dict]:
+    device = pick_device(cfg.device)
+    sft, reward = load_checkpoint(sft_path, "sft"), load_checkpoint(reward_path, "reward")
+    tokenizer, judge = find_tokenizer(cfg.data, sft["config"]["tokenizer"]), load_judge(cfg.data)
+    reference, model = GPT(GPTConfig(**sft["model_config"])), RewardModel(GPT(GPTConfig(**reward["model_config"])))
+    reference.load_state_dict(sft["model"])
+    model.load_state_dict(reward["model"])
+    prompts = load_prompts(cfg.data, tokenizer, reference.config.block_size - 40, heldout=True)[: cfg.prompts]
+    setting = Setting(reference.to(device), model.to(device), tokenizer, judge)
+    scores, golds = reference_samples(prompts, cfg.largest_n, setting, seed)
+    sizes = [2**k for k in range(cfg.largest_n.bit_length()) if 2**k <= cfg.largest_n]
+    return [{"method": "best_of_n", "seed": seed, "comparisons": size, "kl_coef": None, "step_or_n": n,
+             "kl_ref": best_of_n_kl(n), "score": best_of_n(scores, scores, n).mean().item(),
+             "gold": best_of_n(scores, golds, n).mean().item()} for n in sizes]
+
+
+def fit(d: numpy.ndarray, gain: numpy.ndarray, method: str) -> tuple[float, float]:
+    """(a, b) of gain = d (a - b d) for best_of_n, gain = d (a - b log d) for ppo, by least squares. Gao et al. 2022."""
+    columns = numpy.stack([d, -d * (d if method == "best_of_n" else numpy.log(d))], axis=1)
+    a, b = numpy.linalg.lstsq(columns, gain, rcond=None)[0]
+    return float(a), float(b)
+
+
+def fits(points: list[dict]) -> list[dict]:
+    """One row for each curve: both methods, each seed and size, without a leash. The start of each curve, d = 0, is its
+    first point; where d is not positive there is nothing to fit."""
+    rows = []
+    for method, seed, size in sorted({(p["method"], p["seed"], p["comparisons"]) for p in points}):
+        curve = [p for p in points if (p["method"], p["seed"], p["comparisons"]) == (method, seed, size)
+                 and not p["kl_coef"]]
+        start, rest = curve[0], [p for p in curve if p["kl_ref"] > 0]
+        if len(rest) < 3:
+            continue
+        d = numpy.sqrt([p["kl_ref"] for p in rest])
+        a, b = fit(d, numpy.array([p["gold"] - start["gold"] for p in rest]), method)
+        best = max(curve, key=lambda p: p["gold"])
+        rows.append({"method": method, "seed": seed, "comparisons": size, "alpha": a, "beta": b,
+                     "highest_gold": best["gold"], "at_sqrt_kl": max(0.0, best["kl_ref"]) ** 0.5,
+                     "last_gold": curve[-1]["gold"], "last_score": curve[-1]["score"],
+                     "last_sqrt_kl": max(0.0, curve[-1]["kl_ref"]) ** 0.5})
+    return rows
+
+
+def plot(points: list[dict], path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed: no figure (pip install matplotlib, and call again)")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), sharex="col")
+    sizes = sorted({p["comparisons"] for p in points})
+    colours = dict(zip(sizes, ("tab:red", "tab:orange", "tab:blue", "tab:green", "tab:purple")))
+    for column, (method, title) in enumerate((("ppo", "PPO, kl_coef = 0"), ("best_of_n", "best-of-n"))):
+        for row, name in enumerate(("score", "gold")):
+            ax = axes[row][column]
+            for size in sizes:
+                for seed in sorted({p["seed"] for p in points}):
+                    curve = [p for p in points if (p["method"], p["comparisons"], p["seed"]) == (method, size, seed)
+                             and not p["kl_coef"]]
+                    ax.plot([max(0, p["kl_ref"]) ** 0.5 for p in curve], [p[name] for p in curve],
+                            "." if method == "ppo" else ".-", color=colours.get(size, "black"), markersize=4,
+                            label=f"{size:,} comparisons" if seed == min(p["seed"] for p in points) else None)
+            ax.grid(alpha=0.3)
+            ax.set_ylabel("reward model's score" if name == "score" else "gold")
+        axes[0][column].set_title(title)
+        axes[1][column].set_xlabel("sqrt(KL to the reference), nats per response")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+def main(cfg: StudyConfig) -> None:
+    torch.set_num_threads(1 if cfg.jobs > 1 else torch.get_num_threads())
+    tokenizer = find_tokenizer(cfg.data)
+    if load_judge(cfg.data) is None:
+        raise InputError(f"{cfg.data} has no judge.py: without gold there is nothing to compare the score with")
+    rows = len(load_comparisons(cfg.data, tokenizer, 10**9))
+    seeds, sizes = ([int(x) for x in values.split(",")] for values in (cfg.seeds, cfg.comparisons))
+    if max(sizes) > rows:
+        raise InputError(f"--comparisons {max(sizes)}: {cfg.data} has {rows}")
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        for seed, _ in zip(seeds, pool.map(
+                lambda seed: script(cfg, "sft", seed, Path(cfg.out) / f"seed{seed}", "sft.pt"), seeds)):
+            print(f"seed {seed}: fine-tuned", flush=True)
+        runs = [(seed, size) for size in sizes for seed in seeds]
+        points = []
+        for done, (key, made) in enumerate(zip(runs, pool.map(
+                lambda key: one_reward_model(cfg, *key, whole=key[1] == max(sizes)), runs)), start=1):
+            points += made
+            print(f"seed {key[0]}, {key[1]} comparisons: {done} of {len(runs)} done", flush=True)
+    write_csv(Path(cfg.out) / "study.csv", points)
+    table = fits(points)
+    write_csv(Path(cfg.out) / "fits.csv", table)
+    for row in table:
+        print(" | ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
+                         for name, value in row.items()))
+    print(f"wrote {Path(cfg.out) / 'study.csv'} and {Path(cfg.out) / 'fits.csv'}")
+    plot(points, Path(cfg.out) / "study.png")
+
+
+if __name__ == "__main__":
+    run(main, StudyConfig)

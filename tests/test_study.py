@@ -1,0 +1,52 @@
+"""The fits of the over-optimisation study, on curves whose coefficients are known, and its bad input."""
+
+import math
+
+import numpy
+import pytest
+
+from rlhf.common import InputError
+from rlhf.study import StudyConfig, fit, fits, main, script
+
+
+def test_fit_finds_the_coefficients_of_both_forms():
+    """Gold gains made of d (2 - d/2) and d (1 - 0.3 log d) give them back."""
+    d = numpy.array([0.3, 0.9, 1.7, 2.6, 4.0])
+    assert fit(d, d * (2 - 0.5 * d), "best_of_n") == pytest.approx((2, 0.5))
+    assert fit(d, d * (1 - 0.3 * numpy.log(d)), "ppo") == pytest.approx((1, 0.3))
+
+
+def point(method, kl_ref, gold, kl_coef=0.0, seed=0):
+    return {"method": method, "seed": seed, "comparisons": 100, "kl_coef": kl_coef, "step_or_n": 1, "kl_ref": kl_ref,
+            "score": 10 * kl_ref, "gold": gold}
+
+
+def test_fits_measure_gold_from_the_start_of_the_curve():
+    """Gold -1 + d (1 - 0.3 log d) at KL 0, 1, 4, 9, 16; the run with a leash does not count. Highest at d = 4, where
+    gold is 3 - 1.2 log 4."""
+    curve = [point("ppo", d * d, -1 + (d * (1 - 0.3 * math.log(d)) if d else 0)) for d in (0, 1, 2, 3, 4)]
+    (row,) = fits([*curve, point("ppo", 1.0, 99.0, kl_coef=0.2)])
+    assert (row["alpha"], row["beta"]) == pytest.approx((1, 0.3))
+    assert row["highest_gold"] == row["last_gold"] == pytest.approx(3 - 1.2 * math.log(4))
+    assert row["at_sqrt_kl"] == 4 and row["last_score"] == 160
+
+
+def test_too_short_a_curve_is_left_out():
+    assert fits([point("ppo", 0.0, 0.0), point("ppo", 1.0, 1.0)]) == []
+
+
+@pytest.mark.parametrize("flag", [{"seeds": "1,x"}, {"comparisons": ""}, {"kl_coefs": "-1"}, {"jobs": 0},
+                                  {"largest_n": 2}])
+def test_impossible_flags(flag):
+    with pytest.raises(ValueError):
+        StudyConfig(**flag)
+
+
+def test_bad_input_of_the_study(tmp_path, small_data):
+    with pytest.raises(InputError, match="--comparisons 4000: .* has 40"):
+        main(StudyConfig(data=str(small_data), out=str(tmp_path / "out"), comparisons="20,4000"))
+    with pytest.raises(InputError, match="stopped with status 2; see .*sft.log"):
+        script(StudyConfig(data=str(tmp_path / "nowhere")), "sft", 0, tmp_path / "out", "sft.pt")
+    (small_data / "judge.py").unlink()
+    with pytest.raises(InputError, match="no judge.py"):
+        main(StudyConfig(data=str(small_data), out=str(tmp_path / "out"), comparisons="20"))
