@@ -85,9 +85,9 @@ class PPOConfig:
     value_network: str = arg("shared", "shared: a head on the policy; reward: a network of its own, started from "
                              "the reward model", ("shared", "reward"))
     # optimisation
-    steps: int = arg(140, "rollout-and-update steps")
+    steps: int = arg(150, "rollout-and-update steps")
     lr: float = arg(6e-4, "peak learning rate")
-    warmup: int = arg(3, "steps of linear warm-up, then linear decay towards 0")
+    warmup: int = arg(20, "steps of linear warm-up, then linear decay towards 0")
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
     # run
     eval_prompts: int = arg(500, "held-out prompts of the closing evaluation")
