@@ -2,6 +2,8 @@
 
     python train_reward.py         # reads runs/sft.pt; writes runs/reward.pt, reward.csv and reward_evaluation.csv
 
+About two minutes on two cores; held-out accuracy ends near 0.87, where a perfect model has 0.88 (docs/results.md).
+
 The loss is -log sigmoid(r_chosen - r_rejected), so the chosen response scores HIGHER. Only differences are learned;
 the zero and the unit of the scores are free. They are set once, after training: the demonstrations' mean becomes 0
 and their standard deviation 1, so that a kl_coef in PPO means the same trade whatever scale the training happened to

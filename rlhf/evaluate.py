@@ -145,10 +145,9 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
     for row in table:
         row["optimality"] = (row["objective"] - start) / (end - start) if end > start else None
     ess, bias = best["ess"], (kl_coef * (1 / best["ess"] - 1 / scores.size(1)) / 2).mean().item() / (end - start)
-    return (f"best_of_n: n = {n}, whose KL is nearest to PPO's; "
-            f"optimum: from {scores.size(1)} reference samples for each of {len(scores)} prompts; "
-            f"effective sample size {ess.mean():.1f} on average, {ess.min():.1f} at least,\n"
-            f"which makes optimality too high by about {bias:.1%}"
+    return (f"best_of_n: n = {n}, whose KL is nearest to PPO's\n"
+            f"optimum: from {scores.size(1)} reference samples for each of {len(scores)} prompts; the effective sample size is\n"
+            f"{ess.mean():.1f} on average, {ess.min():.1f} at least, which makes optimality too high by about {bias:.1%}"
             + ("\nwarning: that is too few samples to trust; more --optimum-samples, or a larger --kl-coef"
                if not bias < 0.05 else ""))
 
