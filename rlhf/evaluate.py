@@ -145,11 +145,12 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
     for row in table:
         row["optimality"] = (row["objective"] - start) / (end - start) if end > start else None
     ess, bias = best["ess"], (kl_coef * (1 / best["ess"] - 1 / scores.size(1)) / 2).mean().item() / (end - start)
-    return (f"best_of_n: n = {n}, whose KL is nearest to PPO's\n"
-            f"optimum: from {scores.size(1)} reference samples for each of {len(scores)} prompts; the effective sample size is\n"
-            f"{ess.mean():.1f} on average, {ess.min():.1f} at least, which makes optimality too high by about {bias:.1%}"
-            + ("\nwarning: that is too few samples to trust; more --optimum-samples, or a larger --kl-coef"
-               if not bias < 0.05 else ""))
+    text = (f"best_of_n: n = {n}, whose KL is nearest to PPO's\n"
+            f"optimum: {scores.size(1)} reference samples for each of {len(scores)} prompts, effective sample size "
+            f"{ess.mean():.1f}\non average and {ess.min():.1f} at least; optimality is too high by about {bias:.1%} for it")
+    if not bias < 0.05:
+        text += "\nwarning: that is too few samples to trust; more --optimum-samples, or a larger --kl-coef"
+    return text
 
 
 def compare(

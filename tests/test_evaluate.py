@@ -42,7 +42,7 @@ def test_add_optimum_by_hand():
     assert sft["optimality"] == 0 and optimal["optimality"] == 1
     assert ppo["optimality"] == pytest.approx((1.1 - 0.25) / (2 * math.log(1.5) + 0.03))
     # ess 3 of N = 4: 2 * (1/3 - 1/4) / 2 = 1/12 of a gain of 0.841
-    assert "sample size is\n3.0 on average, 3.0 at least" in text and f"{1 / 12 / 0.84093:.1%}" in text
+    assert "sample size 3.0\non average and 3.0 at least" in text and f"{1 / 12 / 0.84093:.1%}" in text
     assert "warning" in text
 
 
