@@ -4,6 +4,7 @@ The reward model's score is what PPO was paid for, so it says little about quali
 judge, which no training stage has seen, is the honest column; where there is none, the win rate goes by the score.
 """
 
+import math
 from types import ModuleType
 from typing import NamedTuple
 
@@ -122,14 +123,14 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
         (J - J_sft) / (J* - J_sft),    J = score - kl_coef * kl_ref
 
     0 for the reference, 1 for the best policy that this objective has. The two rows come from fewer prompts than the
-    others, and prompts differ more than policies do. So each is PPO's row plus what it is better than PPO by on the
-    prompts that both have answered.
+    others, and prompts differ more than policies do. So their score and gold are those of PPO's row plus what they are
+    better than PPO by on the prompts that both have answered.
 
     Args: ours: PPO's answers to the P prompts, any number of times each; scores, golds (P, N) of reference_samples.
     Returns: a line on how far the estimate can be trusted.
     """
-    ppo, n = table[-1], matching_n(mean(ours, "kl_ref"), scores.size(1) // 2)
-    best = optimum(scores, kl_coef)
+    ppo, best = table[-1], optimum(scores, kl_coef)
+    n = matching_n(ppo["kl_ref"], scores.size(1) // 2)
     rows = {
         "best_of_n": {"score": best_of_n(scores, scores, n), "kl_ref": torch.tensor(best_of_n_kl(n)),
                       "gold": None if golds is None else best_of_n(scores, golds, n)},
@@ -137,18 +138,20 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
                     "gold": None if golds is None else (best["weights"] * golds).sum(dim=1)},
     }
     for name, row in rows.items():
-        shifted = {column: None if row[column] is None else
-                   ppo[column] + row[column].mean().item() - mean(ours, column) for column in row}
-        table.append({**dict.fromkeys(ppo), "policy": name, **shifted, "prompts": len(scores),
-                      "objective": shifted["score"] - kl_coef * shifted["kl_ref"]})
-    start, end = table[0]["objective"], table[-1]["objective"]
+        kl_ref = row["kl_ref"].mean().item()
+        score, gold = (None if row[column] is None else ppo[column] + row[column].mean().item() - mean(ours, column)
+                       for column in ("score", "gold"))
+        table.append({**dict.fromkeys(ppo), "policy": name, "score": score, "gold": gold, "kl_ref": kl_ref,
+                      "objective": score - kl_coef * kl_ref, "prompts": len(scores)})
+    start, ess = table[0]["objective"], best["ess"]
+    gain = table[-1]["objective"] - start
     for row in table:
-        row["optimality"] = (row["objective"] - start) / (end - start) if end > start else None
-    ess, bias = best["ess"], (kl_coef * (1 / best["ess"] - 1 / scores.size(1)) / 2).mean().item() / (end - start)
+        row["optimality"] = (row["objective"] - start) / gain if gain > 0 else None
+    bias = (kl_coef * (1 / ess - 1 / scores.size(1)) / 2).mean().item() / gain if gain > 0 else math.inf
     text = (f"best_of_n: n = {n}, whose KL is nearest to PPO's\n"
             f"optimum: {scores.size(1)} reference samples for each of {len(scores)} prompts, effective sample size "
-            f"{ess.mean():.1f}\non average and {ess.min():.1f} at least; optimality is too high by about {bias:.1%} for it")
-    if not bias < 0.05:
+            f"{ess.mean():.1f}\non average and {ess.min():.1f} at least; so optimality is too high by about {bias:.1%}")
+    if not bias < 0.05 or ess.mean() < 2:
         text += "\nwarning: that is too few samples to trust; more --optimum-samples, or a larger --kl-coef"
     return text
 

@@ -7,7 +7,6 @@ import torch
 
 from rlhf.evaluate import Setting, add_optimum, reference_samples, summarise
 from rlhf.data import Prompt
-from rlhf.optimum import best_of_n_kl
 
 
 def one(score, kl_ref, gold=None, ended=True):
@@ -25,25 +24,33 @@ def test_summarise_by_hand():
 def test_add_optimum_by_hand():
     """One prompt, scores 2 ln 3, 0, 0, 0 and kl_coef 2, as in test_optimum_by_hand: score ln 3, KL ln 2 - 1/2 ln 3,
     J* = 2 ln(3/2); gold 4 0 0 0 becomes 4 * 1/2. On that prompt PPO has score 1, KL 0.09 and gold 1, in the table score
-    1.5, KL 0.2 and gold 3, so each figure moves by 0.5, 0.11 and 2. best_of_n: KL 0.09 is nearest to n = 1 (0) and not
-    to n = 2 (0.193), and best of one has the mean score, ln 3 / 2, and the mean gold, 1."""
+    1.5 and gold 3, so score and gold move by 0.5 and 2. best_of_n: the table's KL 0.2 is nearest to n = 2, ln 2 - 1/2,
+    and half of all pairs hold the best sample: score ln 3, gold 2."""
     ln2, ln3 = math.log(2), math.log(3)
     scores, golds = torch.tensor([[2 * ln3, 0, 0, 0]], dtype=torch.float64), torch.tensor([[4.0, 0, 0, 0]])
     table = [summarise("sft", [one(0.25, 0, 0.0)], [one(0, 0, 0.0)], 2.0),
              summarise("ppo", [one(1.5, 0.2, 3.0)], [one(0, 0, 0.0)], 2.0)]
     text = add_optimum(table, [one(1, 0.08, 1.0), one(1, 0.1, 1.0)], scores, golds.double(), 2.0)
     sft, ppo, best, optimal = table
-    assert best["policy"] == "best_of_n" and "n = 1," in text
-    assert best["score"] == pytest.approx(ln3 / 2 + 0.5) and best["kl_ref"] == pytest.approx(best_of_n_kl(1) + 0.11)
-    assert best["gold"] == pytest.approx(3)
-    assert optimal["score"] == pytest.approx(ln3 + 0.5) and optimal["kl_ref"] == pytest.approx(ln2 - ln3 / 2 + 0.11)
+    assert best["policy"] == "best_of_n" and "n = 2," in text
+    assert best["score"] == pytest.approx(ln3 + 0.5) and best["kl_ref"] == pytest.approx(ln2 - 0.5)
+    assert best["gold"] == pytest.approx(4)
+    assert optimal["score"] == pytest.approx(ln3 + 0.5) and optimal["kl_ref"] == pytest.approx(ln2 - ln3 / 2)
     assert optimal["gold"] == pytest.approx(4)
-    assert optimal["objective"] == pytest.approx(2 * math.log(1.5) + 0.5 - 0.22)
+    assert optimal["objective"] == pytest.approx(2 * math.log(1.5) + 0.5)
     assert sft["optimality"] == 0 and optimal["optimality"] == 1
-    assert ppo["optimality"] == pytest.approx((1.1 - 0.25) / (2 * math.log(1.5) + 0.03))
-    # ess 3 of N = 4: 2 * (1/3 - 1/4) / 2 = 1/12 of a gain of 0.841
-    assert "sample size 3.0\non average and 3.0 at least" in text and f"{1 / 12 / 0.84093:.1%}" in text
+    assert ppo["optimality"] == pytest.approx((1.1 - 0.25) / (2 * math.log(1.5) + 0.25))
+    # ess 3 of N = 4: 2 * (1/3 - 1/4) / 2 = 1/12 of a gain of 1.061
+    assert "sample size 3.0\non average and 3.0 at least" in text and f"{1 / 12 / 1.06093:.1%}" in text
     assert "warning" in text
+
+
+def test_a_reference_that_cannot_be_bettered_has_no_optimality():
+    """All samples score the same, and PPO is no better: nothing to divide by, and the line says not to trust it."""
+    table = [summarise(name, [one(1, 0)], [one(1, 0)], 0.5) for name in ("sft", "ppo")]
+    text = add_optimum(table, [one(1, 0)], torch.ones(1, 4, dtype=torch.float64), None, 0.5)
+    assert [row["optimality"] for row in table] == [None] * 4 and "warning" in text
+    assert table[3]["gold"] is None and table[3]["score"] == 1
 
 
 def test_reference_samples_are_the_references(gpt, reward_model):
