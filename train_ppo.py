@@ -110,8 +110,8 @@ class PPOConfig:
         if self.batch_size % self.minibatch_size:
             raise ValueError(f"--batch-size ({self.batch_size}) must be a multiple of --minibatch-size "
                              f"({self.minibatch_size})")
-        if self.optimum_samples < 4:
-            raise ValueError(f"--optimum-samples is {self.optimum_samples}: an estimate needs at least 4")
+        if self.optimum_samples < 4 or self.optimum_samples % 2:
+            raise ValueError(f"--optimum-samples is {self.optimum_samples}: give an even number, 4 or more")
         if not (self.value_clip_eps > 0 and self.max_kl_old > 0):
             raise ValueError("--value-clip-eps and --max-kl-old must be above 0; inf turns them off")
         if self.kl_target and not self.kl_coef:
@@ -176,11 +176,16 @@ def update(
 
 def check_beginning(step: int, kl_ref: float, first_log_ratio: float, amp) -> None:
     """Facts that hold whatever the data, and whose failure means that two of the passes disagree."""
+    faults = []
     tolerance = 1e-4 if amp is None else 0.1
     if step == 0 and not abs(kl_ref) <= tolerance:  # `not <=`, so that NaN fails too
-        raise RuntimeError(f"kl_ref is {kl_ref} before the first update; policy and reference must be the same")
+        faults.append(f"kl_ref is {kl_ref} before the first update; policy and reference must be the same")
     if not first_log_ratio <= tolerance:
-        raise RuntimeError(f"log ratio {first_log_ratio} in the first minibatch, where old and new policy are the same")
+        faults.append(f"log ratio {first_log_ratio} in the first minibatch, where old and new policy are the same")
+    if faults and amp is None:
+        raise RuntimeError("; ".join(faults))
+    for fault in faults:  # in half precision an unlikely token may be off by this much
+        print(f"warning: {fault}")
     if kl_ref < -1:
         print(f"warning: kl_ref is {kl_ref:.2f} nats; a KL this negative means that sampler and scorer disagree")
 
@@ -211,7 +216,10 @@ def load_models(cfg: PPOConfig, device):
     policy = PolicyWithValue(gpt_from_sft(), value_gpt)
     frozen = gpt_from_sft().requires_grad_(False), reward_model().requires_grad_(False)
     policy.gpt.temperature = frozen[0].temperature = cfg.temperature
-    inputs = digests(sft=sft_path, reward=reward_path, prompts=csv_path(cfg.data, "prompts"))
+    files = {"sft": sft_path, "reward": reward_path, "prompts": csv_path(cfg.data, "prompts")}
+    if cfg.ptx_coef:
+        files["demonstrations"] = csv_path(cfg.data, "demonstrations")
+    inputs = digests(**files)
     return (policy.to(device), *(model.to(device) for model in frozen), tokenizer, inputs)
 
 
@@ -241,8 +249,9 @@ def main(cfg: PPOConfig) -> None:
     print(f"{len(prompts):,} prompts ({len(heldout):,} held out), {cfg.steps * cfg.batch_size:,} episodes, "
           f"on {device}, amp {cfg.amp}, seed {cfg.seed}")
 
+    chunk_size = cfg.micro_batch_size or cfg.minibatch_size  # rows at once, wherever no gradient is needed
     setting = Setting(reference, reward_model, tokenizer, judge, cfg.max_new_tokens, cfg.missing_eos_score,
-                      cfg.minibatch_size, amp)
+                      chunk_size, amp)
     progress = Progress(Path(cfg.out) / "ppo.csv", cfg.steps, start, csv_only=(
         "objective", "kl_coef", "value_clip_fraction", "kl_old", "grad_norm", "gradient_steps", "first_log_ratio",
         "lr"))
@@ -253,7 +262,7 @@ def main(cfg: PPOConfig) -> None:
         # ---- 1 generate, 2 score ----
         generator = make_generator(device, cfg.seed, "rollout", step)
         rollout = collect(policy, reference, reward_model, tokens, prompt_lens, cfg.max_new_tokens, tokenizer.eos_id,
-                          cfg.missing_eos_score, cfg.minibatch_size, amp, generator)
+                          cfg.missing_eos_score, chunk_size, amp, generator)
         # ---- 3 shape ----
         rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef)
         # ---- 4 credit ----

@@ -222,7 +222,8 @@ def main(cfg: RewardConfig) -> None:
 
     result = {"accuracy": accuracy(model, heldout_rows, tokenizer.pad_id, device, amp), **perfect}
     swapped = swap_prompts(heldout_rows, cfg.seed, limit)
-    result["swapped_accuracy"] = accuracy(model, swapped, tokenizer.pad_id, device, amp)
+    if swapped:
+        result["swapped_accuracy"] = accuracy(model, swapped, tokenizer.pad_id, device, amp)
     result["comparisons"] = len(heldout_rows)
     write_csv(Path(cfg.out) / "reward_evaluation.csv", [result])
     print("held out: " + " | ".join(f"{name} {value:.3f}" for name, value in result.items() if name != "comparisons")

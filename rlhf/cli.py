@@ -22,6 +22,13 @@ def number(text: str) -> float:
     return value
 
 
+def whole(text: str) -> int:
+    """int(text), of a size that torch can count with."""
+    if abs(value := int(text)) >= 2**63:
+        raise ValueError
+    return value
+
+
 def parse_cli(cls: type, argv: list[str] | None = None):
     """Read the flags into a config. --help shows every default; a bad flag or value exits with status 2."""
     parser = argparse.ArgumentParser(
@@ -34,7 +41,7 @@ def parse_cli(cls: type, argv: list[str] | None = None):
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
-            kind = number if kind is float else kind
+            kind = {float: number, int: whole}.get(kind, kind)
             parser.add_argument(flag, type=kind, choices=field.metadata["choices"], **options)
     try:
         return cls(**vars(parser.parse_args(argv)))

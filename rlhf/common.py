@@ -35,7 +35,7 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     auto: bfloat16 on a CUDA GPU that has it, else off.
     """
     if name == "auto":
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
@@ -122,7 +122,9 @@ def check_tokenizer(path: Path, checkpoint: dict, tokenizer) -> None:
                          f"give the same --data to all three scripts, or train it again")
 
 
-MAY_CHANGE = {"resume", "device", "out", "data", "sft", "reward", "log_every", "eval_every"}  # inputs are compared
+# What shapes no training step, or is compared by its contents (inputs).
+MAY_CHANGE = {"resume", "device", "out", "data", "sft", "reward", "log_every", "eval_every", "eval_prompts",
+              "optimum_prompts", "optimum_samples"}
 
 
 def digests(**paths: Path) -> dict[str, str]:

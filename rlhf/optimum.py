@@ -31,8 +31,8 @@ def optimum(scores: Tensor, kl_coef: float) -> dict[str, Tensor]:
         kl_ref        = sum of w * log(N w) = (score - J*) / beta                  at most log N
         ess           = 1 / sum of w^2             effective sample size, between 1 and N (Kish 1965)
 
-    The estimate of J* is low on average, by about beta * (1/ess - 1/N) / 2 (the second-order term of log's curvature),
-    so where ess is small, a policy looks closer to the optimum than it is. beta = 0 has the best sample as its optimum.
+    The estimate of J* is low on average, by about beta * (1/ess - 1/N) / 2 where ess is large, and by more where it is
+    small: a policy then looks closer to the optimum than it is. beta = 0 has the best sample as its optimum.
 
     Args: scores (P, N), N independent samples of the reference for each of P prompts; kl_coef: 0 or more.
     Returns: objective, score, kl_ref, ess, each (P,), and weights (P, N), in float64.

@@ -1,6 +1,6 @@
 """Over-optimisation, shown: the reward model's score climbs, gold peaks and falls (Gao, Schulman and Hilton 2022).
 
-    python -m rlhf.study --jobs 2      # about an hour on two cores; a second call goes on where the first stopped
+    python -m rlhf.study --jobs 2      # long; a second call goes on where the first stopped
 
 Runs the three scripts over seeds, sizes of the reward model's training set, and kl_coefs, and writes to --out:
 
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from rlhf.cli import arg, check_positive, run
+from rlhf.cli import arg, check_positive, number, run
 from rlhf.common import InputError, load_checkpoint, pick_device, write_csv
 from rlhf.data import find_tokenizer, load_comparisons, load_judge, load_prompts
 from rlhf.evaluate import Setting, reference_samples
@@ -50,20 +50,21 @@ class StudyConfig:
 
     def __post_init__(self):
         check_positive(self, "prompts", "jobs")
-        if self.largest_n < 4:
-            raise ValueError("--largest-n must be at least 4")
-        for name, kind in (("seeds", int), ("comparisons", int), ("kl_coefs", float)):
+        if self.largest_n < 8:
+            raise ValueError("--largest-n must be at least 8: a curve needs three points")
+        for name, kind, least in (("seeds", int, 0), ("comparisons", int, 1), ("kl_coefs", number, 0)):
             try:
                 values = [kind(value) for value in getattr(self, name).split(",")]
             except ValueError:
                 values = [-1]
-            if min(values) < 0:
+            if min(values) < least:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)!r}: give numbers, with commas")
 
 
-def script(cfg: StudyConfig, name: str, seed: int, out: Path, made: str, *flags) -> None:
-    """Run one of the three scripts, unless what it makes is there already."""
-    if (out / made).is_file():
+def script(cfg: StudyConfig, name: str, seed: int, out: Path, *flags) -> None:
+    """Run one of the three scripts, unless it has run to its end already."""
+    finished = out / f"{name}.done"
+    if finished.is_file():
         return
     command = [sys.executable, str(ROOT / f"train_{name}.py"), "--data", cfg.data, "--device", cfg.device, "--seed",
                str(seed), "--out", str(out), *map(str, flags)]
@@ -74,19 +75,20 @@ def script(cfg: StudyConfig, name: str, seed: int, out: Path, made: str, *flags)
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
         raise InputError(f"train_{name}.py stopped with status {done.returncode}; see {out / name}.log")
+    finished.touch()
 
 
 def one_reward_model(cfg: StudyConfig, seed: int, size: int, whole: bool) -> list[dict]:
     """A reward model of so many comparisons, PPO against it, best-of-n by it. Returns the points."""
     folder = Path(cfg.out) / f"seed{seed}" / f"comparisons{size}"
     sft = folder.parent / "sft.pt"
-    script(cfg, "reward", seed, folder, "reward_evaluation.csv", "--sft", sft, "--comparisons", size,
+    script(cfg, "reward", seed, folder, "--sft", sft, "--comparisons", size,
            "--steps", max(1, round(EPOCHS * size / BATCH_SIZE)))
     points = best_of_n_points(cfg, seed, size, sft, folder / "reward.pt")
     for kl_coef in cfg.kl_coefs.split(","):
         if float(kl_coef) == 0 or whole:
             out = folder / f"kl{kl_coef}"
-            script(cfg, "ppo", seed, out, "evaluation.csv", "--sft", sft, "--reward", folder / "reward.pt",
+            script(cfg, "ppo", seed, out, "--sft", sft, "--reward", folder / "reward.pt",
                    "--kl-coef", kl_coef)
             with (out / "ppo.csv").open(newline="") as file:
                 points += [{"method": "ppo", "seed": seed, "comparisons": size, "kl_coef": float(kl_coef),
@@ -121,10 +123,9 @@ def fit(d: numpy.ndarray, gain: numpy.ndarray, method: str) -> tuple[float, floa
 def fits(points: list[dict]) -> list[dict]:
     """One row for each curve: both methods, each seed and size, without a leash. The start of each curve, d = 0, is its
     first point; where d is not positive there is nothing to fit."""
-    rows = []
+    rows, points = [], [p for p in points if not p["kl_coef"]]
     for method, seed, size in sorted({(p["method"], p["seed"], p["comparisons"]) for p in points}):
-        curve = [p for p in points if (p["method"], p["seed"], p["comparisons"]) == (method, seed, size)
-                 and not p["kl_coef"]]
+        curve = [p for p in points if (p["method"], p["seed"], p["comparisons"]) == (method, seed, size)]
         start, rest = curve[0], [p for p in curve if p["kl_ref"] > 0]
         if len(rest) < 3:
             continue
@@ -181,7 +182,7 @@ def main(cfg: StudyConfig) -> None:
         raise InputError(f"--comparisons {max(sizes)}: {cfg.data} has {rows}")
     with ThreadPoolExecutor(cfg.jobs) as pool:
         for seed, _ in zip(seeds, pool.map(
-                lambda seed: script(cfg, "sft", seed, Path(cfg.out) / f"seed{seed}", "sft.pt"), seeds)):
+                lambda seed: script(cfg, "sft", seed, Path(cfg.out) / f"seed{seed}"), seeds)):
             print(f"seed {seed}: fine-tuned", flush=True)
         runs = [(seed, size) for size in sizes for seed in seeds]
         points = []

@@ -177,7 +177,7 @@ def train(world, kl_coef, seed, steps, broken=""):
         coef = -kl_coef if broken == "sign of the KL" else kl_coef
         rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, coef)
         if broken == "slot of the score":
-            rewards = rewards.roll(1, dims=1)
+            rewards = rewards.roll(-1, dims=1)
         advantages, returns = gae(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
         advantages = masked_whiten(advantages, rollout.mask)
         set_lr(optimizer, cfg.lr * linear_schedule(step, steps, cfg.warmup))

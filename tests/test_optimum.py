@@ -1,5 +1,4 @@
-"""The optimum of the KL-regularised objective: against fractions, and against PPO's own update on a world so small that
-every response can be listed."""
+"""The optimum of the KL-regularised objective and best-of-n, against fractions."""
 
 import math
 
@@ -62,8 +61,8 @@ def test_kl_of_best_of_n():
 
 
 def test_kl_of_best_of_n_is_that_of_its_distribution():
-    """Four equally likely samples, all different, n large or small, drawn with replacement: P(best is rank i) =
-    (i/4)^n - ((i-1)/4)^n. In the limit of many samples its KL to uniform is log n - (n - 1) / n."""
+    """N equally likely responses, no two alike, n = 5 of them drawn with replacement: P(best is rank i) = (i/N)^n -
+    ((i-1)/N)^n. For large N its KL to uniform is log n - (n - 1) / n."""
     N, n = 100_000, 5
     i = torch.arange(1, N + 1, dtype=torch.float64)
     p = (i / N) ** n - ((i - 1) / N) ** n

@@ -91,7 +91,7 @@ def test_device_and_amp(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto").type == "cuda"
     for has_bf16, expected in ((True, torch.bfloat16), (False, None)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
         assert pick_amp("auto", torch.device("cuda")) == expected
 
 

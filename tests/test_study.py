@@ -33,10 +33,11 @@ def test_fits_measure_gold_from_the_start_of_the_curve():
 
 def test_too_short_a_curve_is_left_out():
     assert fits([point("ppo", 0.0, 0.0), point("ppo", 1.0, 1.0)]) == []
+    assert fits([point("ppo", d, d, kl_coef=0.1) for d in (0.0, 1.0, 2.0, 3.0)]) == []  # nothing without a leash
 
 
 @pytest.mark.parametrize("flag", [{"seeds": "1,x"}, {"comparisons": ""}, {"kl_coefs": "-1"}, {"jobs": 0},
-                                  {"largest_n": 2}])
+                                  {"largest_n": 4}, {"comparisons": "0"}, {"kl_coefs": "nan"}])
 def test_impossible_flags(flag):
     with pytest.raises(ValueError):
         StudyConfig(**flag)
@@ -46,7 +47,7 @@ def test_bad_input_of_the_study(tmp_path, small_data):
     with pytest.raises(InputError, match="--comparisons 4000: .* has 40"):
         main(StudyConfig(data=str(small_data), out=str(tmp_path / "out"), comparisons="20,4000"))
     with pytest.raises(InputError, match="stopped with status 2; see .*sft.log"):
-        script(StudyConfig(data=str(tmp_path / "nowhere")), "sft", 0, tmp_path / "out", "sft.pt")
+        script(StudyConfig(data=str(tmp_path / "nowhere")), "sft", 0, tmp_path / "out")
     (small_data / "judge.py").unlink()
     with pytest.raises(InputError, match="no judge.py"):
         main(StudyConfig(data=str(small_data), out=str(tmp_path / "out"), comparisons="20"))
