@@ -14,7 +14,7 @@ the reference's and is a poor judge of anything else, so a policy without it (--
 judge instead of better answers.
 
 Kept: log-probabilities re-computed in the mode of the update, the k1 penalty inside the reward, the score on the last
-action, V = 0 after it, advantages whitened once a rollout, both clips, a fixed score for answers that never end.
+action, V = 0 after it, advantages whitened once a rollout, the clipped ratio, a fixed score for answers that never end.
 Left out: whitening of rewards, dropout, top-k and top-p (the policy that samples must be the policy that is trained).
 """
 

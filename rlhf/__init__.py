@@ -5,7 +5,7 @@ Read in this order (about an hour):
     model.py         a GPT, a policy with a value head, a reward model
     tokenizer.py     text <-> token ids
     data.py          the three data sets, padding and masks
-    masked.py        the only reductions and the only shift between logits and tokens
+    masked.py        the only means over tokens and the only shift between logits and tokens
     losses.py        every loss, in the order in which the scripts need them
     ../train_sft.py, ../train_reward.py
     rollout.py       sampling with a key-value cache, and scoring what was sampled
@@ -13,8 +13,10 @@ Read in this order (about an hour):
     advantages.py    generalised advantage estimation
     ../train_ppo.py  all of it together
     evaluate.py      before and after, on held-out prompts
+    optimum.py       the best policy that the objective has, to compare with
 
-    (cli.py, common.py and optim.py are plumbing: flags, devices, checkpoints, optimizer steps)
+    (cli.py, common.py and optim.py are plumbing: flags, devices, checkpoints, optimizer steps; rankings.py, ptx.py and
+    study.py are options that the three scripts do without)
 
 Shapes are written with these letters:
 

@@ -6,7 +6,7 @@ A data set is a folder; each file has a twin *_heldout.csv whose prompts no trai
     demonstrations.csv  Prompt, Response             what fine-tuning imitates
     comparisons.csv     Prompt, Chosen, Rejected     what the reward model learns from
     tokenizer.tiktoken  byte-pair ranks; without it, GPT-2's
-    judge.py            score(prompts, responses): a gold score that no training stage sees; optional
+    judge.py            score(prompts, responses): a gold score that no training step learns from; optional
 """
 
 import importlib.util

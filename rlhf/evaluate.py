@@ -1,7 +1,7 @@
 """Before and after: what the policies say to held-out prompts, and what that is worth.
 
 The reward model's score is what PPO was paid for, so it says little about quality. The gold score of the data set's
-judge, which no training stage has seen, is the honest column; where there is none, the win rate goes by the score.
+judge, from which no training step learns, is the honest column; where there is none, the win rate goes by the score.
 """
 
 import math
@@ -133,18 +133,17 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
     """
     ppo, best = table[-1], optimum(scores, kl_coef)
     n = matching_n(ppo["kl_ref"], scores.size(1) // 2)
-    rows = {
-        "best_of_n": {"score": best_of_n(scores, scores, n), "kl_ref": torch.tensor(best_of_n_kl(n)),
-                      "gold": None if golds is None else best_of_n(scores, golds, n)},
-        "optimum": {"score": best["score"], "kl_ref": best["kl_ref"],
-                    "gold": None if golds is None else (best["weights"] * golds).sum(dim=1)},
-    }
-    for name, row in rows.items():
-        score, gold, kl_ref = (
-            None if row[column] is None else ppo[column] + row[column].mean().item() - mean(ours, column)
-            for column in ("score", "gold", "kl_ref"))
-        if name == "best_of_n":
-            kl_ref = best_of_n_kl(n)
+
+    def beside_ppo(column: str, theirs: Tensor) -> float:
+        return ppo[column] + theirs.mean().item() - mean(ours, column)
+
+    for name, score, gold, kl_ref in (
+        ("best_of_n", best_of_n(scores, scores, n), None if golds is None else best_of_n(scores, golds, n),
+         best_of_n_kl(n)),
+        ("optimum", best["score"], None if golds is None else (best["weights"] * golds).sum(dim=1),
+         beside_ppo("kl_ref", best["kl_ref"])),
+    ):
+        score, gold = beside_ppo("score", score), None if gold is None else beside_ppo("gold", gold)
         table.append({**dict.fromkeys(ppo), "policy": name, "score": score, "gold": gold, "kl_ref": kl_ref,
                       "objective": score - kl_coef * kl_ref, "prompts": len(scores)})
     start, ess = table[0]["objective"], best["ess"]
@@ -168,7 +167,7 @@ def compare(
     before, after = (answer(gpt, prompts, setting, seed) for gpt in (setting.reference, policy))
     table = [summarise(name, answers, before, kl_coef) for name, answers in (("sft", before), ("ppo", after))]
     few = prompts[:optimum_prompts]
-    ours = answer(policy, few * 8, setting, seed + 1)
+    ours = answer(policy, few * 8, setting, seed + 1)  # eight each: one alone would be noise beside N of the reference
     return table, before, after, add_optimum(table, ours, *reference_samples(few, samples, setting, seed), kl_coef)
 
 
@@ -186,22 +185,23 @@ def shown(value) -> str:
 def print_table(rows: list[dict]) -> None:
     """The rows of evaluation.csv, aligned."""
     rows = [{name: shown(value) for name, value in row.items()} for row in rows]
-    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in rows[0]}
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
     print(" | ".join(name.rjust(width) for name, width in widths.items()))
     for row in rows:
-        print(" | ".join(str(row[name]).rjust(width) for name, width in widths.items()))
+        print(" | ".join(row[name].rjust(width) for name, width in widths.items()))
+
+
+def verdict(one: dict) -> str:
+    return f"score {one['score']:+.2f}" + ("" if one["gold"] is None else f", gold {one['gold']:+.1f}")
 
 
 def print_answers(answers: list[dict]) -> None:
     for one in answers:
-        gold = "" if one["gold"] is None else f", gold {one['gold']:+.1f}"
-        print(f"    {one['prompt'].strip().splitlines()[0]}\n        -> {one['response']}   "
-              f"(score {one['score']:+.2f}{gold})")
+        print(f"    {one['prompt'].strip().splitlines()[0]}\n        -> {one['response']}   ({verdict(one)})")
 
 
 def print_pairs(before: list[dict], after: list[dict], count: int) -> None:
     for a, b in list(zip(before, after))[:count]:
         print(f"\n    {' / '.join(a['prompt'].split(chr(10) * 2)).strip(' /')}")
         for name, one in (("before", a), ("after", b)):
-            gold = "" if one["gold"] is None else f", gold {one['gold']:+.1f}"
-            print(f"      {name:>6} (score {one['score']:+.2f}{gold}): {one['response']}")
+            print(f"      {name:>6} ({verdict(one)}): {one['response']}")

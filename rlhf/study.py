@@ -104,8 +104,9 @@ def best_of_n_points(cfg: StudyConfig, seed: int, size: int, sft_path: Path, rew
     reference, model = GPT(GPTConfig(**sft["model_config"])), RewardModel(GPT(GPTConfig(**reward["model_config"])))
     reference.load_state_dict(sft["model"])
     model.load_state_dict(reward["model"])
-    prompts = load_prompts(cfg.data, tokenizer, reference.config.block_size - 40, heldout=True)[: cfg.prompts]
     setting = Setting(reference.to(device), model.to(device), tokenizer, judge)
+    limit = reference.config.block_size - setting.max_new_tokens
+    prompts = load_prompts(cfg.data, tokenizer, limit, heldout=True)[: cfg.prompts]
     scores, golds = reference_samples(prompts, cfg.largest_n, setting, seed)
     sizes = [2**k for k in range(cfg.largest_n.bit_length()) if 2**k <= cfg.largest_n]
     return [{"method": "best_of_n", "seed": seed, "comparisons": size, "kl_coef": None, "step_or_n": n,
@@ -172,7 +173,8 @@ def plot(points: list[dict], path: Path) -> None:
 
 
 def main(cfg: StudyConfig) -> None:
-    torch.set_num_threads(1 if cfg.jobs > 1 else torch.get_num_threads())
+    if cfg.jobs > 1:
+        torch.set_num_threads(1)
     tokenizer = find_tokenizer(cfg.data)
     if load_judge(cfg.data) is None:
         raise InputError(f"{cfg.data} has no judge.py: without gold there is nothing to compare the score with")
