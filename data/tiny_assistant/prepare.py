@@ -7,14 +7,15 @@ the votes of noisy annotators, and the byte-pair ranks of the tokenizer. README.
 """
 
 import argparse
-import base64
 import csv
 import random
-import re
-from collections import Counter
+import sys
 from pathlib import Path
 
 from judge import KIND, RAMBLING, RUDE, TOPICS, preference_probability, score_one
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where rlhf/ is
+from rlhf.bpe import train_bpe, write_ranks
 
 # ---- questions: every greeting x every form x every topic, 7 x 12 x 20 = 1,680 of them ----
 GREETINGS = ("", "Hello. ", "Hi. ", "Help me. ", "Excuse me. ", "Good day. ", "Sorry. ")
@@ -86,42 +87,6 @@ def make_comparison(rng: random.Random, prompt: str) -> tuple[str, str, str]:
     return (prompt, first, second) if likes_first else (prompt, second, first)
 
 
-def train_bpe(texts: list[str], vocab_size: int) -> list[bytes]:
-    """Byte-pair encoding (Sennrich et al. 2016): start from the 256 bytes, keep joining the commonest neighbours.
-
-    The position of a token in the list returned is its rank, which is also its id. Texts are cut into words first,
-    as GPT-2 cuts them (the pattern here is its pattern for ASCII), and no merge crosses a cut.
-    """
-    words = Counter(
-        tuple(bytes([byte]) for byte in word.encode("ascii"))
-        for text in texts
-        for word in re.findall(r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", text)
-    )
-    tokens = [bytes([byte]) for byte in range(256)]
-    while len(tokens) < vocab_size:
-        pairs = Counter()
-        for word, count in words.items():
-            for pair in zip(word, word[1:]):
-                pairs[pair] += count
-        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))  # ties: the last in byte order
-        tokens.append(left + right)
-        words = Counter({join_pair(word, left, right): count for word, count in words.items()})
-    return tokens
-
-
-def join_pair(word: tuple[bytes, ...], left: bytes, right: bytes) -> tuple[bytes, ...]:
-    """('a', 'b', 'c') with left 'a', right 'b' -> ('ab', 'c'): every occurrence, from the left."""
-    joined, at = [], 0
-    while at < len(word):
-        if word[at : at + 2] == (left, right):
-            joined.append(left + right)
-            at += 2
-        else:
-            joined.append(word[at])
-            at += 1
-    return tuple(joined)
-
-
 def write_csv(path: Path, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -155,8 +120,7 @@ def main() -> None:
         texts = texts or [f"{prompt} {reply}" for prompt, reply in rows]  # the tokenizer sees training text alone
 
     ranks = train_bpe(texts, VOCAB_SIZE - 2)
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)]
-    (args.out / "tokenizer.tiktoken").write_text("".join(lines))
+    write_ranks(ranks, args.out / "tokenizer.tiktoken")
     print(f"{args.out / 'tokenizer.tiktoken'}: {len(ranks)} ranks")
 
 
