@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from rlhf.advantages import explained_variance, gae
+from rlhf.checkpoints import load_policy, load_reward_model
 from rlhf.cli import arg, check_not_negative, check_positive, run
 from rlhf.common import (
     InputError,
@@ -34,8 +35,8 @@ from rlhf.common import (
     check_finite,
     check_tokenizer,
     digests,
-    load_checkpoint,
     load_resumable,
+    load_trained_state,
     make_generator,
     make_scaler,
     pick_amp,
@@ -45,9 +46,10 @@ from rlhf.common import (
 )
 from rlhf.data import batch_indices, csv_path, find_tokenizer, load_judge, load_prompts, pad_rows
 from rlhf.evaluate import Setting, answer, compare, mean_gold, print_answers, print_pairs, print_table, sample_rows
+from rlhf.lora import trained_and_frozen
 from rlhf.losses import entropy, policy_loss, value_loss
 from rlhf.masked import masked_mean, masked_whiten, token_logprobs
-from rlhf.model import GPT, GPTConfig, PolicyWithValue, RewardModel
+from rlhf.model import PolicyWithValue
 from rlhf.optim import linear_schedule, make_optimizer, optimizer_step, set_lr
 from rlhf.ptx import PretrainingMix
 from rlhf.rewards import adapt_kl_coef, kl_k1, kl_k3, shape_rewards
@@ -84,10 +86,11 @@ class PPOConfig:
     value_coef: float = arg(0.5, "weight of the value loss")
     entropy_coef: float = arg(0.0, "weight of the entropy bonus")
     ptx_coef: float = arg(0.0, "weight of the imitation of demonstrations, InstructGPT's gamma")
-    value_network: str = arg("shared", "shared: a head on the policy; reward: a network of its own, started from "
-                             "the reward model", ("shared", "reward"))
+    value_network: str = arg("reward", "reward: a network of its own, started from the reward model; shared: a head "
+                             "on the policy, in less time and memory", ("reward", "shared"))
+    lora_rank: int = arg(0, "train adapters of this rank instead of the weights (rlhf/lora.py); 0: the weights")
     # optimisation
-    steps: int = arg(150, "rollout-and-update steps")
+    steps: int = arg(112, "rollout-and-update steps")
     lr: float = arg(6e-4, "peak learning rate")
     warmup: int = arg(20, "steps of linear warm-up, then linear decay towards 0")
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
@@ -106,7 +109,7 @@ class PPOConfig:
                        "temperature", "kl_horizon", "lr", "max_grad_norm", "eval_prompts", "optimum_prompts",
                        "eval_every")
         check_not_negative(self, "kl_coef", "kl_target", "value_coef", "entropy_coef", "ptx_coef", "micro_batch_size",
-                           "warmup")
+                           "lora_rank", "warmup")
         if self.batch_size % self.minibatch_size:
             raise ValueError(f"--batch-size ({self.batch_size}) must be a multiple of --minibatch-size "
                              f"({self.minibatch_size})")
@@ -195,32 +198,26 @@ def load_models(cfg: PPOConfig, device):
     of what the run is made from."""
     sft_path = Path(cfg.sft or Path(cfg.out) / "sft.pt")
     reward_path = Path(cfg.reward or Path(cfg.out) / "reward.pt")
-    sft, reward = load_checkpoint(sft_path, "sft"), load_checkpoint(reward_path, "reward")
+    gpt, sft = load_policy(sft_path, "sft")
+    reward_model, reward = load_reward_model(reward_path)
     tokenizer = find_tokenizer(cfg.data, sft["config"]["tokenizer"])
     check_tokenizer(sft_path, sft, tokenizer)
     check_tokenizer(reward_path, reward, tokenizer)
 
-    def gpt_from_sft() -> GPT:
-        gpt = GPT(GPTConfig(**sft["model_config"]))
-        gpt.load_state_dict(sft["model"])
-        return gpt
-
-    def reward_model() -> RewardModel:
-        model = RewardModel(GPT(GPTConfig(**reward["model_config"])))
-        model.load_state_dict(reward["model"])
-        return model
-
-    value_gpt = reward_model().gpt if cfg.value_network == "reward" else None
-    if value_gpt is not None and value_gpt.config.n_embd != sft["model_config"]["n_embd"]:
-        raise InputError("--value-network reward needs a reward model as wide (n_embd) as the policy")
-    policy = PolicyWithValue(gpt_from_sft(), value_gpt)
-    frozen = gpt_from_sft().requires_grad_(False), reward_model().requires_grad_(False)
-    policy.gpt.temperature = frozen[0].temperature = cfg.temperature
+    generator = make_generator("cpu", cfg.seed, "adapters")
+    policy_gpt, reference = trained_and_frozen(gpt, cfg.lora_rank, generator)
+    value_gpt = None
+    if cfg.value_network == "reward":
+        if reward_model.gpt.config.n_embd != gpt.config.n_embd:
+            raise InputError("--value-network reward needs a reward model as wide (n_embd) as the policy")
+        value_gpt, reward_model.gpt = trained_and_frozen(reward_model.gpt, cfg.lora_rank, generator)
+    policy = PolicyWithValue(policy_gpt, value_gpt)
+    policy.gpt.temperature = reference.temperature = cfg.temperature
     files = {"sft": sft_path, "reward": reward_path, "prompts": csv_path(cfg.data, "prompts")}
     if cfg.ptx_coef:
         files["demonstrations"] = csv_path(cfg.data, "demonstrations")
     inputs = digests(**files)
-    return (policy.to(device), *(model.to(device) for model in frozen), tokenizer, inputs)
+    return policy.to(device), reference.to(device), reward_model.to(device), tokenizer, inputs
 
 
 def main(cfg: PPOConfig) -> None:
@@ -240,7 +237,7 @@ def main(cfg: PPOConfig) -> None:
     path, start, kl_coef = Path(cfg.out) / "ppo.pt", 0, cfg.kl_coef
     if cfg.resume:
         checkpoint = load_resumable(path, "ppo", cfg, tokenizer, inputs)
-        policy.load_state_dict(checkpoint["model"])
+        load_trained_state(policy, checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         start, kl_coef = checkpoint["step"], checkpoint["kl_coef"]

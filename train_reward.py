@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from rlhf.checkpoints import load_policy
 from rlhf.cli import arg, check_not_negative, check_positive, run
 from rlhf.common import (
     Progress,
@@ -29,8 +30,8 @@ from rlhf.common import (
     check_finite,
     check_tokenizer,
     digests,
-    load_checkpoint,
     load_resumable,
+    load_trained_state,
     make_generator,
     make_scaler,
     pick_amp,
@@ -50,8 +51,9 @@ from rlhf.data import (
     load_judge,
     pad_rows,
 )
+from rlhf.lora import add_adapters
 from rlhf.losses import bradley_terry_loss
-from rlhf.model import GPT, GPTConfig, RewardModel
+from rlhf.model import RewardModel
 from rlhf.optim import cosine_schedule, make_optimizer, optimizer_step, set_lr
 from rlhf.rankings import load_rankings, ranking_losses
 
@@ -64,9 +66,11 @@ class RewardConfig:
     data: str = arg("data/tiny_assistant", "data set folder")
     out: str = arg("runs", "folder for the checkpoint and the metrics")
     sft: str = arg("", "checkpoint to start from; empty: sft.pt in --out")
+    comparison_files: tuple[str, ...] = arg((), "files to learn from in place of the data set's comparisons.csv")
     comparisons: int = arg(0, "train on the first N comparisons (or rankings) only; 0: all")
     rankings: bool = arg(False, "learn from rankings.csv, K responses to a prompt, instead of comparisons.csv")
     shuffle_prompts: bool = arg(False, "a control: learn with prompts that belong to other rows")
+    lora_rank: int = arg(0, "train adapters of this rank instead of the weights (rlhf/lora.py); 0: the weights")
     # optimisation
     steps: int = arg(600, "optimizer steps")
     batch_size: int = arg(64, "comparisons a step")
@@ -85,9 +89,10 @@ class RewardConfig:
 
     def __post_init__(self):
         check_positive(self, "steps", "batch_size", "lr", "max_grad_norm", "log_every", "eval_every")
-        check_not_negative(self, "micro_batch_size", "warmup", "weight_decay", "comparisons")
-        if self.rankings and self.shuffle_prompts:
-            raise ValueError("--shuffle-prompts is for comparisons, not for --rankings")
+        check_not_negative(self, "micro_batch_size", "warmup", "weight_decay", "comparisons",
+                           "lora_rank")
+        if self.rankings and (self.shuffle_prompts or self.comparison_files):
+            raise ValueError("--shuffle-prompts and --comparison-files are for comparisons, not for --rankings")
 
 
 @torch.no_grad()
@@ -154,40 +159,38 @@ def main(cfg: RewardConfig) -> None:
     device = pick_device(cfg.device)
     amp = pick_amp(cfg.amp, device)
     sft_path, path, start = Path(cfg.sft or Path(cfg.out) / "sft.pt"), Path(cfg.out) / "reward.pt", 0
-    sft = load_checkpoint(sft_path, "sft")
+    gpt, sft = load_policy(sft_path, "sft")
     tokenizer = find_tokenizer(cfg.data, sft["config"]["tokenizer"])
     check_tokenizer(sft_path, sft, tokenizer)
-    gpt = GPT(GPTConfig(**sft["model_config"]))
-    gpt.load_state_dict(sft["model"])
     limit = gpt.config.block_size
     if cfg.rankings:
-        train_path, losses_of = csv_path(cfg.data, "rankings"), ranking_losses
-        train_rows = load_rankings(train_path, tokenizer, limit)
+        train_files, losses_of = [csv_path(cfg.data, "rankings")], ranking_losses
+        train_rows = load_rankings(*train_files, tokenizer, limit)
     else:
-        train_path, losses_of = csv_path(cfg.data, "comparisons"), batch_losses
-        train_rows = load_comparisons(cfg.data, tokenizer, limit)
+        train_files, losses_of = cfg.comparison_files or [csv_path(cfg.data, "comparisons")], batch_losses
+        train_rows = load_comparisons(cfg.data, tokenizer, limit, files=cfg.comparison_files)
     train_rows = train_rows[: cfg.comparisons or None]
     heldout_rows = load_comparisons(cfg.data, tokenizer, limit, heldout=True)
     demonstrations = load_demonstrations(cfg.data, tokenizer, limit)
     if cfg.shuffle_prompts:
         train_rows = swap_prompts(train_rows, cfg.seed, limit)
 
-    model = RewardModel(gpt).to(device)
+    model = RewardModel(add_adapters(gpt, cfg.lora_rank, make_generator("cpu", cfg.seed, "adapters"))).to(device)
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     scaler = make_scaler(device, amp)
-    inputs = digests(sft=sft_path, comparisons=train_path,
-                     demonstrations=csv_path(cfg.data, "demonstrations"))
+    inputs = digests(sft=sft_path, demonstrations=csv_path(cfg.data, "demonstrations"),
+                     **{f"comparisons {i}": Path(name) for i, name in enumerate(train_files)})
     if cfg.resume:
         checkpoint = load_resumable(path, "reward", cfg, tokenizer, inputs)
-        model.load_state_dict(checkpoint["model"])
+        load_trained_state(model, checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         start = checkpoint["step"]
 
     judge = load_judge(cfg.data)
     perfect = perfect_accuracies(judge, heldout_rows, tokenizer) if judge else {}
-    print(f"{len(train_rows):,} {train_path.stem} ({len(heldout_rows):,} comparisons held out), on {device}, "
-          f"amp {cfg.amp}, seed {cfg.seed}; held-out accuracy of a perfect model: "
+    print(f"{len(train_rows):,} {'rankings' if cfg.rankings else 'comparisons'} ({len(heldout_rows):,} comparisons held "
+          f"out), on {device}, amp {cfg.amp}, seed {cfg.seed}; held-out accuracy of a perfect model: "
           + (", ".join(f"{name} {value:.3f}" for name, value in perfect.items()) or "not known, there is no judge"))
 
     progress = Progress(Path(cfg.out) / "reward.csv", cfg.steps, start)

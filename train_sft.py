@@ -16,13 +16,16 @@ from pathlib import Path
 
 import torch
 
+from rlhf.checkpoints import load_pretrained, pretrained_digest
 from rlhf.cli import arg, check_not_negative, check_positive, run
 from rlhf.common import (
+    InputError,
     Progress,
     autocast,
     check_finite,
     digests,
     load_resumable,
+    load_trained_state,
     make_generator,
     make_scaler,
     pick_amp,
@@ -38,6 +41,7 @@ from rlhf.data import (
     load_demonstrations,
     pad_rows,
 )
+from rlhf.lora import add_adapters
 from rlhf.losses import sft_loss
 from rlhf.model import GPT, GPTConfig
 from rlhf.optim import cosine_schedule, make_optimizer, optimizer_step, set_lr
@@ -53,10 +57,13 @@ class SFTConfig:
     out: str = arg("runs", "folder for the checkpoint and the metrics")
     tokenizer: str = arg("auto", "auto (the data set's own, else GPT-2's), gpt2, or a .tiktoken file")
     # model; these travel in the checkpoint
+    init: str = arg("", "start from GPT-2's weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 or a folder; "
+                    "the four sizes below then come with them")
     n_layer: int = arg(4, "transformer blocks")
     n_head: int = arg(8, "attention heads")
     n_embd: int = arg(64, "channels")
     block_size: int = arg(80, "longest sequence in tokens, prompt and response together")
+    lora_rank: int = arg(0, "train adapters of this rank instead of the weights (rlhf/lora.py); 0: the weights")
     # optimisation
     steps: int = arg(800, "optimizer steps")
     batch_size: int = arg(32, "demonstrations a step")
@@ -75,7 +82,9 @@ class SFTConfig:
 
     def __post_init__(self):
         check_positive(self, "steps", "batch_size", "lr", "max_grad_norm", "log_every", "eval_every")
-        check_not_negative(self, "micro_batch_size", "warmup", "weight_decay")
+        check_not_negative(self, "micro_batch_size", "warmup", "weight_decay", "lora_rank")
+        if self.lora_rank and not self.init:
+            raise ValueError("--lora-rank needs --init: adapters on random weights have nothing to adapt")
         GPTConfig(1, self.block_size, self.n_layer, self.n_head, self.n_embd)  # refuses sizes that do not fit
 
 
@@ -100,7 +109,7 @@ def print_samples(gpt, rows, tokenizer, device, amp, seed: int) -> None:
     """What the model answers now to the first three held-out prompts."""
     prompts = [row.tokens[: row.prompt_len] for row in rows[:3]]
     tokens, prompt_lens = pad_rows(prompts, tokenizer.pad_id, device)
-    room = gpt.config.block_size - tokens.size(1)
+    room = min(100, gpt.config.block_size - tokens.size(1))
     with autocast(device, amp):
         generator = make_generator(device, seed, "samples")
         sampled, mask = generate(gpt, tokens, prompt_lens, room, tokenizer.eos_id, generator)
@@ -113,19 +122,26 @@ def main(cfg: SFTConfig) -> None:
     device = pick_device(cfg.device)
     amp = pick_amp(cfg.amp, device)
     tokenizer = find_tokenizer(cfg.data, cfg.tokenizer)
-    model_config = GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd)
-    train_rows = load_demonstrations(cfg.data, tokenizer, cfg.block_size)
-    valid_rows = load_demonstrations(cfg.data, tokenizer, cfg.block_size, heldout=True)
-
     torch.manual_seed(cfg.seed)  # the initial weights; all other randomness has generators of its own
-    gpt = GPT(model_config).to(device)
+    if cfg.init:
+        gpt = load_pretrained(cfg.init)
+        if gpt.config.vocab_size != tokenizer.vocab_size:
+            raise InputError(f"--init {cfg.init} knows {gpt.config.vocab_size} tokens and the tokenizer "
+                             f"{tokenizer.vocab_size}; give --tokenizer gpt2, or the file it was trained with")
+    else:
+        gpt = GPT(GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
+    limit = gpt.config.block_size
+    train_rows = load_demonstrations(cfg.data, tokenizer, limit)
+    valid_rows = load_demonstrations(cfg.data, tokenizer, limit, heldout=True)
+
+    gpt = add_adapters(gpt, cfg.lora_rank, make_generator("cpu", cfg.seed, "adapters")).to(device)
     optimizer = make_optimizer(gpt, cfg.lr, cfg.weight_decay)
     scaler = make_scaler(device, amp)
     path, start = Path(cfg.out) / "sft.pt", 0
-    inputs = digests(demonstrations=csv_path(cfg.data, "demonstrations"))
+    inputs = digests(demonstrations=csv_path(cfg.data, "demonstrations")) | pretrained_digest(cfg.init)
     if cfg.resume:
         checkpoint = load_resumable(path, "sft", cfg, tokenizer, inputs)
-        gpt.load_state_dict(checkpoint["model"])
+        load_trained_state(gpt, checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         start = checkpoint["step"]

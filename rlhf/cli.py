@@ -11,7 +11,8 @@ from rlhf.common import InputError
 
 
 def arg(default, help: str, choices: tuple[str, ...] | None = None):
-    """A field of a config: `lr: float = arg(1e-3, "peak learning rate")` is the flag --lr."""
+    """A field of a config: `lr: float = arg(1e-3, "peak learning rate")` is the flag --lr. A tuple[str, ...] takes
+    several values, and several times; its default is ()."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -38,13 +39,16 @@ def parse_cli(cls: type, argv: list[str] | None = None):
     for field in dataclasses.fields(cls):
         flag, kind = "--" + field.name.replace("_", "-"), hints[field.name]
         options = {"default": field.default, "help": field.metadata["help"]}
-        if kind is bool:
+        if kind == tuple[str, ...]:
+            parser.add_argument(flag, nargs="+", action="extend", default=[], help=options["help"])
+        elif kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
             kind = {float: number, int: whole}.get(kind, kind)
             parser.add_argument(flag, type=kind, choices=field.metadata["choices"], **options)
+    flags = vars(parser.parse_args(argv))
     try:
-        return cls(**vars(parser.parse_args(argv)))
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()})
     except ValueError as error:
         parser.error(str(error))
 
@@ -57,7 +61,7 @@ def run(main: Callable, cls: type) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; if a checkpoint has been written, --resume goes on from it")
+        sys.exit("\ninterrupted; what was written stays, and a training goes on from its checkpoint with --resume")
 
 
 def check_positive(config, *names: str) -> None:

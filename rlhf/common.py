@@ -74,7 +74,7 @@ def save_checkpoint(
     checkpoint = {
         "format": FORMAT,
         "kind": kind,
-        "model": model.state_dict(),
+        "model": trained_state(model),
         "model_config": dataclasses.asdict(model.gpt.config if hasattr(model, "gpt") else model.config),
         "config": dataclasses.asdict(config),
         "step": step,
@@ -89,26 +89,40 @@ def save_checkpoint(
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path, kind: str, unfinished: bool = False) -> dict:
-    """Read a checkpoint of the named kind ("sft", "reward" or "ppo"), on the CPU.
+def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps: all but the frozen parameters (rlhf/lora.py freezes some; else all are trained)."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def load_trained_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Load what trained_state gave. Raises RuntimeError where something is missing or too much."""
+    missing = trained_state(model).keys() - state.keys()
+    unknown = model.load_state_dict(state, strict=False).unexpected_keys
+    if missing or unknown:
+        raise RuntimeError(f"weights missing: {sorted(missing)[:3]}; unknown: {unknown[:3]}")
+
+
+def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
+    """Read a checkpoint of one of the kinds "sft", "reward" and "ppo", on the CPU.
 
     Raises InputError where it is missing, garbled, another script's, or, unless that is wanted to resume, unfinished.
     """
-    script = f"train_{kind}.py"
+    scripts = " or ".join(f"train_{kind}.py" for kind in kinds)
     if not path.is_file():
-        raise InputError(f"{path} does not exist: run `python {script}` first, with the same --out")
+        raise InputError(f"{path} does not exist: run `python {scripts}` first, with the same --out")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint["kind"]
+        script = f"train_{checkpoint['kind']}.py"
         if checkpoint["format"] != FORMAT:
             raise InputError(f"{path} has format {checkpoint['format']}, this code reads {FORMAT}: run {script} again")
     except InputError:
         raise
     except Exception as error:  # a zip that is cut short, a pickle of something else, a missing key, ...
         raise InputError(f"{path} is not a checkpoint of this project ({type(error).__name__}): "
-                         f"run `python {script}` again") from error
-    if found != kind:
-        raise InputError(f"{path} was written by train_{found}.py; a checkpoint of {script} is needed here")
+                         f"run `python {scripts}` again") from error
+    if checkpoint["kind"] not in kinds:
+        raise InputError(f"{path} was written by {script}; a checkpoint of {scripts} is needed here")
     if not unfinished and checkpoint["step"] < checkpoint["config"]["steps"]:
         raise InputError(f"{path} stopped at step {checkpoint['step']} of {checkpoint['config']['steps']}: "
                          f"finish it with `python {script} --resume`")
@@ -123,8 +137,8 @@ def check_tokenizer(path: Path, checkpoint: dict, tokenizer) -> None:
 
 
 # What shapes no training step, or is compared by its contents (inputs).
-MAY_CHANGE = {"resume", "device", "out", "data", "sft", "reward", "log_every", "eval_every", "eval_prompts",
-              "optimum_prompts", "optimum_samples"}
+MAY_CHANGE = {"resume", "device", "out", "data", "sft", "reward", "comparison_files", "log_every", "eval_every",
+              "eval_prompts", "optimum_prompts", "optimum_samples"}
 
 
 def digests(**paths: Path) -> dict[str, str]:

@@ -57,9 +57,9 @@ def encode_response(tokenizer: Tokenizer, response: str) -> list[int]:
     return tokenizer.encode(" " + response.strip()) + [tokenizer.eos_id]
 
 
-def read_csv(path: Path, columns: tuple[str, ...]) -> pandas.DataFrame:
-    """The named columns as text. Raises InputError where the file is missing, garbled or empty, a column is missing,
-    or a cell is empty."""
+def read_csv(path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = ()) -> pandas.DataFrame:
+    """The named columns as text, and the optional ones where they are. Raises InputError where the file is missing,
+    garbled or empty, a column is missing, or a cell is empty."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; give --data a folder that holds it")
     try:
@@ -73,6 +73,7 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> pandas.DataFrame:
     if missing:
         raise InputError(f"{path} has no column {missing[0]!r}; it needs {', '.join(columns)} and has "
                          f"{', '.join(map(str, frame.columns))}")
+    columns = (*columns, *(column for column in optional if column in frame))
     frame = frame[list(columns)].fillna("")
     if frame.empty:
         raise InputError(f"{path} has a header but no rows")
@@ -118,18 +119,31 @@ def load_demonstrations(folder: str, tokenizer: Tokenizer, limit: int, heldout: 
     return rows
 
 
-def load_comparisons(folder: str, tokenizer: Tokenizer, limit: int, heldout: bool = False) -> list[Comparison]:
-    """Pairs whose two sides have the same tokens teach nothing: they are dropped, and the count is printed."""
-    path = csv_path(folder, "comparisons", heldout)
-    rows = []
-    for prompt, chosen, rejected in read_csv(path, ("Prompt", "Chosen", "Rejected")).itertuples(index=False):
-        sides = encode_response(tokenizer, chosen), encode_response(tokenizer, rejected)
-        rows.append(Comparison(Prompt(prompt, tokenizer.encode(prompt)), *sides))
-    longest = [len(row.prompt.tokens) + max(len(row.chosen), len(row.rejected)) for row in rows]
-    check_lengths(path, longest, limit, "prompt and longer side together")
-    kept = [row for row in rows if row.chosen != row.rejected]
-    if len(kept) < len(rows):
-        print(f"{path}: {len(rows) - len(kept)} of {len(rows)} pairs dropped, chosen and rejected are the same")
+def load_comparisons(
+    folder: str, tokenizer: Tokenizer, limit: int, heldout: bool = False, files: tuple[str, ...] = ()
+) -> list[Comparison]:
+    """The data set's comparisons or, in their place, those of other files one after another.
+
+    Pairs whose two sides have the same tokens teach nothing, and neither do those that an optional column Answer calls
+    a tie or a skip (rlhf/label.py): they are dropped, and the count is printed.
+    """
+    kept = []
+    for path in map(Path, files or [csv_path(folder, "comparisons", heldout)]):
+        rows, undecided = [], 0
+        frame = read_csv(path, ("Prompt", "Chosen", "Rejected"), optional=("Answer",))
+        for prompt, chosen, rejected, *answer in frame.itertuples(index=False):
+            sides = encode_response(tokenizer, chosen), encode_response(tokenizer, rejected)
+            rows.append(Comparison(Prompt(prompt, tokenizer.encode(prompt)), *sides))
+            if answer in (["tie"], ["skip"]):
+                undecided += 1
+                rows[-1] = rows[-1]._replace(rejected=rows[-1].chosen)
+        longest = [len(row.prompt.tokens) + max(len(row.chosen), len(row.rejected)) for row in rows]
+        check_lengths(path, longest, limit, "prompt and longer side together")
+        different = [row for row in rows if row.chosen != row.rejected]
+        if len(different) < len(rows):
+            print(f"{path}: {len(rows) - len(different)} of {len(rows)} pairs dropped, chosen and rejected are the "
+                  f"same" + (f", or ties or skipped ({undecided})" if undecided else ""))
+        kept += different
     if not kept:
         raise InputError(f"{path}: in every row chosen and rejected are the same; there is nothing to learn")
     return kept

@@ -7,8 +7,10 @@ would show up as a ratio that no change of the policy explains.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,26 @@ class GPTConfig:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+
+
+# The published GPT-2s: layers, heads, channels. All know 50,257 tokens and read 1,024.
+PRETRAINED = {
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+    "distilgpt2": (6, 12, 768),
+}
+
+
+def published_name(name: str) -> tuple[str, bool]:
+    """What GPT-2's published files call one of our weights, and whether they hold it transposed: they keep the matrices
+    of linear layers as (in, out).
+
+    >>> published_name("blocks.0.mlp.c_fc.weight")
+    ('h.0.mlp.c_fc.weight', True)
+    """
+    return name.replace("blocks.", "h.", 1), ".c_" in name and name.endswith("weight")
 
 
 class KVCache:
@@ -116,6 +138,38 @@ class GPT(nn.Module):
                 # Each block adds two of these to the residual stream; 1/sqrt of their number keeps its variance.
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
 
+    @classmethod
+    def from_pretrained(cls, name_or_path: str) -> GPT:
+        """GPT-2's weights: a name of PRETRAINED, fetched once and kept in torch.hub's cache, or a folder that holds
+        config.json and pytorch_model.bin, as Hugging Face's transformers writes them.
+
+        Raises OSError where they cannot be fetched or read, ValueError where they are of another architecture, and
+        KeyError or RuntimeError where weights are missing or of another shape than the config says.
+        """
+        folder = Path(name_or_path)
+        if folder.is_dir():
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            for name, ours in (("model_type", "gpt2"), ("activation_function", "gelu_new"), ("n_inner", None),
+                               ("layer_norm_epsilon", 1e-5), ("tie_word_embeddings", True),
+                               ("scale_attn_by_inverse_layer_idx", False)):
+                if config.get(name, ours) != ours:
+                    raise ValueError(f"{folder / 'config.json'}: {name} is {config[name]!r}; GPT-2 has {ours!r}")
+            config = GPTConfig(*(config[name] for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")))
+            state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        elif name_or_path in PRETRAINED:
+            config = GPTConfig(50257, 1024, *PRETRAINED[name_or_path])
+            owner = "distilbert" if name_or_path == "distilgpt2" else "openai-community"
+            state = torch.hub.load_state_dict_from_url(
+                f"https://huggingface.co/{owner}/{name_or_path}/resolve/main/pytorch_model.bin",
+                map_location="cpu", file_name=f"{name_or_path}.bin", weights_only=True)
+        else:
+            raise ValueError(f"{name_or_path!r} is no folder and none of {', '.join(PRETRAINED)}")
+        gpt, state = cls(config), {name.removeprefix("transformer."): weight for name, weight in state.items()}
+        theirs = {name: published_name(name) for name in gpt.state_dict()}
+        gpt.load_state_dict({name: state[other].t() if turned else state[other]
+                             for name, (other, turned) in theirs.items()})
+        return gpt
+
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -144,9 +198,9 @@ class GPT(nn.Module):
         """(B, T, C) -> (B, T, V): the output matrix is the token embedding itself."""
         return F.linear(hidden / self.temperature, self.wte.weight)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> logits (B, T, V); logits[:, t] are of token t+1."""
-        return self.logits(self.hidden(tokens, cache))
+        return self.logits(self.hidden(tokens))
 
     def make_cache(self, batch_size: int, max_length: int) -> KVCache:
         return KVCache(self.config, batch_size, max_length, like=self.wte.weight)

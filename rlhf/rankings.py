@@ -1,6 +1,7 @@
 """An option of train_reward.py: rankings of K responses to a prompt, in place of comparisons of two.
 
     rankings.csv        Prompt, Response, Rank       the rows of one prompt are one ranking; the lower the better
+                        Group                        optional: tells rankings of the same prompt apart
 
 Annotators who rank K responses give K(K-1)/2 comparisons for little more work. Those are not independent, so a prompt's
 pairs are one element of the loss, and its responses go through the model once, not once a pair (Ouyang et al. 2022,
@@ -30,24 +31,23 @@ class Ranking(NamedTuple):
 
 
 def load_rankings(path: Path, tokenizer: Tokenizer, limit: int) -> list[Ranking]:
-    """One Ranking a prompt, in the order in which the prompts first come. A prompt without a pair (one response, or all
-    tied) teaches nothing: it is dropped, and the count is printed."""
+    """One Ranking a prompt (and group), in the order in which they first come. One without a pair (a single response,
+    or all tied) teaches nothing: it is dropped, and the count is printed."""
     found, lengths = {}, []
-    for row, (prompt, response, rank) in enumerate(
-        read_csv(path, ("Prompt", "Response", "Rank")).itertuples(index=False), start=1
-    ):
+    frame = read_csv(path, ("Prompt", "Response", "Rank"), optional=("Group",))
+    for row, (prompt, response, rank, *group) in enumerate(frame.itertuples(index=False), start=1):
         if not rank.strip().isdecimal():
             raise InputError(f"{path}, row {row}: Rank is {rank!r}; it must be a whole number, the lower the better")
-        ranking = found.setdefault(prompt, Ranking([], []))
+        ranking = found.setdefault((prompt, *group), Ranking([], []))
         ranking.responses.append(tokenizer.encode(prompt) + encode_response(tokenizer, response))
         ranking.ranks.append(int(rank))
         lengths.append(len(ranking.responses[-1]))
     check_lengths(path, lengths, limit, "prompt and response together")
     kept = [ranking for ranking in found.values() if len(set(ranking.ranks)) > 1]
     if len(kept) < len(found):
-        print(f"{path}: {len(found) - len(kept)} of {len(found)} prompts dropped, they have no two ranks")
+        print(f"{path}: {len(found) - len(kept)} of {len(found)} rankings dropped, they have no two ranks")
     if not kept:
-        raise InputError(f"{path}: no prompt has two responses of different rank; there is nothing to learn")
+        raise InputError(f"{path}: no ranking has two responses of different rank; there is nothing to learn")
     return kept
 
 

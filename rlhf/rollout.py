@@ -53,8 +53,9 @@ def generate(
     row past it takes the sampled one, until end-of-text or max_new_tokens of its own.
 
     Args:
-        model: tokens -> logits (B, T, V). A GPT is run with a cache, one column at a time; any other callable, such
-            as a test's, is run on the whole prefix again and again. If it returns a tuple, its first entry counts.
+        model: tokens -> logits (B, T, V). What has make_cache, hidden and logits, as a GPT does, is run with a cache,
+            a column at a time; any other callable, such as a test's, is run on the whole prefix again and again. If
+            it returns a tuple, its first entry counts.
         prompts (B, P), padded on the right; prompt_lens (B,), each at least 1.
         generator: on the device of prompts.
     Returns: tokens (B, T), with 0 after a row's end, and T as short as the longest row allows;
@@ -76,9 +77,9 @@ def generate(
     for t in range(start, width):
         if cache is None:
             output = model(tokens[:, :t])
-        else:
-            output = model(tokens[:, cache.length : t], cache)  # the prompts' common part, then a column a time
-        logits = (output[0] if isinstance(output, tuple) else output)[:, -1]  # (B, V), of column t
+            logits = (output[0] if isinstance(output, tuple) else output)[:, -1]  # (B, V), of column t
+        else:  # the prompts' common part, then a column a time; logits of the last column alone, for V may be large
+            logits = model.logits(model.hidden(tokens[:, cache.length : t], cache)[:, -1])  # (B, C) -> (B, V)
         sampled = sample(logits, generator)  # (B,)
         writing = (t >= prompt_lens) & ~done  # (B,): past its prompt, not at its end
         tokens[:, t] = torch.where(writing, sampled, tokens[:, t])

@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy
 import torch
 
+from rlhf.checkpoints import load_policy, load_reward_model
 from rlhf.cli import arg, check_positive, number, run
-from rlhf.common import InputError, load_checkpoint, pick_device, write_csv
+from rlhf.common import InputError, pick_device, write_csv
 from rlhf.data import find_tokenizer, load_comparisons, load_judge, load_prompts
 from rlhf.evaluate import Setting, reference_samples
-from rlhf.model import GPT, GPTConfig, RewardModel
 from rlhf.optimum import best_of_n, best_of_n_kl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,11 +99,8 @@ def one_reward_model(cfg: StudyConfig, seed: int, size: int, whole: bool) -> lis
 
 def best_of_n_points(cfg: StudyConfig, seed: int, size: int, sft_path: Path, reward_path: Path) -> list[dict]:
     device = pick_device(cfg.device)
-    sft, reward = load_checkpoint(sft_path, "sft"), load_checkpoint(reward_path, "reward")
+    (reference, sft), (model, _) = load_policy(sft_path, "sft"), load_reward_model(reward_path)
     tokenizer, judge = find_tokenizer(cfg.data, sft["config"]["tokenizer"]), load_judge(cfg.data)
-    reference, model = GPT(GPTConfig(**sft["model_config"])), RewardModel(GPT(GPTConfig(**reward["model_config"])))
-    reference.load_state_dict(sft["model"])
-    model.load_state_dict(reward["model"])
     setting = Setting(reference.to(device), model.to(device), tokenizer, judge)
     limit = reference.config.block_size - setting.max_new_tokens
     prompts = load_prompts(cfg.data, tokenizer, limit, heldout=True)[: cfg.prompts]

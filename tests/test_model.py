@@ -49,10 +49,11 @@ def test_cache_gives_the_logits_of_the_full_pass(gpt, prefix):
     """The first `prefix` tokens at once, then one at a time."""
     tokens = torch.randint(11, (3, 10), generator=torch.Generator().manual_seed(0))
     cache = gpt.make_cache(3, 10)
-    parts = [gpt(tokens[:, :prefix], cache)] + [gpt(tokens[:, t : t + 1], cache) for t in range(prefix, 10)]
+    parts = [gpt.logits(gpt.hidden(tokens[:, a:b], cache))
+             for a, b in [(0, prefix), *((t, t + 1) for t in range(prefix, 10))]]
     assert_close(torch.cat(parts, dim=1), gpt(tokens), atol=1e-12, rtol=0)
     with pytest.raises(ValueError, match="one token at a time"):
-        gpt(tokens[:, :2], cache)
+        gpt.hidden(tokens[:, :2], cache)
 
 
 def test_attention_by_hand(gpt):

@@ -30,13 +30,22 @@ def test_rows_of_a_prompt_form_one_ranking(tokenizer, tmp_path, capsys):
     (got,) = load_rankings(path, tokenizer, 80)
     assert got.ranks == [2, 1, 2]
     assert [tokenizer.decode(row[:-1]) for row in got.responses] == ["a one", "a two", "a three"]
-    assert "2 of 3 prompts dropped" in capsys.readouterr().out
+    assert "2 of 3 rankings dropped" in capsys.readouterr().out
+
+
+def test_a_group_tells_rankings_of_one_prompt_apart(tokenizer, tmp_path):
+    path = tmp_path / "rankings.csv"
+    path.write_text("Group,Rank,Prompt,Response\nx,1,a,one\ny,2,a,two\nx,2,a,three\ny,1,a,four\n")
+    first, second = load_rankings(path, tokenizer, 80)
+    assert [tokenizer.decode(row[:-1]) for row in first.responses + second.responses] == [
+        "a one", "a three", "a two", "a four"]
+    assert (first.ranks, second.ranks) == ([1, 2], [2, 1])
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [("a,x,first", "row 2: Rank is 'first'"), ("a,x,-1", "row 2: Rank is '-1'"), ("a,x,", "row 2: Rank is empty"),
-     ("b,x,1", "no prompt has two responses"), ("a," + "x " * 90 + ",2", "row 2: prompt and response together takes")],
+     ("b,x,1", "no ranking has two responses"), ("a," + "x " * 90 + ",2", "row 2: prompt and response together takes")],
 )
 def test_bad_rankings(tokenizer, tmp_path, line, message):
     with pytest.raises(InputError, match=message):

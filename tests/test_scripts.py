@@ -132,7 +132,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(trained, tmp_path, n
         assert {k: v for k, v in one.items() if k not in clock} == {k: v for k, v in other.items() if k not in clock}
 
 
-@pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--amp", "fp16"], ["--value-network", "reward"],
+@pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--amp", "fp16"], ["--value-network", "shared"],
                                    ["--entropy-coef", "0.01", "--value-clip-eps", "0.2", "--ptx-coef", "1",
                                     "--temperature", "0.7", "--max-kl-old", "1e-9"]])
 def test_ppo_options_run(trained, tmp_path, flags):

@@ -1,0 +1,94 @@
+"""An option of all three scripts: LoRA (Hu et al. 2021). Train a few thin matrices, leave the network as it is.
+
+    y = W x + b + scale * B A x         W (out, in) frozen;  A (rank, in), B (out, rank) trained;  scale = ALPHA / rank
+
+B starts at zero, so that the first step begins at the frozen network itself. What this buys: gradients and AdamW's two
+moments for A and B alone, checkpoints of A and B alone, and, since the frozen network is still there, a reference
+policy for nothing: it is the policy with its adapters off.
+"""
+
+import copy
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf.model import GPT, KVCache
+
+ALPHA = 16.0  # so that one learning rate serves several ranks (section 4.1)
+
+
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear and its adapter."""
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
+        super().__init__()
+        self.linear, self.scale, self.on = linear, ALPHA / rank, True
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features, generator=generator) * linear.in_features**-0.5)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)  # (..., in) -> (..., out)
+        return y + self.scale * F.linear(F.linear(x, self.A), self.B) if self.on else y
+
+    def merged(self) -> nn.Linear:
+        """One matrix that does the same: W + scale * B A."""
+        with torch.no_grad():
+            self.linear.weight += self.scale * self.B @ self.A
+        return self.linear
+
+
+def add_adapters(gpt: GPT, rank: int, generator: torch.Generator) -> GPT:
+    """Freeze the GPT and give an adapter to each linear layer of its blocks, in place. rank 0: leave it as it is."""
+    if rank:
+        gpt.requires_grad_(False)
+        for block in gpt.blocks:
+            for module in (block.attn, block.mlp):
+                for name, child in module.named_children():
+                    setattr(module, name, LoRALinear(child, rank, generator))
+    return gpt
+
+
+def merge_adapters(gpt: GPT) -> GPT:
+    """Fold every adapter into its matrix, in place: the plain GPT that computes the same."""
+    for block in gpt.blocks:
+        for module in (block.attn, block.mlp):
+            for name, child in module.named_children():
+                if isinstance(child, LoRALinear):
+                    setattr(module, name, child.merged())
+    return gpt
+
+
+@contextmanager
+def adapters_off(gpt: GPT):
+    adapters = [module for module in gpt.modules() if isinstance(module, LoRALinear)]
+    for adapter in adapters:
+        adapter.on = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.on = True
+
+
+class WithoutAdapters(nn.Module):
+    """The frozen network under a GPT with adapters, to be used as a GPT is. It shares all weights and holds none."""
+
+    def __init__(self, gpt: GPT):
+        super().__init__()
+        self.gpt, self.config, self.make_cache, self.logits = gpt, gpt.config, gpt.make_cache, gpt.logits
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.logits(self.hidden(tokens))  # (B, T, V)
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        with adapters_off(self.gpt):
+            return self.gpt.hidden(tokens, cache)  # (B, T, C)
+
+
+def trained_and_frozen(gpt: GPT, rank: int, generator: torch.Generator) -> tuple[GPT, nn.Module]:
+    """A GPT to train and the same one as it was: a second copy or, with adapters, the first without them."""
+    if rank:
+        return add_adapters(gpt, rank, generator), WithoutAdapters(gpt)
+    return gpt, copy.deepcopy(gpt).requires_grad_(False)
