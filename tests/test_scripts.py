@@ -10,46 +10,7 @@ import sys
 import pytest
 import torch
 
-from tests.conftest import ROOT
-
-TINY = {
-    "sft": "--n-layer 2 --n-head 2 --n-embd 16 --steps 8 --eval-every 4 --log-every 1 --batch-size 8",
-    "reward": "--steps 6 --batch-size 8 --eval-every 3 --log-every 1",
-    "ppo": "--kl-target 1 --steps 4 --batch-size 8 --minibatch-size 4 --max-new-tokens 8 --eval-every 2 "
-           "--eval-prompts 10 --optimum-prompts 3 --optimum-samples 16",
-}
-
-
-def script(name, *flags, ok=True):
-    command = [sys.executable, f"train_{name}.py", "--device", "cpu", *TINY[name].split(), *map(str, flags)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    if ok:
-        assert done.returncode == 0, done.stderr
-    return done
-
-
-def rows(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """All three stages once on 40 rows of each file; (data folder, output folder, what each script printed)."""
-    folder = tmp_path_factory.mktemp("scripts")
-    data = folder / "data"
-    data.mkdir()
-    for path in (ROOT / "data" / "tiny_assistant").glob("*"):
-        if path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8") as file:
-                some = list(csv.reader(file))[:41]
-            with (data / path.name).open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows(some)
-        elif path.name in ("tokenizer.tiktoken", "judge.py"):
-            (data / path.name).write_bytes(path.read_bytes())
-    out = folder / "runs"
-    printed = {name: script(name, "--data", data, "--out", out).stdout for name in TINY}
-    return data, out, printed
+from tests.conftest import ROOT, TINY, rows, script
 
 
 def test_files_of_the_three_stages(trained):
