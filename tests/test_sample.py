@@ -1,0 +1,122 @@
+"""rlhf.sample: top-k and top-p by hand, dialogues, and the program."""
+
+import io
+import math
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from rlhf import sample
+from rlhf.cli import parse_cli
+from rlhf.common import InputError
+from rlhf.rollout import generate
+from rlhf.sample import SampleConfig, Sampler, keep_likely, shorten
+
+
+def kept(logits):
+    return [[bool(x > -math.inf) for x in row] for row in logits]
+
+
+P = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
+T, F = True, False
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "expected"),
+    [
+        (0, 1.0, [[T, T, T, T], [T, T, T, T]]),
+        (1, 1.0, [[F, T, F, F], [T, F, F, F]]),  # of equals the first
+        (3, 1.0, [[F, T, T, T], [T, T, T, F]]),
+        (9, 1.0, [[T, T, T, T], [T, T, T, T]]),
+        (0, 0.65, [[F, T, F, T], [T, T, T, F]]),  # .4 + .3 = .7 is the first sum that reaches it
+        (0, 0.75, [[F, T, T, T], [T, T, T, F]]),
+        (0, 1e-9, [[F, T, F, F], [T, F, F, F]]),  # the likeliest always stays
+        (1, 0.75, [[F, T, F, F], [T, F, F, F]]),
+    ],
+)
+def test_keep_likely_by_hand(top_k, top_p, expected):
+    """p = (.1, .4, .2, .3), and four equals."""
+    assert kept(keep_likely(P.log(), top_k, top_p)) == expected
+
+
+def test_kept_logits_are_unchanged():
+    got = keep_likely(P.log(), 2)
+    assert_close(got[0, [1, 3]], P.log()[0, [1, 3]], atol=0, rtol=0)
+
+
+def test_sampler_draws_from_the_narrowed_distribution(gpt):
+    """Greedy is top_k = 1: the same tokens at any temperature, each the argmax of a full pass."""
+    prompts, lens = torch.tensor([[1, 2, 3]]), torch.tensor([3])
+    tokens, _ = generate(Sampler(gpt, 3.0, 1, 1.0), prompts, lens, 8, eos_id=99)
+    for t in range(3, 11):
+        assert tokens[0, t] == gpt(tokens[:, :t])[0, -1].argmax()
+    hidden = gpt.hidden(prompts)[:, -1]
+    assert_close(Sampler(gpt, 0.5, 0, 1.0).logits(hidden), 2 * gpt.logits(hidden), atol=1e-12, rtol=0)
+
+
+class Letters:
+    """A token a character."""
+
+    encode = staticmethod(list)
+
+
+def test_a_dialogue_loses_whole_leading_turns():
+    first, second = "\n\nHuman: a\n\nAssistant: b", "\n\nHuman: c\n\nAssistant:"
+    both = first + second
+    assert shorten(both, Letters, 100)[0] == both
+    assert shorten(both, Letters, len(both) - 1)[0] == second
+    with pytest.raises(InputError, match=f"takes {len(second)} tokens and there is room for {len(second) - 1}"):
+        shorten(both, Letters, len(second) - 1)
+
+
+def run(*flags):
+    sample.main(parse_cli(SampleConfig, ["--device", "cpu", *map(str, flags)]))
+
+
+def test_side_by_side_with_score_and_gold(trained, capsys):
+    """Two checkpoints, two answers each; the same seed says the same again."""
+    data, out, _ = trained
+    shown = []
+    for _ in range(2):
+        run("--checkpoint", out / "sft.pt", "--checkpoint", out / "ppo.pt", "--prompt", "Hello?", "--samples", 2,
+            "--max-new-tokens", 5, "--data", data)
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    lines = [line for line in shown[0].splitlines() if "score" in line]
+    assert len(lines) == 4 and all("gold" in line for line in lines)
+    assert shown[0].count(f"{out / 'sft.pt'}: ") == 2 and shown[0].count(f"{out / 'ppo.pt'}: ") == 2
+
+
+def test_a_dialogue_is_remembered_until_an_empty_line(trained, monkeypatch, capsys):
+    """The second prompt begins with the first and its answer; --plain starts anew each time."""
+    data, out, _ = trained
+    seen = []
+    monkeypatch.setattr(sample, "reply", lambda gpt, prompt, *_: seen.append(prompt) or [
+        {"response": "fine", "score": None, "gold": None, "ended": True}])
+    for flags in ([], ["--plain"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n\nthree\n"))
+        run("--checkpoint", out / "sft.pt", "--data", data, *flags)
+    one = "\n\nHuman: one\n\nAssistant:"
+    assert seen == [one, f"{one} fine\n\nHuman: two\n\nAssistant:", "one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--checkpoint", "OUT/reward.pt"], "a checkpoint of train_sft.py or train_ppo.py is needed"),
+     (["--checkpoint", "OUT/none.pt"], "does not exist"),
+     (["--checkpoint", "OUT/sft.pt", "--prompt", "x " * 99], "shorten it"),
+     (["--checkpoint", "OUT/sft.pt", "--reward", "OUT/ppo.pt"], "written by train_ppo.py")],
+)
+def test_bad_input(trained, flags, message):
+    data, out, _ = trained
+    with pytest.raises(InputError, match=message):
+        run("--data", data, "--prompt", "Hi", *[flag.replace("OUT", str(out)) for flag in flags])
+
+
+@pytest.mark.parametrize("flags", [["--top-p", "0"], ["--top-p", "1.5"], ["--top-k", "-1"], ["--temperature", "0"]])
+def test_impossible_flags(flags):
+    with pytest.raises(SystemExit) as stop:
+        parse_cli(SampleConfig, flags)
+    assert stop.value.code == 2
