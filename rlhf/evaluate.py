@@ -126,10 +126,11 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
     others, and prompts differ more than policies do. So each figure is that of PPO's row plus what it is above PPO's on
     the prompts that both have answered; but for the KL of best-of-n, which is the same for every prompt.
 
-    Args: ours: PPO's answers to the P prompts, any number of times each; scores, golds (P, N) of reference_samples,
-        with N even.
-    Returns: a line on how far the estimate can be trusted. Half of the samples, twice, give a lower J* than all of
-        them; all of them give a lower one than there is, by at least about as much.
+    Args: ours: PPO's answers to all P prompts, and again, any number of times; scores, golds (P, N) of
+        reference_samples, with N even.
+    Returns: a line on how far the estimate can be trusted: the standard error, over the P prompts, of what PPO lacks,
+        J* - J; and its bias. Half of the samples, twice, give a lower J* than all of them; all of them give a lower
+        one than there is, by at least about as much.
     """
     ppo, best = table[-1], optimum(scores, kl_coef)
     n = matching_n(ppo["kl_ref"], scores.size(1) // 2)
@@ -152,9 +153,13 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
         row["optimality"] = (row["objective"] - start) / gain if gain > 0 else None
     halves = optimum(torch.cat(scores.chunk(2, dim=1)), kl_coef)["objective"].mean()
     bias = (best["objective"].mean() - halves).item() / gain if gain > 0 else math.inf
+    reached = torch.tensor([one["score"] - kl_coef * one["kl_ref"] for one in ours]).view(-1, len(scores)).mean(dim=0)
+    lacking = best["objective"] - reached  # (P,)
+    error = lacking.std().item() / math.sqrt(len(scores)) / gain if gain > 0 and len(scores) > 1 else math.inf
     text = (f"best_of_n: n = {n}, whose KL is nearest to PPO's\n"
             f"optimum: {scores.size(1)} reference samples for each of {len(scores)} prompts, effective sample size "
-            f"{ess.mean():.1f}\non average, {ess.min():.1f} at least; so optimality is too high by {bias:.1%} or more")
+            f"{ess.mean():.1f}\non average, {ess.min():.1f} at least; PPO's optimality has a standard error of "
+            f"{error:.3f}, and is too high by {bias:.3f} or more")
     if not bias < 0.03 or ess.mean() < 3:
         text += "\nwarning: that is too few samples to trust; more --optimum-samples, or a larger --kl-coef"
     return text
@@ -167,7 +172,7 @@ def compare(
     before, after = (answer(gpt, prompts, setting, seed) for gpt in (setting.reference, policy))
     table = [summarise(name, answers, before, kl_coef) for name, answers in (("sft", before), ("ppo", after))]
     few = prompts[:optimum_prompts]
-    ours = answer(policy, few * 8, setting, seed + 1)  # eight each: one alone would be noise beside N of the reference
+    ours = answer(policy, few * 32, setting, seed + 1)  # one each would be noise beside N of the reference
     return table, before, after, add_optimum(table, ours, *reference_samples(few, samples, setting, seed), kl_coef)
 
 

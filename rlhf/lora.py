@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf.model import GPT, KVCache
+from rlhf.model import PRETRAINED, GPT, GPTConfig, KVCache
 
 ALPHA = 16.0  # so that one learning rate serves several ranks (section 4.1)
 
@@ -22,7 +22,7 @@ ALPHA = 16.0  # so that one learning rate serves several ranks (section 4.1)
 class LoRALinear(nn.Module):
     """A frozen nn.Linear and its adapter."""
 
-    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator | None):
         super().__init__()
         self.linear, self.scale, self.on = linear, ALPHA / rank, True
         self.A = nn.Parameter(torch.randn(rank, linear.in_features, generator=generator) * linear.in_features**-0.5)
@@ -39,7 +39,7 @@ class LoRALinear(nn.Module):
         return self.linear
 
 
-def add_adapters(gpt: GPT, rank: int, generator: torch.Generator) -> GPT:
+def add_adapters(gpt: GPT, rank: int, generator: torch.Generator | None) -> GPT:
     """Freeze the GPT and give an adapter to each linear layer of its blocks, in place. rank 0: leave it as it is."""
     if rank:
         gpt.requires_grad_(False)
@@ -92,3 +92,29 @@ def trained_and_frozen(gpt: GPT, rank: int, generator: torch.Generator) -> tuple
     if rank:
         return add_adapters(gpt, rank, generator), WithoutAdapters(gpt)
     return gpt, copy.deepcopy(gpt).requires_grad_(False)
+
+
+def on_paper(rank: int) -> list[dict]:
+    """For GPT-2 of every size: numbers in the network, numbers trained, and what PPO with a value network of its own
+    holds of both, in GB of float32, without activations.
+
+    All weights trained: policy, reference, value network and reward model, and for two of them a gradient and AdamW's
+    two moments: 4 N + 2 * 3 N numbers. Adapters: two networks, and two sets of adapters with the same three beside
+    them: 2 N + 2 * 4 A.
+    """
+    table = []
+    for name, shape in PRETRAINED.items():
+        with torch.device("meta"):  # shapes without memory
+            gpt = add_adapters(GPT(GPTConfig(50257, 1024, *shape)), rank, None)
+        A = sum(p.numel() for p in gpt.parameters() if p.requires_grad)
+        N = sum(p.numel() for p in gpt.parameters()) - A
+        table.append({"model": name, "parameters": N, f"rank {rank}": A, "trained": A / N,
+                      "PPO, all weights": 10 * N * 4 / 1e9, "PPO, adapters": (2 * N + 8 * A) * 4 / 1e9})
+    return table
+
+
+if __name__ == "__main__":
+    print("      model |    parameters | in rank 8 | of all | PPO, all weights | PPO, adapters")
+    for row in on_paper(rank=8):
+        print(f"{row['model']:>11} | {row['parameters']:>13,} | {row['rank 8']:>9,} | {row['trained']:6.2%} | "
+              f"{row['PPO, all weights']:13.1f} GB | {row['PPO, adapters']:10.1f} GB")

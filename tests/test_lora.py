@@ -14,7 +14,7 @@ from rlhf.checkpoints import load_policy, load_reward_model
 from rlhf.cli import parse_cli
 from rlhf.common import InputError, load_trained_state, trained_state
 from rlhf.export import save_pretrained
-from rlhf.lora import ALPHA, LoRALinear, WithoutAdapters, add_adapters, merge_adapters, trained_and_frozen
+from rlhf.lora import ALPHA, LoRALinear, WithoutAdapters, add_adapters, merge_adapters, on_paper, trained_and_frozen
 from rlhf.model import GPT, GPTConfig
 from rlhf.rollout import generate
 from tests.conftest import TINY, noisy, rows
@@ -119,6 +119,14 @@ def test_a_checkpoint_keeps_what_was_trained(gpt):
     for wrong in ({k: v for k, v in state.items() if k != name}, {**state, "other": torch.zeros(1)}):
         with pytest.raises(RuntimeError, match="weights missing"):
             load_trained_state(gpt, wrong)
+
+
+def test_counts_on_paper():
+    """GPT-2, rank 8: 12 blocks of 8 * ((C + 3C) + (C + C) + (C + 4C) + (4C + C)) = 128 C, C = 768, make 1,179,648."""
+    row = on_paper(8)[0]
+    assert (row["model"], row["parameters"], row["rank 8"]) == ("gpt2", 124_439_808, 1_179_648)
+    assert row["PPO, all weights"] == pytest.approx(4.97759232)  # 10 N * 4 bytes
+    assert row["PPO, adapters"] == pytest.approx(1.0332672)  # (2 * 124,439,808 + 8 * 1,179,648) * 4 bytes
 
 
 # ---- the scripts ----
