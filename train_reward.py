@@ -189,8 +189,9 @@ def main(cfg: RewardConfig) -> None:
 
     judge = load_judge(cfg.data)
     perfect = perfect_accuracies(judge, heldout_rows, tokenizer) if judge else {}
-    print(f"{len(train_rows):,} {'rankings' if cfg.rankings else 'comparisons'} ({len(heldout_rows):,} comparisons held "
-          f"out), on {device}, amp {cfg.amp}, seed {cfg.seed}; held-out accuracy of a perfect model: "
+    kind = "rankings" if cfg.rankings else "comparisons"
+    print(f"{len(train_rows):,} {kind} ({len(heldout_rows):,} comparisons held out), on {device}, amp {cfg.amp}, "
+          f"seed {cfg.seed}; held-out accuracy of a perfect model: "
           + (", ".join(f"{name} {value:.3f}" for name, value in perfect.items()) or "not known, there is no judge"))
 
     progress = Progress(Path(cfg.out) / "reward.csv", cfg.steps, start)

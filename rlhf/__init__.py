@@ -15,8 +15,9 @@ Read in this order (about an hour):
     evaluate.py      before and after, on held-out prompts
     optimum.py       the best policy that the objective has, to compare with
 
-    (cli.py, common.py and optim.py are plumbing: flags, devices, checkpoints, optimizer steps; rankings.py, ptx.py and
-    study.py are options that the three scripts do without)
+    Plumbing: cli.py, common.py, checkpoints.py and optim.py (flags, devices, files, optimizer steps). Options that the
+    three scripts do without: lora.py, rankings.py, ptx.py. Programs: sample.py, label.py, export.py, study.py. For data
+    sets: bpe.py, download.py.
 
 Shapes are written with these letters:
 

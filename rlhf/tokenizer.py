@@ -51,7 +51,7 @@ def load_tokenizer(path_or_name: str) -> Tokenizer:
                 f"tiktoken could not fetch GPT-2's ranks ({type(error).__name__}); go online once, or set "
                 f"TIKTOKEN_CACHE_DIR to a folder that holds them"
             ) from error
-        # GPT-2 has no pad token. The NUL byte is a valid id that text hardly ever holds, and keeps the vocabulary at 50,257.
+        # GPT-2 has no pad token. The NUL byte is a valid id that text hardly ever holds; the vocabulary stays 50,257.
         return Tokenizer(encoding, eos_id=encoding.eot_token, pad_id=encoding.encode_single_token(b"\x00"))
 
     ranks = _read_ranks(Path(path_or_name))
