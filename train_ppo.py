@@ -204,6 +204,7 @@ def load_models(cfg: PPOConfig, device):
     check_tokenizer(sft_path, sft, tokenizer)
     check_tokenizer(reward_path, reward, tokenizer)
 
+    gpt.temperature = cfg.temperature
     generator = make_generator("cpu", cfg.seed, "adapters")
     policy_gpt, reference = trained_and_frozen(gpt, cfg.lora_rank, generator)
     value_gpt = None
@@ -212,7 +213,6 @@ def load_models(cfg: PPOConfig, device):
             raise InputError("--value-network reward needs a reward model as wide (n_embd) as the policy")
         value_gpt, reward_model.gpt = trained_and_frozen(reward_model.gpt, cfg.lora_rank, generator)
     policy = PolicyWithValue(policy_gpt, value_gpt)
-    policy.gpt.temperature = reference.temperature = cfg.temperature
     files = {"sft": sft_path, "reward": reward_path, "prompts": csv_path(cfg.data, "prompts")}
     if cfg.ptx_coef:
         files["demonstrations"] = csv_path(cfg.data, "demonstrations")
@@ -246,9 +246,9 @@ def main(cfg: PPOConfig) -> None:
     print(f"{len(prompts):,} prompts ({len(heldout):,} held out), {cfg.steps * cfg.batch_size:,} episodes, "
           f"on {device}, amp {cfg.amp}, seed {cfg.seed}")
 
-    chunk_size = cfg.micro_batch_size or cfg.minibatch_size  # rows at once, wherever no gradient is needed
+    chunk_size = cfg.micro_batch_size or cfg.minibatch_size  # rows at once when a rollout is scored
     setting = Setting(reference, reward_model, tokenizer, judge, cfg.max_new_tokens, cfg.missing_eos_score,
-                      chunk_size, amp)
+                      cfg.micro_batch_size or 128, amp)
     progress = Progress(Path(cfg.out) / "ppo.csv", cfg.steps, start, csv_only=(
         "objective", "kl_coef", "value_clip_fraction", "kl_old", "grad_norm", "gradient_steps", "first_log_ratio",
         "lr"))

@@ -162,7 +162,7 @@ def main(cfg: RewardConfig) -> None:
     gpt, sft = load_policy(sft_path, "sft")
     tokenizer = find_tokenizer(cfg.data, sft["config"]["tokenizer"])
     check_tokenizer(sft_path, sft, tokenizer)
-    limit = gpt.config.block_size
+    limit, kind = gpt.config.block_size, "rankings" if cfg.rankings else "comparisons"
     if cfg.rankings:
         train_files, losses_of = [csv_path(cfg.data, "rankings")], ranking_losses
         train_rows = load_rankings(*train_files, tokenizer, limit)
@@ -179,7 +179,7 @@ def main(cfg: RewardConfig) -> None:
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     scaler = make_scaler(device, amp)
     inputs = digests(sft=sft_path, demonstrations=csv_path(cfg.data, "demonstrations"),
-                     **{f"comparisons {i}": Path(name) for i, name in enumerate(train_files)})
+                     **{f"{kind} {i}": Path(name) for i, name in enumerate(train_files, start=1)})
     if cfg.resume:
         checkpoint = load_resumable(path, "reward", cfg, tokenizer, inputs)
         load_trained_state(model, checkpoint["model"])
@@ -189,10 +189,13 @@ def main(cfg: RewardConfig) -> None:
 
     judge = load_judge(cfg.data)
     perfect = perfect_accuracies(judge, heldout_rows, tokenizer) if judge else {}
-    kind = "rankings" if cfg.rankings else "comparisons"
-    print(f"{len(train_rows):,} {kind} ({len(heldout_rows):,} comparisons held out), on {device}, amp {cfg.amp}, "
-          f"seed {cfg.seed}; held-out accuracy of a perfect model: "
+    epochs = cfg.steps * cfg.batch_size / len(train_rows)
+    print(f"{len(train_rows):,} {kind}, {epochs:.1f} times over ({len(heldout_rows):,} comparisons held out), on "
+          f"{device}, amp {cfg.amp}, seed {cfg.seed}; held-out accuracy of a perfect model: "
           + (", ".join(f"{name} {value:.3f}" for name, value in perfect.items()) or "not known, there is no judge"))
+
+    if epochs > 10:
+        print(f"warning: {epochs:.0f} times over the same {kind} is to learn them by heart; lower --steps")
 
     progress = Progress(Path(cfg.out) / "reward.csv", cfg.steps, start)
     for step in range(start, cfg.steps):

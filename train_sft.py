@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf.checkpoints import load_pretrained, pretrained_digest
+from rlhf.checkpoints import load_pretrained, pretrained_digests
 from rlhf.cli import arg, check_not_negative, check_positive, run
 from rlhf.common import (
     InputError,
@@ -85,6 +85,9 @@ class SFTConfig:
         check_not_negative(self, "micro_batch_size", "warmup", "weight_decay", "lora_rank")
         if self.lora_rank and not self.init:
             raise ValueError("--lora-rank needs --init: adapters on random weights have nothing to adapt")
+        if self.init and any(getattr(self, size) != getattr(SFTConfig, size)
+                             for size in ("n_layer", "n_head", "n_embd", "block_size")):
+            raise ValueError("--n-layer, --n-head, --n-embd and --block-size come with --init; leave them out")
         GPTConfig(1, self.block_size, self.n_layer, self.n_head, self.n_embd)  # refuses sizes that do not fit
 
 
@@ -138,7 +141,7 @@ def main(cfg: SFTConfig) -> None:
     optimizer = make_optimizer(gpt, cfg.lr, cfg.weight_decay)
     scaler = make_scaler(device, amp)
     path, start = Path(cfg.out) / "sft.pt", 0
-    inputs = digests(demonstrations=csv_path(cfg.data, "demonstrations")) | pretrained_digest(cfg.init)
+    inputs = digests(demonstrations=csv_path(cfg.data, "demonstrations")) | pretrained_digests(cfg.init)
     if cfg.resume:
         checkpoint = load_resumable(path, "sft", cfg, tokenizer, inputs)
         load_trained_state(gpt, checkpoint["model"])

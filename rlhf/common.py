@@ -79,6 +79,7 @@ def save_checkpoint(
         "config": dataclasses.asdict(config),
         "step": step,
         "tokenizer": tokenizer.fingerprint,
+        "tokenizer_name": tokenizer.name,
         "inputs": inputs,
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
@@ -158,8 +159,8 @@ def load_resumable(path: Path, kind: str, config, tokenizer, inputs: dict[str, s
         if name not in MAY_CHANGE and theirs.get(name) != ours:
             raise InputError(f"--resume: {path} was trained with --{name.replace('_', '-')} {theirs.get(name)}, "
                              f"not {ours}; give the same flags, or start afresh without --resume")
-    for name, digest in inputs.items():
-        if checkpoint["inputs"].get(name) != digest:
+    for name in sorted(inputs.keys() | checkpoint["inputs"].keys()):
+        if checkpoint["inputs"].get(name) != inputs.get(name):
             raise InputError(f"--resume: {path} was begun with another {name} file; give the one that it was begun "
                              f"with, or start afresh without --resume")
     return checkpoint

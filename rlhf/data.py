@@ -131,9 +131,11 @@ def load_comparisons(
     for path in map(Path, files or [csv_path(folder, "comparisons", heldout)]):
         rows, undecided = [], 0
         frame = read_csv(path, ("Prompt", "Chosen", "Rejected"), optional=("Answer",))
-        for prompt, chosen, rejected, *answer in frame.itertuples(index=False):
+        for row, (prompt, chosen, rejected, *answer) in enumerate(frame.itertuples(index=False), start=1):
             sides = encode_response(tokenizer, chosen), encode_response(tokenizer, rejected)
             rows.append(Comparison(Prompt(prompt, tokenizer.encode(prompt)), *sides))
+            if answer and answer[0] not in ("first", "second", "tie", "skip"):
+                raise InputError(f"{path}, row {row}: Answer is {answer[0]!r}; it must be first, second, tie or skip")
             if answer in (["tie"], ["skip"]):
                 undecided += 1
                 rows[-1] = rows[-1]._replace(rejected=rows[-1].chosen)
@@ -145,7 +147,8 @@ def load_comparisons(
                   f"same" + (f", or ties or skipped ({undecided})" if undecided else ""))
         kept += different
     if not kept:
-        raise InputError(f"{path}: in every row chosen and rejected are the same; there is nothing to learn")
+        raise InputError(f"{path}: in every row chosen and rejected are the same, or it is a tie or a skip; there is "
+                         f"nothing to learn")
     return kept
 
 

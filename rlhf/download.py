@@ -1,4 +1,4 @@
-"""Fetching public files, for the data sets' prepare.py and for pretrained weights."""
+"""Fetching public files, for the data sets' prepare.py."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +13,7 @@ def check_sha256(path: Path, sha256: str) -> None:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
         raise InputError(f"{path} is not the expected file: its SHA-256 is {found[:16]}... and should be "
-                         f"{sha256[:16]}...; fetch it again")
+                         f"{sha256[:16]}...; remove it and fetch it again")
 
 
 def fetch(url: str, folder: Path, sha256: str | None = None) -> Path:
@@ -26,7 +26,7 @@ def fetch(url: str, folder: Path, sha256: str | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         print(f"fetching {url}", flush=True)
         try:
-            download_url_to_file(url, str(path))
+            download_url_to_file(url, str(path), hash_prefix=sha256)  # checked before it gets its name
         except Exception as error:  # no network, no such page, a line that broke, a full disk, ...
             raise InputError(f"could not fetch {url} ({type(error).__name__}: {error}); with a copy from elsewhere "
                              f"put it at {path}") from error

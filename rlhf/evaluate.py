@@ -35,7 +35,7 @@ class Setting(NamedTuple):
     judge: ModuleType | None
     max_new_tokens: int = 40
     missing_eos_score: float = -3.0
-    chunk_size: int = 64
+    chunk_size: int = 128  # rows at once
     amp: torch.dtype | None = None
 
 
@@ -44,8 +44,8 @@ def answer(gpt: GPT, prompts: list[Prompt], setting: Setting, seed: int = 0) -> 
     length in tokens and whether it ended. Scored by the very code that PPO trains with."""
     device = next(gpt.parameters()).device
     policy, tokenizer, judge, answers = PolicyWithValue(gpt).to(device), setting.tokenizer, setting.judge, []
-    for at in range(0, len(prompts), 128):
-        chunk = prompts[at : at + 128]
+    for at in range(0, len(prompts), setting.chunk_size):
+        chunk = prompts[at : at + setting.chunk_size]
         tokens, prompt_lens = pad_rows([prompt.tokens for prompt in chunk], tokenizer.pad_id, device)
         rollout = collect(policy, setting.reference, setting.reward_model, tokens, prompt_lens, setting.max_new_tokens,
                           tokenizer.eos_id, setting.missing_eos_score, setting.chunk_size, setting.amp,
@@ -80,17 +80,21 @@ def reference_samples(
     device = next(setting.reference.parameters()).device
     tokenizer, scores, golds = setting.tokenizer, [], []
     for at, prompt in enumerate(prompts):
-        tokens, prompt_lens = pad_rows([prompt.tokens] * samples, tokenizer.pad_id, device)
-        with autocast(device, setting.amp):
-            tokens, mask = generate(setting.reference, tokens, prompt_lens, setting.max_new_tokens, tokenizer.eos_id,
-                                    make_generator(device, seed, "reference samples", at))
-            scores.append(torch.cat([
-                score_responses(setting.reward_model, *part, tokenizer.eos_id, setting.missing_eos_score)
-                for part in zip(*(x.split(setting.chunk_size) for x in (tokens, mask, prompt_lens)))]))
+        generator = make_generator(device, seed, "reference samples", at)
+        texts = []
+        for begun in range(0, samples, setting.chunk_size):
+            rows = [prompt.tokens] * min(setting.chunk_size, samples - begun)
+            tokens, prompt_lens = pad_rows(rows, tokenizer.pad_id, device)
+            with autocast(device, setting.amp):
+                tokens, mask = generate(setting.reference, tokens, prompt_lens, setting.max_new_tokens,
+                                        tokenizer.eos_id, generator)
+                scores.append(score_responses(setting.reward_model, tokens, mask, prompt_lens, tokenizer.eos_id,
+                                              setting.missing_eos_score))
+            texts += decode_responses(tokenizer, tokens, mask)
         if setting.judge is not None:
-            texts = decode_responses(tokenizer, tokens, mask)
             golds.append(gold_scores(setting.judge, [prompt.text] * samples, texts))
-    return torch.stack(scores).double().cpu(), torch.tensor(golds, dtype=torch.float64) if golds else None
+    scores = torch.cat(scores).view(len(prompts), samples).double().cpu()
+    return scores, torch.tensor(golds, dtype=torch.float64) if golds else None
 
 
 def mean(answers: list[dict], name: str) -> float | None:
@@ -152,14 +156,17 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
     for row in table:
         row["optimality"] = (row["objective"] - start) / gain if gain > 0 else None
     halves = optimum(torch.cat(scores.chunk(2, dim=1)), kl_coef)["objective"].mean()
-    bias = (best["objective"].mean() - halves).item() / gain if gain > 0 else math.inf
+    # Optimality is n / (n + L), with n what PPO gained and L what it lacks: an error e of L is one of e / (n + L) times
+    # the optimality.
+    slope = ppo["optimality"] / gain if gain > 0 else math.inf
+    bias = (best["objective"].mean() - halves).item() * slope if gain > 0 else math.inf
     reached = torch.tensor([one["score"] - kl_coef * one["kl_ref"] for one in ours]).view(-1, len(scores)).mean(dim=0)
     lacking = best["objective"] - reached  # (P,)
-    error = lacking.std().item() / math.sqrt(len(scores)) / gain if gain > 0 and len(scores) > 1 else math.inf
+    error = lacking.std().item() / math.sqrt(len(scores)) * slope if gain > 0 and len(scores) > 1 else math.inf
     text = (f"best_of_n: n = {n}, whose KL is nearest to PPO's\n"
             f"optimum: {scores.size(1)} reference samples for each of {len(scores)} prompts, effective sample size "
             f"{ess.mean():.1f}\non average, {ess.min():.1f} at least; PPO's optimality has a standard error of "
-            f"{error:.3f}, and is too high by {bias:.3f} or more")
+            f"{error:.3f}\nfrom these prompts, and is too high by {bias:.3f} or more")
     if not bias < 0.03 or ess.mean() < 3:
         text += "\nwarning: that is too few samples to trust; more --optimum-samples, or a larger --kl-coef"
     return text

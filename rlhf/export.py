@@ -54,8 +54,6 @@ def main(cfg: ExportConfig) -> None:
     path = Path(cfg.checkpoint)
     gpt, checkpoint = load_policy(path, "sft", "ppo")
     tokenizer = tokenizer_of(path, checkpoint, cfg.data or checkpoint["config"]["data"])
-    if (temperature := checkpoint["config"].get("temperature", 1.0)) != 1.0:
-        print(f"note: it was trained at a temperature of {temperature}; sample from it at that temperature")
     save_pretrained(gpt, Path(cfg.out), tokenizer.eos_id)
     print(f"wrote {cfg.out}/config.json and {cfg.out}/pytorch_model.bin: {sum(p.numel() for p in gpt.parameters()):,} "
           f"parameters")

@@ -3,13 +3,14 @@
     python -m rlhf.label --checkpoint runs/sft.pt --out my_comparisons.csv
     python train_reward.py --comparison-files my_comparisons.csv
 
-Shows a prompt and two sampled answers in random order and takes one key. Each answer is a line of the file at once, so
-that a kill loses at most the answer that is being typed; a second call goes on where the first stopped.
+Shows a prompt and two sampled answers in random order and takes one key. Each answer is a line of the file at once:
+a kill loses at most the answer that is being typed, and a second call goes on where the first stopped.
 
     my_comparisons.csv    Pair, Prompt, Chosen, Rejected, Answer
 
-Pair numbers the pairs that have been shown; it and --seed say which prompt and which samples. Answer is first, second,
-tie or skip; of a tie or a skip, Chosen and Rejected are the first and the second, and no reward model learns from it.
+Pair numbers the pairs that have been sampled: a prompt and two answers follow from it, --seed and the checkpoint. Pairs
+of two equal answers are not shown, nor those with an answer that was cut off. Answer is first, second, tie or skip; of a
+tie or a skip, Chosen and Rejected are the first and the second, and no reward model learns from it.
 
 --annotator judge lets the data set's judge.py answer: simulated feedback, or AI feedback where the judge is a model
 (RLAIF, Bai et al. 2022). Where the judge knows its annotators' noise, it votes with that noise.
@@ -26,16 +27,18 @@ from pathlib import Path
 
 import torch
 
-from rlhf.checkpoints import load_policy, load_reward_model, tokenizer_of
+from rlhf.checkpoints import find_reward_model, load_policy, tokenizer_of
 from rlhf.cli import arg, check_not_negative, check_positive, run
-from rlhf.common import InputError, check_tokenizer, make_generator, pick_device
+from rlhf.common import InputError, make_generator, pick_device
 from rlhf.data import Prompt, batch_indices, encode_response, gold_scores, load_judge, load_prompts, pad_rows
 from rlhf.evaluate import decode_responses
-from rlhf.rollout import generate
+from rlhf.rollout import generate, has_ended
 
 COLUMNS = ("Pair", "Prompt", "Chosen", "Rejected", "Answer")
+ANSWERS = ("first", "second", "tie", "skip")
 KEYS = {"1": "first", "2": "second", "t": "tie", "s": "skip", "u": "undo", "q": "quit"}
 BLOCK = 16  # pairs sampled at once
+PATIENCE = 640  # pairs in a row that leave nothing to choose
 
 
 @dataclass(frozen=True)
@@ -63,91 +66,99 @@ class LabelConfig:
 # ---- the file: one line an answer, whole or not at all ----
 
 
+def line_of(cells) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n", quoting=csv.QUOTE_ALL).writerow(cells)
+    return line.getvalue()
+
+
 class AnswerFile:
-    """The answers so far. `append` is on the disk when it returns; `undo` cuts the last one off again."""
+    """The answers so far. When `append` and `undo` return, the file on the disk is what they say."""
 
     def __init__(self, path: Path):
-        self.path, self.rows, self.ends = path, [], []  # ends: where each row ends, in bytes
+        self.path, self.answers = path, []
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(self._line(COLUMNS))
-        text = path.read_bytes()
-        whole = self._records(text)
-        for record in whole:
-            self.rows += csv.reader(io.StringIO(record.decode("utf-8", errors="replace"), newline=""))
-            self.ends.append((self.ends[-1] if self.ends else 0) + len(record))
-        if not self.rows or tuple(self.rows[0]) != COLUMNS or any(len(row) != len(COLUMNS) for row in self.rows):
-            raise InputError(f"{path} is not a file of this program, whose header is {','.join(COLUMNS)}; give another "
-                             f"--out")
-        if self.ends[-1] < len(text):  # a kill in the middle of a line
-            os.truncate(path, self.ends[-1])
+            self._rewrite()
+            return
+        text = path.read_bytes().decode("utf-8", errors="replace")
+        rows = list(csv.reader(io.StringIO(text, newline="")))
+        if not rows or tuple(rows[0]) != COLUMNS:
+            raise InputError(f"{path} is not a file of this program, whose header is {','.join(COLUMNS)}; give "
+                             f"another --out")
+        faulty = [number for number, row in enumerate(rows[1:], start=1) if not self._sound(row)]
+        if faulty and faulty[0] < len(rows) - 1:
+            raise InputError(f"{path}, row {faulty[0]}: expected a number, three texts and one of {', '.join(ANSWERS)}; "
+                             f"mend it, or give another --out")
+        self.answers = rows[1 : len(rows) - len(faulty)]
+        if faulty:  # the last line, after a kill in the middle of it
+            cut = path.with_name(path.name + ".cut")
+            cut.write_text(text, encoding="utf-8")
+            print(f"{path}: its last line breaks off and is left out; {cut} has the file as it was")
+        if faulty or not text.endswith("\n"):
+            self._rewrite()
 
     @staticmethod
-    def _line(cells) -> bytes:
-        line = io.StringIO()
-        csv.writer(line, lineterminator="\n", quoting=csv.QUOTE_ALL).writerow(cells)
-        return line.getvalue().encode("utf-8")
+    def _sound(row: list[str]) -> bool:
+        return len(row) == len(COLUMNS) and row[0].isdecimal() and all(row) and row[4] in ANSWERS
 
-    @staticmethod
-    def _records(text: bytes) -> list[bytes]:
-        """The complete records: a line break inside quotes, where their number so far is odd, ends none."""
-        records, begun = [], b""
-        for line in text.splitlines(keepends=True):
-            begun += line
-            if line.endswith(b"\n") and begun.count(b'"') % 2 == 0:
-                records.append(begun)
-                begun = b""
-        return records
+    def _rewrite(self) -> None:
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(map(line_of, [COLUMNS, *self.answers])), encoding="utf-8", newline="")
+        os.replace(temporary, self.path)
 
     def append(self, *cells) -> None:
-        line = self._line(cells)
-        with self.path.open("ab") as file:
-            file.write(line)
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            file.write(line_of(cells))
             file.flush()
             os.fsync(file.fileno())
-        self.rows.append([str(cell) for cell in cells])
-        self.ends.append(self.ends[-1] + len(line))
+        self.answers.append([str(cell) for cell in cells])
 
     def undo(self) -> list[str]:
-        self.ends.pop()
-        os.truncate(self.path, self.ends[-1])
-        return self.rows.pop()
-
-    @property
-    def answers(self) -> list[list[str]]:
-        return self.rows[1:]
+        last = self.answers.pop()
+        self._rewrite()
+        return last
 
     @property
     def next_pair(self) -> int:
         return 1 + max((int(row[0]) for row in self.answers), default=-1)
 
 
-# ---- the pairs: they follow from (seed, number) alone ----
+# ---- the pairs: they follow from (checkpoint, seed, number) ----
 
 
 @torch.no_grad()
 def sample_pairs(gpt, prompts: list[Prompt], tokenizer, cfg: LabelConfig, block: int) -> list[tuple[str, str, str]]:
-    """Pairs block * BLOCK and so on: (prompt, first, second). Both are drawn alike, so which is first is random."""
+    """Pairs block * BLOCK and so on: (prompt, first, second). Both are drawn alike, so which is first is random. An
+    answer that was cut off, or that no model could read again, is no answer: "" in its place."""
     device = next(gpt.parameters()).device
     rows = [prompts[i] for i in batch_indices(len(prompts), BLOCK, block, cfg.seed)]
     tokens, prompt_lens = pad_rows([row.tokens for row in rows for _ in range(2)], tokenizer.pad_id, device)
     generator = make_generator(device, cfg.seed, "label", block)
-    sampled = generate(gpt, tokens, prompt_lens, cfg.max_new_tokens, tokenizer.eos_id, generator)
-    texts = decode_responses(tokenizer, *sampled)
+    tokens, mask = generate(gpt, tokens, prompt_lens, cfg.max_new_tokens, tokenizer.eos_id, generator)
+    texts = decode_responses(tokenizer, tokens, mask)
+    for i, ended in enumerate(has_ended(tokens, mask, tokenizer.eos_id).tolist()):
+        again = len(rows[i // 2].tokens) + len(encode_response(tokenizer, texts[i]))
+        if not ended or again > gpt.config.block_size:
+            texts[i] = ""
     return [(row.text, *texts[2 * i : 2 * i + 2]) for i, row in enumerate(rows)]
 
 
 def pairs_from(number: int, *source) -> Iterator[tuple[int, tuple[str, str, str]]]:
     """(number, pair) from the given number on, without pairs that leave nothing to choose."""
-    block, pairs = None, []
-    while True:
+    block, pairs, idle = None, [], 0
+    while idle < PATIENCE:
         if number // BLOCK != block:
             block = number // BLOCK
             pairs = sample_pairs(*source, block)
         prompt, first, second = pairs[number % BLOCK]
+        idle += 1
         if first and second and first != second:
+            idle = 0
             yield number, (prompt, first, second)
         number += 1
+    raise InputError(f"the last {PATIENCE} pairs left nothing to choose: both answers were the same, or one was cut "
+                     f"off; give a larger --max-new-tokens, or another --checkpoint")
 
 
 # ---- who answers ----
@@ -197,14 +208,14 @@ class Agreement:
 
     @torch.no_grad()
     def agrees(self, row: list[str]) -> bool:
-        pair, prompt, chosen, rejected, _ = row
-        if pair not in self.known:
+        _, prompt, chosen, rejected, _ = row
+        if tuple(row) not in self.known:
             ids = self.tokenizer.encode(prompt)
             device = next(self.reward_model.parameters()).device
             scores = self.reward_model(*pad_rows([ids + encode_response(self.tokenizer, side)
                                                   for side in (chosen, rejected)], self.tokenizer.pad_id, device))
-            self.known[pair] = bool(scores[0] > scores[1])
-        return self.known[pair]
+            self.known[tuple(row)] = bool(scores[0] > scores[1])
+        return self.known[tuple(row)]
 
     def __call__(self, answers: list[list[str]]) -> str:
         decided = [row for row in answers if row[4] in ("first", "second")]
@@ -221,13 +232,10 @@ def main(cfg: LabelConfig) -> None:
     data = cfg.data or checkpoint["config"]["data"]
     tokenizer = tokenizer_of(path, checkpoint, data)
     prompts = load_prompts(data, tokenizer, gpt.config.block_size - cfg.max_new_tokens)
-    judge, reward_model = load_judge(data), None
+    judge, reward_model = load_judge(data), find_reward_model(cfg.reward, path, tokenizer)
     if cfg.annotator == "judge" and judge is None:
         raise InputError(f"--annotator judge: {data} has no judge.py")
-    reward_path = Path(cfg.reward or path.with_name("reward.pt"))
-    if cfg.reward or reward_path.is_file():
-        reward_model, reward = load_reward_model(reward_path)
-        check_tokenizer(reward_path, reward, tokenizer)
+    if reward_model is not None:
         reward_model.to(device)
     file, agreement = AnswerFile(Path(cfg.out)), Agreement(reward_model, tokenizer)
     if file.answers:

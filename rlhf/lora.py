@@ -51,13 +51,13 @@ def add_adapters(gpt: GPT, rank: int, generator: torch.Generator | None) -> GPT:
 
 
 def merge_adapters(gpt: GPT) -> GPT:
-    """Fold every adapter into its matrix, in place: the plain GPT that computes the same."""
+    """Fold every adapter into its matrix, in place: the plain GPT that computes the same, all of it trainable again."""
     for block in gpt.blocks:
         for module in (block.attn, block.mlp):
             for name, child in module.named_children():
                 if isinstance(child, LoRALinear):
                     setattr(module, name, child.merged())
-    return gpt
+    return gpt.requires_grad_(True)
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def trained_and_frozen(gpt: GPT, rank: int, generator: torch.Generator) -> tuple
     return gpt, copy.deepcopy(gpt).requires_grad_(False)
 
 
-def on_paper(rank: int) -> list[dict]:
+def memory_table(rank: int) -> list[dict]:
     """For GPT-2 of every size: numbers in the network, numbers trained, and what PPO with a value network of its own
     holds of both, in GB of float32, without activations.
 
@@ -115,6 +115,6 @@ def on_paper(rank: int) -> list[dict]:
 
 if __name__ == "__main__":
     print("      model |    parameters | in rank 8 | of all | PPO, all weights | PPO, adapters")
-    for row in on_paper(rank=8):
+    for row in memory_table(rank=8):
         print(f"{row['model']:>11} | {row['parameters']:>13,} | {row['rank 8']:>9,} | {row['trained']:6.2%} | "
               f"{row['PPO, all weights']:13.1f} GB | {row['PPO, adapters']:10.1f} GB")

@@ -61,7 +61,9 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, batch_size: int, max_length: int, like: Tensor):
         shape = (config.n_layer, batch_size, config.n_head, max_length, config.n_embd // config.n_head)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        device = like.device.type  # under autocast, keys and values come in half precision
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+        self.keys, self.values = like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype)
         self.length = 0
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,8 +71,7 @@ class KVCache:
         end = self.length + keys.size(2)
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
-        # Under autocast the new ones come in half precision while the cache has that of the weights.
-        return self.keys[layer, :, :, :end].to(keys.dtype), self.values[layer, :, :, :end].to(values.dtype)
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
 class Attention(nn.Module):
@@ -141,7 +142,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_path: str) -> GPT:
         """GPT-2's weights: a name of PRETRAINED, fetched once and kept in torch.hub's cache, or a folder that holds
-        config.json and pytorch_model.bin, as Hugging Face's transformers writes them.
+        config.json and pytorch_model.bin (Hugging Face's transformers writes the weights as model.safetensors unless
+        told otherwise; torch.save(model.state_dict(), "pytorch_model.bin") adds the file that is read here).
 
         Raises OSError where they cannot be fetched or read, ValueError where they are of another architecture, and
         KeyError or RuntimeError where weights are missing or of another shape than the config says.
@@ -151,7 +153,7 @@ class GPT(nn.Module):
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             for name, ours in (("model_type", "gpt2"), ("activation_function", "gelu_new"), ("n_inner", None),
                                ("layer_norm_epsilon", 1e-5), ("tie_word_embeddings", True),
-                               ("scale_attn_by_inverse_layer_idx", False)):
+                               ("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
                 if config.get(name, ours) != ours:
                     raise ValueError(f"{folder / 'config.json'}: {name} is {config[name]!r}; GPT-2 has {ours!r}")
             config = GPTConfig(*(config[name] for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")))

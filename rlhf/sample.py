@@ -3,8 +3,8 @@
     python -m rlhf.sample --checkpoint runs/ppo.pt --prompt "What should I do about a bee sting?"
     python -m rlhf.sample --checkpoint runs/sft.pt runs/ppo.pt      # side by side; a dialogue, until an empty line
 
-Each answer comes with the reward model's score and the judge's gold, where there are such. Temperature, top-k and
-top-p live here alone: PPO must train the distribution that it samples from.
+Each answer comes with the reward model's score and the judge's gold, where there are such. Top-k and top-p live here
+alone: PPO must train the very distribution that it samples from.
 """
 
 import math
@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf.checkpoints import load_policy, load_reward_model, tokenizer_of
+from rlhf.checkpoints import find_reward_model, load_policy, tokenizer_of
 from rlhf.cli import arg, check_not_negative, check_positive, run
-from rlhf.common import InputError, check_tokenizer, make_generator, pick_device
+from rlhf.common import InputError, make_generator, pick_device
 from rlhf.data import gold_scores, load_judge, pad_rows
 from rlhf.evaluate import decode_responses
 from rlhf.model import GPT, KVCache, RewardModel
@@ -47,19 +47,21 @@ class SampleConfig:
             raise ValueError(f"--top-p is {self.top_p}: it must be at most 1")
 
 
-def keep_likely(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def filter_top_k_top_p(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """-inf for all but the likeliest tokens: (B, V) -> (B, V). The single likeliest always stays.
 
     top_k: the k likeliest. top_p: of those, likeliest first, as many as it takes to reach the probability top_p
     (nucleus sampling, Holtzman et al. 2020).
     """
+    if not top_k and top_p == 1:
+        return logits
     ordered, order = logits.sort(dim=1, descending=True, stable=True)  # (B, V)
-    ahead = ordered.softmax(dim=1).cumsum(dim=1).roll(1, dims=1)  # (B, V): probability of all that are likelier
-    ahead[:, 0] = 0.0
-    drop = ahead >= top_p
+    drop = torch.zeros_like(ordered, dtype=torch.bool)
+    if top_p < 1:
+        ahead = ordered.double().softmax(dim=1).cumsum(dim=1)[:, :-1]  # (B, V-1): probability of all that are likelier
+        drop[:, 1:] = ahead >= top_p
     if top_k:
         drop[:, top_k:] = True
-    drop[:, 0] = False
     return logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -math.inf)
 
 
@@ -76,7 +78,7 @@ class Sampler:
         return self.gpt.hidden(tokens, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return keep_likely(self.gpt.logits(hidden) / self.temperature, self.top_k, self.top_p)  # (B, V)
+        return filter_top_k_top_p(self.gpt.logits(hidden) / self.temperature, self.top_k, self.top_p)  # (B, V)
 
 
 def shorten(prompt: str, tokenizer, limit: int) -> tuple[str, list[int]]:
@@ -136,18 +138,16 @@ def main(cfg: SampleConfig) -> None:
     data = cfg.data or loaded[0][1]["config"]["data"]
     tokenizers = [tokenizer_of(path, checkpoint, data) for path, (_, checkpoint) in zip(paths, loaded)]
     policies = [gpt.to(device).eval() for gpt, _ in loaded]
-    judge, reward_model = load_judge(data), None
-    reward_path = Path(cfg.reward or paths[0].with_name("reward.pt"))
-    if cfg.reward or reward_path.is_file():
-        reward_model, checkpoint = load_reward_model(reward_path)
-        check_tokenizer(reward_path, checkpoint, tokenizers[0])
+    judge, reward_model = load_judge(data), find_reward_model(cfg.reward, paths[0], tokenizers[0])
+    if reward_model is not None:
         reward_model.to(device)
 
     dialogues = [""] * len(policies)  # each policy goes on from its own answers
     for turn, text in enumerate(turns(cfg)):
         for i, (path, gpt, tokenizer) in enumerate(zip(paths, policies, tokenizers)):
             dialogues[i] = text if cfg.plain else f"{dialogues[i]}\n\nHuman: {text}\n\nAssistant:"
-            answers = reply(gpt, dialogues[i], tokenizer, reward_model, judge, cfg, turn)
+            reads_it = tokenizer.fingerprint == tokenizers[0].fingerprint  # the reward model knows the first's tokens
+            answers = reply(gpt, dialogues[i], tokenizer, reward_model if reads_it else None, judge, cfg, turn)
             for one in answers:
                 known = [f"{name} {one[name]:+.2f}" for name in ("score", "gold") if one[name] is not None]
                 known += [] if one["ended"] else ["cut off"]

@@ -20,9 +20,10 @@ class Tokenizer:
     sampler, which knows no tokenizer, fills with 0, which does as well.)
     """
 
-    def __init__(self, encoding: tiktoken.Encoding, eos_id: int, pad_id: int):
+    def __init__(self, name: str, encoding: tiktoken.Encoding, eos_id: int, pad_id: int):
         if eos_id == pad_id:
             raise ValueError("pad and end-of-text must differ, or a model never learns to stop")
+        self.name = name  # what load_tokenizer was given
         self.encoding, self.eos_id, self.pad_id = encoding, eos_id, pad_id
         self.vocab_size = encoding.n_vocab
         # Two vocabularies of one size are told apart by this; a checkpoint keeps it.
@@ -52,14 +53,14 @@ def load_tokenizer(path_or_name: str) -> Tokenizer:
                 f"TIKTOKEN_CACHE_DIR to a folder that holds them"
             ) from error
         # GPT-2 has no pad token. The NUL byte is a valid id that text hardly ever holds; the vocabulary stays 50,257.
-        return Tokenizer(encoding, eos_id=encoding.eot_token, pad_id=encoding.encode_single_token(b"\x00"))
+        return Tokenizer("gpt2", encoding, eos_id=encoding.eot_token, pad_id=encoding.encode_single_token(b"\x00"))
 
     ranks = _read_ranks(Path(path_or_name))
     special = {"<|endoftext|>": len(ranks), "<|pad|>": len(ranks) + 1}
     encoding = tiktoken.Encoding(
         Path(path_or_name).stem, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special
     )
-    return Tokenizer(encoding, eos_id=len(ranks), pad_id=len(ranks) + 1)
+    return Tokenizer(path_or_name, encoding, eos_id=len(ranks), pad_id=len(ranks) + 1)
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

@@ -3,6 +3,8 @@
 import re
 from collections import Counter
 
+import pytest
+
 from rlhf.bpe import WORDS, join_pair, train_bpe, write_ranks
 from rlhf.tokenizer import PATTERN, load_tokenizer
 
@@ -40,6 +42,9 @@ def test_words_are_cut_as_the_tokenizer_cuts_them():
         r"'(?:[sdmt]|ll|ve|re)| ?L+| ?N+| ?[^\sLN]+|\s+(?!\S)|\s+")
     for text in TEXTS:
         assert "".join(WORDS.findall(text)) == text
+    regex = pytest.importorskip("regex", reason="tiktoken's own pattern engine for Python is not installed")
+    for text in [*TEXTS, "हिन्दी e\u0301 x²"[:-1]]:
+        assert WORDS.findall(text) == regex.findall(PATTERN, text)
     assert WORDS.findall("it's 12_a  é!\n") == ["it", "'s", " 12", "_", "a", " ", " é", "!", "\n"]
 
 

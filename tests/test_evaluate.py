@@ -41,7 +41,9 @@ def test_add_optimum_by_hand():
     assert sft["optimality"] == 0 and optimal["optimality"] == 1
     assert ppo["optimality"] == pytest.approx((1.1 - 0.25) / (2 * math.log(1.5) + 0.03))
     # The halves, 2 ln 3 and 0, then 0 and 0: J* is 2 ln 2 and 0, so ln 2 on average, in place of 2 ln(3/2).
-    assert f"too high by {(2 * math.log(1.5) - ln2) / (2 * math.log(1.5) + 0.03):.3f} or more" in text
+    # times PPO's optimality
+    bias = (2 * math.log(1.5) - ln2) / (2 * math.log(1.5) + 0.03) * ppo["optimality"]
+    assert f"too high by {bias:.3f} or more" in text
     assert "sample size 3.0\non average, 3.0 at least" in text
     assert "warning" in text
 
@@ -49,13 +51,14 @@ def test_add_optimum_by_hand():
 def test_standard_error_by_hand():
     """Two prompts whose samples all score 2 and 4, which are their J*; kl_coef 1. PPO answers the first with J = 1 and
     2, the second with 3.5 and 3.5: it lacks 1/2 and 1/2. With 1 and 0 in place of 1 and 2 it lacks 3/2 and 1/2:
-    standard deviation 1/sqrt 2, standard error 1/2. J of the table: 0 for sft, 2 for PPO, so J* is 2.5 and 3."""
+    standard deviation 1/sqrt 2, standard error 1/2. J of the table: 0 for sft, 2 for PPO, so J* is 2.5 and 3, and
+    optimality 2 / (2 + L) has the slope -2 / (2 + L)^2 = -2/9 at L = 1."""
     scores = torch.tensor([[2.0, 2, 2, 2], [4, 4, 4, 4]], dtype=torch.float64)
-    for second, error in ((2, 0.0), (0, 0.5 / 3)):
+    for second, error in ((2, 0.0), (0, 0.5 * 2 / 9)):
         table = [summarise("sft", [one(0, 0)], [one(0, 0)], 1.0), summarise("ppo", [one(3, 1)], [one(0, 0)], 1.0)]
         ours = [one(2, 1), one(4, 0.5), one(second, 0), one(4.5, 1)]
         text = add_optimum(table, ours, scores, None, 1.0)
-        assert f"has a standard error of {error:.3f}, and is too high by 0.000" in text
+        assert f"has a standard error of {error:.3f}\nfrom these prompts, and is too high by 0.000" in text
         assert table[3]["objective"] == pytest.approx(2.5 if second else 3)
 
 

@@ -33,19 +33,41 @@ def test_an_answer_is_on_the_disk_at_once_and_read_again(tmp_path):
 
 
 def test_a_kill_at_any_byte_loses_at_most_the_last_answer(tmp_path):
-    """Cut the file behind every byte of its last line: what is read is all answers before it, and new ones follow."""
+    """Cut the file behind every byte of its last line: what is read is all answers before it, and new ones follow. Only
+    without the line break at its end is the last line whole."""
     path = tmp_path / "answers.csv"
     file = AnswerFile(path)
     file.append(0, PROMPT, "a", "b", "first")
     before = len(path.read_bytes())
     file.append(1, PROMPT, "naïve", "d\n\ne", "second")
     whole = path.read_bytes()
-    for end in range(before, len(whole)):
+    for end in range(before, len(whole) - 2):
         path.write_bytes(whole[:end])
         again = AnswerFile(path)
         assert [row[0] for row in again.answers] == ["0"], end
         again.append(1, PROMPT, "naïve", "d\n\ne", "second")
         assert path.read_bytes() == whole
+    for end in (-2, -1):  # all but the last quotation mark, all but the line break
+        path.write_bytes(whole[:end])
+        assert [row[0] for row in AnswerFile(path).answers] == ["0", "1"] and path.read_bytes() == whole
+
+
+def test_what_an_editor_does_to_the_file_is_not_lost(tmp_path, capsys):
+    """Quotes taken off and one standing alone, no line break at the end: all answers stay. What breaks off is kept
+    aside; a faulty row in the middle is an error, and the file stays as it was."""
+    path = tmp_path / "answers.csv"
+    header = ",".join(COLUMNS)
+    path.write_text(f'{header}\n1,p,12" nail,bad,first\n2,p,a,b,tie')
+    assert AnswerFile(path).answers == [["1", "p", '12" nail', "bad", "first"], ["2", "p", "a", "b", "tie"]]
+    broken = f'{header}\n1,p,a,b,first\n2,p,"a,b,first\n3,p,a,b,tie\n'
+    path.write_text(broken)
+    assert [row[0] for row in AnswerFile(path).answers] == ["1"]
+    assert "breaks off" in capsys.readouterr().out and (tmp_path / "answers.csv.cut").read_text() == broken
+    for bad in ("x,p,a,b,first", "1,p,a,b,maybe", "1,p,a,b", "1,,a,b,first"):
+        path.write_text(f"{header}\n{bad}\n2,p,a,b,first\n")
+        with pytest.raises(InputError, match="row 1: expected a number"):
+            AnswerFile(path)
+        assert path.read_text() == f"{header}\n{bad}\n2,p,a,b,first\n"
 
 
 def test_undo_takes_back_the_last_answer_alone(tmp_path):
@@ -56,7 +78,7 @@ def test_undo_takes_back_the_last_answer_alone(tmp_path):
     assert file.undo() == ["1", "p", "c", "d", "tie"] and file.path.read_bytes() == one and len(file.answers) == 1
 
 
-@pytest.mark.parametrize("text", ["", "Prompt,Chosen,Rejected\na,b,c\n", '"Pair"\n', ",".join(COLUMNS) + "\n1,2\n"])
+@pytest.mark.parametrize("text", ["", "Prompt,Chosen,Rejected\na,b,c\n", '"Pair"\n'])
 def test_another_file_is_refused_and_left_alone(tmp_path, text):
     path = tmp_path / "answers.csv"
     path.write_text(text)
@@ -69,7 +91,9 @@ def test_another_file_is_refused_and_left_alone(tmp_path, text):
 
 
 def run(trained, tmp_path, monkeypatch, keys, *flags):
+    """The model is hardly trained and seldom ends an answer, so here every answer counts as ended."""
     data, out, _ = trained
+    monkeypatch.setattr(label, "has_ended", lambda tokens, *_: tokens[:, 0] == tokens[:, 0])
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{key}\n" for key in keys)))
     label.main(parse_cli(LabelConfig, ["--device", "cpu", "--checkpoint", str(out / "sft.pt"), "--data", str(data),
                                        "--out", str(tmp_path / "answers.csv"), "--max-new-tokens", "8",
@@ -94,6 +118,31 @@ def test_keys_and_what_they_write(trained, tmp_path, monkeypatch, capsys):
     straight.mkdir()
     assert run(trained, straight, monkeypatch, "12t12t") == more
     assert len({row["Pair"] for row in more}) == 6
+
+
+def test_agreement_is_that_of_the_answer_that_stands(trained, tmp_path, monkeypatch, capsys):
+    """One answer, undone and given the other way: the reward model agrees with exactly one of the two."""
+    run(trained, tmp_path, monkeypatch, "1u2q")
+    shares = [line.split("agrees with ")[1].split("%")[0] for line in capsys.readouterr().out.splitlines()
+              if "agrees with" in line]
+    assert sorted(shares[:2]) == ["0", "100"]
+
+
+def test_answers_that_were_cut_off_or_alike_are_not_shown(trained, monkeypatch):
+    """Prompt i of a block has answers 2i and 2i + 1. Of four pairs the first was cut off, the second says the same twice,
+    the third does not fit when it is read again; the fourth is shown. With no fourth, there is an end to it."""
+    cfg = LabelConfig(max_new_tokens=8)
+    gpt, checkpoint = label.load_policy(trained[1] / "sft.pt", "sft")
+    tokenizer = label.tokenizer_of(trained[1] / "sft.pt", checkpoint, str(trained[0]))
+    texts = ["cut", "a", "same", "same", "x " * 90, "b", "good", "bad"] + ["same"] * 24
+    monkeypatch.setattr(label, "decode_responses", lambda *_: list(texts))
+    monkeypatch.setattr(label, "has_ended", lambda tokens, *_: tokens.new_tensor([0] + [1] * 31) > 0)
+    prompts = [label.Prompt("p", [1, 2])]
+    number, pair = next(label.pairs_from(0, gpt, prompts, tokenizer, cfg))
+    assert (number, pair) == (3, ("p", "good", "bad"))
+    texts[6] = "bad"
+    with pytest.raises(InputError, match="left nothing to choose"):
+        next(label.pairs_from(0, gpt, prompts, tokenizer, cfg))
 
 
 def test_undo_with_nothing_to_undo(trained, tmp_path, monkeypatch):
@@ -142,6 +191,9 @@ def test_ties_and_skips_teach_nothing(tmp_path, capsys):
     assert [tokenizer.decode(row.chosen[:-1]) for row in got] == [" good 0", " good 2", " x"]
     assert [tokenizer.decode(row.rejected[:-1]) for row in got] == [" bad 0", " bad 2", " y"]
     assert "2 of 4 pairs dropped" in capsys.readouterr().out
+    (tmp_path / "other.csv").write_text("Prompt,Chosen,Rejected,Answer\np,x,y,first\np,x,y,Tie\n")
+    with pytest.raises(InputError, match="row 2: Answer is 'Tie'"):
+        load_comparisons("", tokenizer, 80, files=(str(tmp_path / "other.csv"),))
 
 
 def test_train_reward_takes_several_files(trained, tmp_path, capsys):
@@ -151,7 +203,9 @@ def test_train_reward_takes_several_files(trained, tmp_path, capsys):
     flags = ["--device", "cpu", *TINY["reward"].split(), "--data", data, "--sft", out / "sft.pt", "--out", tmp_path,
              "--comparison-files", data / "comparisons.csv", tmp_path / "mine.csv"]
     train_reward.main(parse_cli(train_reward.RewardConfig, list(map(str, flags))))
-    assert "42 comparisons" in capsys.readouterr().out
+    assert "42 comparisons, 1.1 times over" in capsys.readouterr().out
     (tmp_path / "mine.csv").write_text("Prompt,Chosen,Rejected\np,y,x\nq,x,y\n")
-    with pytest.raises(InputError, match="another comparisons 1 file"):
+    with pytest.raises(InputError, match="another comparisons 2 file"):
         train_reward.main(parse_cli(train_reward.RewardConfig, [*map(str, flags), "--resume"]))
+    with pytest.raises(InputError, match="another comparisons 2 file"):  # one file fewer
+        train_reward.main(parse_cli(train_reward.RewardConfig, [*map(str, flags[:-1]), "--resume"]))

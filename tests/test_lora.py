@@ -14,7 +14,7 @@ from rlhf.checkpoints import load_policy, load_reward_model
 from rlhf.cli import parse_cli
 from rlhf.common import InputError, load_trained_state, trained_state
 from rlhf.export import save_pretrained
-from rlhf.lora import ALPHA, LoRALinear, WithoutAdapters, add_adapters, merge_adapters, on_paper, trained_and_frozen
+from rlhf.lora import ALPHA, LoRALinear, WithoutAdapters, add_adapters, merge_adapters, memory_table, trained_and_frozen
 from rlhf.model import GPT, GPTConfig
 from rlhf.rollout import generate
 from tests.conftest import TINY, noisy, rows
@@ -123,7 +123,7 @@ def test_a_checkpoint_keeps_what_was_trained(gpt):
 
 def test_counts_on_paper():
     """GPT-2, rank 8: 12 blocks of 8 * ((C + 3C) + (C + C) + (C + 4C) + (4C + C)) = 128 C, C = 768, make 1,179,648."""
-    row = on_paper(8)[0]
+    row = memory_table(8)[0]
     assert (row["model"], row["parameters"], row["rank 8"]) == ("gpt2", 124_439_808, 1_179_648)
     assert row["PPO, all weights"] == pytest.approx(4.97759232)  # 10 N * 4 bytes
     assert row["PPO, adapters"] == pytest.approx(1.0332672)  # (2 * 124,439,808 + 8 * 1,179,648) * 4 bytes
@@ -133,7 +133,8 @@ def test_counts_on_paper():
 
 
 def train(module, config, name, *flags):
-    module.main(parse_cli(config, ["--device", "cpu", *TINY[name].split(), "--lora-rank", "2", *map(str, flags)]))
+    tiny = "--steps" + TINY[name].split("--steps")[1]  # without the sizes, which come with --init
+    module.main(parse_cli(config, ["--device", "cpu", *tiny.split(), "--lora-rank", "2", *map(str, flags)]))
 
 
 @pytest.fixture(scope="module")
@@ -189,13 +190,14 @@ def test_adapters_on_another_network_are_refused(with_adapters, tmp_path):
     checkpoint = torch.load(ours / "ppo.pt", weights_only=True)
     checkpoint["config"]["out"] = "gone"
     torch.save(checkpoint, tmp_path / "ppo.pt")
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="is the sft.pt that they were trained on"):
         load_policy(tmp_path / "ppo.pt", "ppo")
+    (tmp_path / "sft.pt").write_bytes((ours / "sft.pt").read_bytes())  # found beside it
+    load_policy(tmp_path / "ppo.pt", "ppo")
     other = torch.load(ours / "sft.pt", weights_only=True)
-    torch.save(other, tmp_path / "sft.pt")  # found beside it, the same network
     other["model"]["wte.weight"][0, 0] += 1
     torch.save(other, tmp_path / "sft.pt")
-    with pytest.raises(InputError, match="has changed since"):
+    with pytest.raises(InputError, match="is the sft.pt that they were trained on"):
         load_policy(tmp_path / "ppo.pt", "ppo")
 
 
@@ -212,14 +214,31 @@ def test_fine_tuning_from_a_folder(trained, tmp_path):
     full, adapters = (load_policy(tmp_path / name / "sft.pt", "sft")[0] for name in ("full", "adapters"))
     assert torch.equal(adapters.wte.weight, gpt.wte.weight) and not torch.equal(full.wte.weight, gpt.wte.weight)
     save_pretrained(noisy(gpt), tmp_path / "base", eos_id=798)
-    with pytest.raises(InputError, match="has changed since"):
+    with pytest.raises(InputError, match="have changed since"):
         load_policy(tmp_path / "adapters" / "sft.pt", "sft")
     save_pretrained(GPT(GPTConfig(vocab_size=19, block_size=80, n_layer=1, n_head=1, n_embd=4)), tmp_path / "base", 18)
     with pytest.raises(InputError, match="knows 19 tokens and the tokenizer 800"):
         train(train_sft, train_sft.SFTConfig, "sft", "--data", data, "--out", tmp_path, "--init", tmp_path / "base")
 
 
-def test_adapters_on_random_weights_are_refused(capsys):
+def test_all_weights_are_trained_on_top_of_merged_adapters(trained, tmp_path):
+    """Fine-tuning with adapters, then reward model and PPO without: every weight of theirs is trained and saved."""
+    data, out, _ = trained
+    save_pretrained(load_policy(out / "sft.pt", "sft")[0], tmp_path / "base", eos_id=798)
+    train(train_sft, train_sft.SFTConfig, "sft", "--data", data, "--out", tmp_path, "--init", tmp_path / "base")
+    sft, _ = load_policy(tmp_path / "sft.pt", "sft")
+    assert all(p.requires_grad for p in sft.parameters())
+    for module, config, name in ((train_reward, train_reward.RewardConfig, "reward"),
+                                 (train_ppo, train_ppo.PPOConfig, "ppo")):
+        train(module, config, name, "--data", data, "--out", tmp_path, "--lora-rank", 0)
+        state = torch.load(tmp_path / f"{name}.pt", weights_only=True)["model"]
+        for key, tensor in sft.state_dict().items():
+            assert not torch.equal(state[f"gpt.{key}"], tensor), (name, key)
+
+
+@pytest.mark.parametrize(("flags", "message"), [(["--lora-rank", "4"], "needs --init"),
+                                                (["--init", "gpt2", "--n-layer", "12"], "come with --init")])
+def test_flags_that_do_not_go_together(capsys, flags, message):
     with pytest.raises(SystemExit):
-        parse_cli(train_sft.SFTConfig, ["--lora-rank", "4"])
-    assert "needs --init" in capsys.readouterr().err
+        parse_cli(train_sft.SFTConfig, flags)
+    assert message in capsys.readouterr().err

@@ -74,7 +74,7 @@ def test_what_cannot_be_read_is_told_in_a_line(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "distilgpt2"])
-def test_published_names_are_fetched_once_and_checked(monkeypatch, name):
+def test_where_published_names_are_fetched(monkeypatch, name):
     """The address, the file in the cache, and weights_only. The weights are zeros, of few channels."""
     asked = {}
     monkeypatch.setitem(PRETRAINED, name, (PRETRAINED[name][0], 2, 8))

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import train_sft
 from rlhf import sample
+from rlhf.checkpoints import load_policy
 from rlhf.cli import parse_cli
 from rlhf.common import InputError
 from rlhf.rollout import generate
-from rlhf.sample import SampleConfig, Sampler, keep_likely, shorten
+from rlhf.sample import SampleConfig, Sampler, filter_top_k_top_p, shorten
+from tests.conftest import TINY
 
 
 def kept(logits):
@@ -36,13 +39,19 @@ T, F = True, False
         (1, 0.75, [[F, T, F, F], [T, F, F, F]]),
     ],
 )
-def test_keep_likely_by_hand(top_k, top_p, expected):
+def test_filter_top_k_top_p_by_hand(top_k, top_p, expected):
     """p = (.1, .4, .2, .3), and four equals."""
-    assert kept(keep_likely(P.log(), top_k, top_p)) == expected
+    assert kept(filter_top_k_top_p(P.log(), top_k, top_p)) == expected
+
+
+def test_at_their_defaults_nothing_is_filtered():
+    """In float32 a sum over a large vocabulary reaches 1 before its last token."""
+    logits = torch.randn(4, 50_257, generator=torch.Generator().manual_seed(0)) * 6
+    assert torch.equal(filter_top_k_top_p(logits), logits)
 
 
 def test_kept_logits_are_unchanged():
-    got = keep_likely(P.log(), 2)
+    got = filter_top_k_top_p(P.log(), 2)
     assert_close(got[0, [1, 3]], P.log()[0, [1, 3]], atol=0, rtol=0)
 
 
@@ -87,6 +96,42 @@ def test_side_by_side_with_score_and_gold(trained, capsys):
     lines = [line for line in shown[0].splitlines() if "score" in line]
     assert len(lines) == 4 and all("gold" in line for line in lines)
     assert shown[0].count(f"{out / 'sft.pt'}: ") == 2 and shown[0].count(f"{out / 'ppo.pt'}: ") == 2
+
+
+def test_a_reward_model_that_cannot_be_used(trained, tmp_path, capsys):
+    """Found beside the checkpoint: a note, and no scores. Asked for: an error."""
+    data, out, _ = trained
+    (tmp_path / "sft.pt").write_bytes((out / "sft.pt").read_bytes())
+    (tmp_path / "reward.pt").write_bytes(b"garbled")
+    run("--checkpoint", tmp_path / "sft.pt", "--prompt", "Hello?", "--max-new-tokens", 5, "--data", data)
+    shown = capsys.readouterr().out
+    assert "going on without a reward model" in shown and "score" not in shown and "gold" in shown
+
+
+def test_a_policy_is_sampled_at_the_temperature_it_was_trained_at(trained, tmp_path):
+    """Its logits come out divided by it, as in training."""
+    data, out, _ = trained
+    checkpoint = torch.load(out / "ppo.pt", weights_only=True)
+    plain, _ = load_policy(out / "ppo.pt", "ppo")
+    checkpoint["config"]["temperature"] = 0.5
+    torch.save(checkpoint, tmp_path / "ppo.pt")
+    sharper, _ = load_policy(tmp_path / "ppo.pt", "ppo")
+    tokens = torch.tensor([[5, 6, 7]])
+    assert_close(sharper(tokens), 2 * plain(tokens), atol=1e-5, rtol=0)
+
+
+def test_a_tokenizer_of_another_place(trained, tmp_path, capsys):
+    """Fine-tuned with --tokenizer FILE: the checkpoint knows the file, whatever the data set's own tokenizer is."""
+    data, out, _ = trained
+    ranks = (data / "tokenizer.tiktoken").read_text().splitlines(keepends=True)[:-1]
+    (tmp_path / "mine.tiktoken").write_text("".join(ranks))
+    flags = ["--device", "cpu", *TINY["sft"].split(), "--steps", "1", "--data", str(data), "--out", str(tmp_path),
+             "--tokenizer", str(tmp_path / "mine.tiktoken")]
+    train_sft.main(parse_cli(train_sft.SFTConfig, flags))
+    capsys.readouterr()
+    run("--checkpoint", out / "sft.pt", tmp_path / "sft.pt", "--prompt", "Hello?", "--max-new-tokens", 5)
+    first, second = capsys.readouterr().out.splitlines()
+    assert "score" in first and "score" not in second  # the reward model knows the tokens of the first alone
 
 
 def test_a_dialogue_is_remembered_until_an_empty_line(trained, monkeypatch, capsys):
