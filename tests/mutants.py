@@ -21,7 +21,8 @@ import torch  # noqa: F401  (so that no child has to import it)
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("masked", "losses", "rewards", "advantages")
-TESTS = {name: [f"tests/test_{name}.py"] for name in FILES}
+TESTS = {name: [f"tests/test_{name}.py"] for name in (*FILES, "optimum")}
+TESTS["lora"] = ["tests/test_lora.py", "-k", "not (scripts or resumed or another_network or folder or all_weights)"]
 
 HAND = [
     ("masked", "whiten keeps the mean", "(x - mean) * torch.rsqrt", "x * torch.rsqrt"),
@@ -49,6 +50,17 @@ HAND = [
     ("losses", "value clip centred on the returns", "clipped_values = old_values + (new_values - old_values)", "clipped_values = returns + (new_values - returns)"),
     ("losses", "Bradley-Terry reversed", "logsigmoid(chosen_scores - rejected_scores)", "logsigmoid(rejected_scores - chosen_scores)"),
     ("losses", "log of sigmoid", "-F.logsigmoid(chosen_scores - rejected_scores)", "-torch.log(torch.sigmoid(chosen_scores - rejected_scores))"),
+    ("optimum", "weights without the price of KL", "scores / kl_coef", "scores"),
+    ("optimum", "KL to nothing", "weights * (log_weights + log_n)", "weights * log_weights"),
+    ("optimum", "best-of-n takes the worst", "scores.argsort(dim=1, stable=True)", "(-scores).argsort(dim=1, stable=True)"),
+    ("optimum", "KL of best-of-n without its second term", "math.log(n) - (n - 1) / n", "math.log(n)"),
+    ("lora", "scale without the rank", "linear, ALPHA / rank, True", "linear, ALPHA, True"),
+    ("lora", "merged without the scale", "+= self.scale * self.B @ self.A", "+= self.B @ self.A"),
+    ("lora", "B does not start at zero", "torch.zeros(linear.out_features, rank)", "torch.ones(linear.out_features, rank)"),
+    ("lora", "frozen network is trained too", "        gpt.requires_grad_(False)\n", ""),
+    ("lora", "merged stays frozen", "return gpt.requires_grad_(True)", "return gpt"),
+    ("lora", "reference with its adapters on", "adapter.on = False", "adapter.on = True"),
+    ("lora", "adapters stay off", "finally:\n        for adapter in adapters:\n            adapter.on = True", "finally:\n        pass"),
 ]  # fmt: skip
 
 SWAPS = {
@@ -105,10 +117,12 @@ def main() -> None:
         copy = Path(folder)
         for name in ("rlhf", "tests"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in ROOT.glob("train_*.py"):
+            shutil.copy(path, copy)
         os.chdir(copy)
         sys.path.insert(0, str(copy))
         sys.dont_write_bytecode = True
-        for name in FILES:
+        for name in TESTS:
             assert not killed(copy, name, (copy / "rlhf" / f"{name}.py").read_text()), f"{name}: red without a mutant"
         mutants = []
         for name, what, old, new in HAND:

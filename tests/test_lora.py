@@ -67,7 +67,7 @@ def test_merged_is_the_same_and_plain(gpt):
     names = list(gpt.state_dict())
     expected = adapted(gpt)(TOKENS)
     assert_close(merge_adapters(gpt)(TOKENS), expected, atol=1e-12, rtol=0)
-    assert list(gpt.state_dict()) == names
+    assert list(gpt.state_dict()) == names and all(p.requires_grad for p in gpt.parameters())
 
 
 def test_only_adapters_get_a_gradient(gpt):
