@@ -9,8 +9,8 @@ a kill loses at most the answer that is being typed, and a second call goes on w
     my_comparisons.csv    Pair, Prompt, Chosen, Rejected, Answer
 
 Pair numbers the pairs that have been sampled: a prompt and two answers follow from it, --seed and the checkpoint. Pairs
-of two equal answers are not shown, nor those with an answer that was cut off. Answer is first, second, tie or skip; of a
-tie or a skip, Chosen and Rejected are the first and the second, and no reward model learns from it.
+of two equal answers are not shown, nor those with an answer that was cut off. Answer is first, second, tie or skip; of
+a tie or a skip, Chosen and Rejected are the first and the second, and no reward model learns from it.
 
 --annotator judge lets the data set's judge.py answer: simulated feedback, or AI feedback where the judge is a model
 (RLAIF, Bai et al. 2022). Where the judge knows its annotators' noise, it votes with that noise.
@@ -88,8 +88,8 @@ class AnswerFile:
                              f"another --out")
         faulty = [number for number, row in enumerate(rows[1:], start=1) if not self._sound(row)]
         if faulty and faulty[0] < len(rows) - 1:
-            raise InputError(f"{path}, row {faulty[0]}: expected a number, three texts and one of {', '.join(ANSWERS)}; "
-                             f"mend it, or give another --out")
+            raise InputError(f"{path}, row {faulty[0]}: expected a number, three texts and one of "
+                             f"{', '.join(ANSWERS)}; mend it, or give another --out")
         self.answers = rows[1 : len(rows) - len(faulty)]
         if faulty:  # the last line, after a kill in the middle of it
             cut = path.with_name(path.name + ".cut")

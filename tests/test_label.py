@@ -129,8 +129,8 @@ def test_agreement_is_that_of_the_answer_that_stands(trained, tmp_path, monkeypa
 
 
 def test_answers_that_were_cut_off_or_alike_are_not_shown(trained, monkeypatch):
-    """Prompt i of a block has answers 2i and 2i + 1. Of four pairs the first was cut off, the second says the same twice,
-    the third does not fit when it is read again; the fourth is shown. With no fourth, there is an end to it."""
+    """Prompt i of a block has answers 2i and 2i + 1. Of four pairs the first was cut off, the second says the same
+    twice, the third does not fit when it is read again; the fourth is shown. With no fourth, there is an end to it."""
     cfg = LabelConfig(max_new_tokens=8)
     gpt, checkpoint = label.load_policy(trained[1] / "sft.pt", "sft")
     tokenizer = label.tokenizer_of(trained[1] / "sft.pt", checkpoint, str(trained[0]))

@@ -45,7 +45,7 @@ class Config:
 
 
 class FakeTokenizer:
-    fingerprint = "abc"
+    name, fingerprint = "own", "abc"
 
 
 INPUTS = {"demonstrations": "123"}
