@@ -233,7 +233,8 @@ def test_all_weights_are_trained_on_top_of_merged_adapters(trained, tmp_path):
         train(module, config, name, "--data", data, "--out", tmp_path, "--lora-rank", 0)
         state = torch.load(tmp_path / f"{name}.pt", weights_only=True)["model"]
         for key, tensor in sft.state_dict().items():
-            assert not torch.equal(state[f"gpt.{key}"], tensor), (name, key)
+            if (name, key) != ("reward", "ln_f.bias"):  # it moves all scores alike, and only differences are learned
+                assert not torch.equal(state[f"gpt.{key}"], tensor), (name, key)
 
 
 @pytest.mark.parametrize(("flags", "message"), [(["--lora-rank", "4"], "needs --init"),
