@@ -89,8 +89,7 @@ class RewardConfig:
 
     def __post_init__(self):
         check_positive(self, "steps", "batch_size", "lr", "max_grad_norm", "log_every", "eval_every")
-        check_not_negative(self, "micro_batch_size", "warmup", "weight_decay", "comparisons",
-                           "lora_rank")
+        check_not_negative(self, "micro_batch_size", "warmup", "weight_decay", "comparisons", "lora_rank")
         if self.rankings and (self.shuffle_prompts or self.comparison_files):
             raise ValueError("--shuffle-prompts and --comparison-files are for comparisons, not for --rankings")
 

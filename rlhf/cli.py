@@ -12,7 +12,7 @@ from rlhf.common import InputError
 
 def arg(default, help: str, choices: tuple[str, ...] | None = None):
     """A field of a config: `lr: float = arg(1e-3, "peak learning rate")` is the flag --lr. A tuple[str, ...] takes
-    several values, and several times; its default is ()."""
+    several values, also flag by flag."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -40,7 +40,9 @@ def parse_cli(cls: type, argv: list[str] | None = None):
         flag, kind = "--" + field.name.replace("_", "-"), hints[field.name]
         options = {"default": field.default, "help": field.metadata["help"]}
         if kind == tuple[str, ...]:
-            parser.add_argument(flag, nargs="+", action="extend", default=[], help=options["help"])
+            # "extend" would add to a default: none is given here, and the dataclass fills it in.
+            shown = f"{options['help']} (default: {' '.join(field.default) or 'none'})"
+            parser.add_argument(flag, nargs="+", action="extend", default=argparse.SUPPRESS, help=shown)
         elif kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:

@@ -27,7 +27,7 @@ from rlhf.rollout import generate, has_ended
 class SampleConfig:
     """Answer a prompt, or a dialogue typed at the terminal."""
 
-    checkpoint: tuple[str, ...] = arg((), "an sft.pt or ppo.pt; several answer side by side (default: runs/ppo.pt)")
+    checkpoint: tuple[str, ...] = arg(("runs/ppo.pt",), "an sft.pt or ppo.pt; several answer side by side")
     prompt: str = arg("", "what to answer; empty: what is typed at the terminal")
     plain: bool = arg(False, "take the prompt as it is, without Human: and Assistant: around it")
     data: str = arg("", "data set folder, for tokenizer and judge; empty: the one of the first checkpoint")
@@ -133,11 +133,11 @@ def turns(cfg: SampleConfig):
 
 def main(cfg: SampleConfig) -> None:
     device = pick_device(cfg.device)
-    paths = [Path(name) for name in cfg.checkpoint or ("runs/ppo.pt",)]
+    paths = [Path(name) for name in cfg.checkpoint]
     loaded = [load_policy(path, "sft", "ppo") for path in paths]
     data = cfg.data or loaded[0][1]["config"]["data"]
     tokenizers = [tokenizer_of(path, checkpoint, data) for path, (_, checkpoint) in zip(paths, loaded)]
-    policies = [gpt.to(device).eval() for gpt, _ in loaded]
+    policies = [gpt.to(device) for gpt, _ in loaded]
     judge, reward_model = load_judge(data), find_reward_model(cfg.reward, paths[0], tokenizers[0])
     if reward_model is not None:
         reward_model.to(device)

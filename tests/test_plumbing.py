@@ -38,6 +38,7 @@ class Config:
     resume: bool = arg(False, "go on")
     amp: str = arg("off", "precision", ("off", "bf16"))
     block_size: int = arg(8, "context")
+    files: tuple[str, ...] = arg(("a", "b"), "some files")
 
     def __post_init__(self):
         if self.steps < 1:
@@ -58,6 +59,7 @@ def test_flags_become_a_config():
     assert parse_cli(Config, []) == Config()
     got = parse_cli(Config, ["--lr", "1e-3", "--resume", "--amp", "bf16", "--block-size", "4"])
     assert got == Config(lr=1e-3, resume=True, amp="bf16", block_size=4)
+    assert parse_cli(Config, ["--files", "c", "d", "--lr", "0.5", "--files", "e"]) == Config(files=("c", "d", "e"))
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,7 @@ def test_help_shows_defaults(capsys):
         parse_cli(Config, ["--help"])
     shown = capsys.readouterr().out
     assert "the rate (default: 0.5)" in shown and "--no-resume" in shown
+    assert "some files (default: a b)" in " ".join(shown.split())
 
 
 # ---- devices and seeds ----
