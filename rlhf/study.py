@@ -137,6 +137,18 @@ def fits(points: list[dict]) -> list[dict]:
     return rows
 
 
+def spread(rows: list[dict]) -> list[str]:
+    """Of the rows of fits, a line for each method and size: mean and standard deviation over the seeds."""
+    lines = []
+    for method, size in sorted({(row["method"], row["comparisons"]) for row in rows}):
+        line = f"{method}, {size:,} comparisons"
+        for name in ("alpha", "beta", "highest_gold", "at_sqrt_kl", "last_gold"):
+            values = [row[name] for row in rows if (row["method"], row["comparisons"]) == (method, size)]
+            line += f" | {name} {numpy.mean(values):.2f} +- {numpy.std(values, ddof=1) if len(values) > 1 else 0:.2f}"
+        lines.append(line)
+    return lines
+
+
 def plot(points: list[dict], path: Path) -> None:
     try:
         import matplotlib
@@ -195,6 +207,7 @@ def main(cfg: StudyConfig) -> None:
     for row in table:
         print(" | ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
                          for name, value in row.items()))
+    print("\nover the seeds:", *spread(table), sep="\n")
     print(f"wrote {Path(cfg.out) / 'study.csv'} and {Path(cfg.out) / 'fits.csv'}")
     plot(points, Path(cfg.out) / "study.png")
 

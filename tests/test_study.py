@@ -6,7 +6,7 @@ import numpy
 import pytest
 
 from rlhf.common import InputError
-from rlhf.study import StudyConfig, fit, fits, main, script
+from rlhf.study import StudyConfig, fit, fits, main, script, spread
 
 
 def test_fit_finds_the_coefficients_of_both_forms():
@@ -34,6 +34,16 @@ def test_fits_measure_gold_from_the_start_of_the_curve():
 def test_too_short_a_curve_is_left_out():
     assert fits([point("ppo", 0.0, 0.0), point("ppo", 1.0, 1.0)]) == []
     assert fits([point("ppo", d, d, kl_coef=0.1) for d in (0.0, 1.0, 2.0, 3.0)]) == []  # nothing without a leash
+
+
+def test_spread_over_the_seeds_by_hand():
+    """1, 2, 6 have mean 3 and standard deviation sqrt((4 + 1 + 9) / 2) = 2.65; another size stands alone."""
+    others = {"beta": 1.0, "highest_gold": 1.0, "at_sqrt_kl": 1.0, "last_gold": 1.0}
+    rows = [{"method": "ppo", "comparisons": size, "alpha": alpha, **others}
+            for size, alpha in ((2000, 1.0), (2000, 2.0), (50, 5.0), (2000, 6.0))]
+    small, large = spread(rows)
+    assert small.startswith("ppo, 50 comparisons | alpha 5.00 +- 0.00 | beta 1.00 +- 0.00")
+    assert large.startswith("ppo, 2,000 comparisons | alpha 3.00 +- 2.65 | beta 1.00 +- 0.00")
 
 
 @pytest.mark.parametrize("flag", [{"seeds": "1,x"}, {"comparisons": ""}, {"kl_coefs": "-1"}, {"jobs": 0},
