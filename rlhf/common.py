@@ -216,8 +216,10 @@ class Progress:
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Rows of the same keys; written whole to a temporary name and renamed."""
     temporary = path.with_name(path.name + ".tmp")
+    # A lone \r ends a row for pandas unless it is quoted, which Python's csv does of itself from 3.13 only.
+    quoting = csv.QUOTE_ALL if any("\r" in str(x) for row in rows for x in row.values()) else csv.QUOTE_MINIMAL
     with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n", quoting=quoting)
         writer.writeheader()
         writer.writerows([{name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()} for row in rows])
     os.replace(temporary, path)

@@ -24,7 +24,9 @@ from rlhf.common import (
     pick_amp,
     pick_device,
     save_checkpoint,
+    write_csv,
 )
+from rlhf.data import read_csv
 from rlhf.model import GPT, GPTConfig
 from rlhf.optim import cosine_schedule, linear_schedule, make_optimizer, optimizer_step
 
@@ -266,3 +268,10 @@ def test_progress_writes_what_it_prints_and_resumes(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     got = [(row["step"], row["loss"], row["valid"]) for row in rows]
     assert got == [("1", "0.125", ""), ("2", "0.25", ""), ("3", "9", "1")]
+
+
+@pytest.mark.parametrize("text", ["a\rb", "a\nb", "a\r\nb", 'a "b", c'])
+def test_csv_cells_come_back_as_they_were(tmp_path, text):
+    write_csv(tmp_path / "table.csv", [{"Prompt": text, "Response": "after"}, {"Prompt": "plain", "Response": text}])
+    frame = read_csv(tmp_path / "table.csv", ("Prompt", "Response"))
+    assert frame.values.tolist() == [[text, "after"], ["plain", text]]

@@ -1,8 +1,10 @@
 """The promises around the code: five packages, pure maths files, README commands and flags that exist, file sizes."""
 
 import ast
+import io
 import re
 import sys
+import tokenize
 
 from tests.conftest import ROOT
 
@@ -60,6 +62,41 @@ def test_readme_names_files_flags_and_tests_that_exist():
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", readme):
         assert f"def {name}(" in tests or (ROOT / "tests" / f"{name}.py").exists(), name
+
+
+LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
+
+
+def code_lines(path):
+    """Lines that hold code: no comments, no docstrings, no blank lines."""
+    source = path.read_text(encoding="utf-8")
+    spans = [(token.start[0], token.end[0]) for token in tokenize.generate_tokens(io.StringIO(source).readline)
+             if token.type not in LAYOUT]
+    docstrings = [(node.body[0].lineno, node.body[0].end_lineno) for node in ast.walk(ast.parse(source))
+                  if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None]
+    lines, left_out = ({line for first, last in some for line in range(first, last + 1)}
+                       for some in (spans, docstrings))
+    return len(lines - left_out)
+
+
+def test_code_lines_by_hand(tmp_path):
+    """Four: the import, the def, and a return over two lines."""
+    path = tmp_path / "example.py"
+    path.write_text('"""Two\nlines."""\n\nimport math  # why\n\n\ndef f():\n    """What."""\n    # a comment\n'
+                    "    return (math.pi +\n            1)\n")
+    assert code_lines(path) == 4
+
+
+def test_the_core_is_as_large_as_the_readme_says():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table, rest = readme.split("## Reading order")[1].split("Options have files of their own")[0].rsplit("|\n", 1)
+    stated = re.search(r"about ([\d,]+) code\s+lines.*?and\s+these\s+(\d+)", rest, flags=re.S).groups()
+    for text, said in zip((table, rest), stated):
+        names = sorted(set(re.findall(r"`((?:rlhf/|train_)\w+\.py)`", text)))
+        sizes = {name: code_lines(ROOT / name) for name in names}
+        print(f"\n{sum(sizes.values()):,} code lines: {', '.join(f'{name} {size}' for name, size in sizes.items())}")
+        assert abs(sum(sizes.values()) - int(said.replace(",", ""))) <= 25
 
 
 def test_ci_runs_the_readmes_test_command():
