@@ -17,6 +17,7 @@ import tarfile
 import zipfile
 
 import pytest
+import torch
 
 from rlhf.common import InputError
 from rlhf.data import find_tokenizer, load_comparisons, load_demonstrations, load_judge, load_prompts
@@ -635,3 +636,37 @@ def test_readme_gives_the_counts(real):
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     for name in FILES - {"demonstrations", "demonstrations_heldout"}:
         assert f"| `{name}.csv` | {len(rows_of(real / f'{name}.csv')):,} |" in readme, name
+
+
+# ---- the linear model ----
+
+
+@pytest.fixture(scope="module")
+def linear(module_patch):
+    return load("linear", module_patch)
+
+
+def test_linear_features_by_hand(linear):
+    """Of three texts, "good" is in two: idf 1 + log 3/2. "good film" and "film" are in two as well; "bad" and "not" are
+    in one, and left out. The second text has three features of one idf, each worth 1 / sqrt 3; the third has none."""
+    texts = ["good film not", "a good film", "bad"]
+    idf = linear.count_features(texts)
+    assert idf == {name: pytest.approx(1 + math.log(3 / 2)) for name in ("film", "good", "good film")}
+    indices, begins, x = linear.count_words(texts, idf)
+    assert (indices.tolist(), begins.tolist()) == ([0, 1, 2, 0, 1, 2], [0, 3, 6])
+    assert x.tolist() == pytest.approx([3**-0.5] * 6)
+    weight = torch.tensor([[1.0], [2.0], [4.0]], dtype=torch.float64)
+    assert linear.score((indices, begins, x), weight).tolist() == pytest.approx([7 / 3**0.5, 7 / 3**0.5, 0])
+
+
+def test_linear_fit_is_the_minimum(linear):
+    """One feature, x = 1 in the chosen text and none in the rejected: f(w) = log(1 + exp(-w)) + decay w^2 has its
+    minimum where sigmoid(-w) = 2 decay w. At w = 1 that is decay = 1 / (2 (1 + e))."""
+    words = torch.tensor([0]), torch.tensor([0, 1]), torch.tensor([1.0], dtype=torch.float64)
+    weight = linear.fit(words, torch.tensor([0]), torch.tensor([1]), decay=1 / (2 * (1 + math.e)))
+    assert weight.item() == pytest.approx(1, abs=1e-5)
+
+
+def test_linear_on_small_archives(linear, small, tmp_path, capsys):
+    linear.main(linear.LinearConfig(data=str(small(tmp_path / "out"))))
+    assert re.search(r"held out: [01]\.\d{3} of [\d,]+ comparisons", capsys.readouterr().out)
