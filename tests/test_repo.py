@@ -3,8 +3,12 @@
 import ast
 import io
 import re
+import shutil
+import subprocess
 import sys
 import tokenize
+
+import pytest
 
 from tests.conftest import ROOT
 
@@ -101,3 +105,11 @@ def test_the_core_is_as_large_as_the_readme_says():
 
 def test_ci_runs_the_readmes_test_command():
     assert "make test" in (ROOT / ".ci" / "run").read_text() and "make test" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="not a git clone")
+def test_git_ignores_no_source_file():
+    """A file that .gitignore hides runs here and is absent from every clone."""
+    command = ["git", "-c", "safe.directory=*", "check-ignore", *map(str, SOURCES)]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (answer.returncode, answer.stdout) == (1, ""), answer.stdout + answer.stderr
