@@ -164,7 +164,7 @@ def main(cfg: SFTConfig) -> None:
         lr = cfg.lr * cosine_schedule(step, cfg.steps, cfg.warmup)
         set_lr(optimizer, lr)
         loss, grad_norm = optimizer_step(losses, gpt, optimizer, scaler, cfg.max_grad_norm)
-        progress.tokens += sum(len(row.tokens) for row in rows)
+        progress.tokens += sum(row.size for row in rows)
 
         done = step + 1
         check_finite(gpt, done)

@@ -33,6 +33,11 @@ class Demonstration(NamedTuple):
     tokens: list[int]  # prompt, response, end-of-text
     prompt_len: int
 
+    @property
+    def size(self) -> int:
+        """Tokens that the model reads."""
+        return len(self.tokens)
+
 
 class Comparison(NamedTuple):
     prompt: Prompt
@@ -213,8 +218,12 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int
 
 
 def chunks(rows: list, size: int) -> list[list]:
-    """A list in pieces of `size` rows, the last one smaller where it must be; 0: in one piece."""
-    return [rows[at : at + size] for at in range(0, len(rows), size)] if size else [rows]
+    """A batch in pieces of `size` rows, the last one smaller where it must be; 0: in one piece. Shorter rows come first,
+    so that fewer are padded to the length of a longer one."""
+    if not size:
+        return [rows]
+    rows = sorted(rows, key=lambda row: row.size)
+    return [rows[at : at + size] for at in range(0, len(rows), size)]
 
 
 def pad_rows(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

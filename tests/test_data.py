@@ -17,6 +17,7 @@ from rlhf.data import (
     Demonstration,
     Prompt,
     batch_indices,
+    chunks,
     comparison_batch,
     demonstration_batch,
     encode_response,
@@ -222,6 +223,13 @@ def test_batches_walk_through_every_epoch():
     assert batch_indices(7, 3, 4, 0) == flat[12:15]
     assert [batch_indices(7, 7, 0, seed) for seed in (0, 1)][0] != batch_indices(7, 7, 0, 1)
     assert sorted(batch_indices(2, 5, 0, 0)) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])  # a batch larger than the set
+
+
+def test_chunks_of_rows_alike_in_length():
+    rows = [Demonstration([0] * size, 1) for size in (3, 7, 4, 9, 4)]
+    assert [[row.size for row in part] for part in chunks(rows, 2)] == [[3, 4], [4, 7], [9]]
+    assert [row.size for row in rows] == [3, 7, 4, 9, 4]  # the batch itself stays as it was
+    assert chunks(rows, 0) == [rows]
 
 
 # ---- the bundled set ----
