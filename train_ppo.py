@@ -180,12 +180,12 @@ def update(
 def check_beginning(step: int, kl_ref: float, first_log_ratio: float, amp) -> None:
     """Facts that hold whatever the data, and whose failure means that two of the passes disagree."""
     faults = []
-    tolerance = 1e-4 if amp is None else 0.1
+    tolerance = 1e-3 if amp is None else 0.1
     if step == 0 and not abs(kl_ref) <= tolerance:  # `not <=`, so that NaN fails too
         faults.append(f"kl_ref is {kl_ref} before the first update; policy and reference must be the same")
     if not first_log_ratio <= tolerance:
         faults.append(f"log ratio {first_log_ratio} in the first minibatch, where old and new policy are the same")
-    if faults and amp is None:
+    if faults and amp is None and step == 0:  # later there is work to lose
         raise RuntimeError("; ".join(faults))
     for fault in faults:  # in half precision an unlikely token may be off by this much
         print(f"warning: {fault}")

@@ -25,6 +25,7 @@ import torch
 from rlhf.checkpoints import load_policy
 from rlhf.cli import arg, check_not_negative, check_positive, run
 from rlhf.common import (
+    InputError,
     Progress,
     autocast,
     check_finite,
@@ -50,6 +51,7 @@ from rlhf.data import (
     load_demonstrations,
     load_judge,
     pad_rows,
+    vote_probabilities,
 )
 from rlhf.lora import add_adapters
 from rlhf.losses import bradley_terry_loss
@@ -138,8 +140,9 @@ def swap_prompts(rows, seed: int, limit: int):
     return [row for row in swapped if len(row.prompt.tokens) + max(len(row.chosen), len(row.rejected)) <= limit]
 
 
-def perfect_accuracies(judge, rows, tokenizer) -> dict[str, float]:
-    """What a reward model that equals the judge would reach on these comparisons.
+def judge_accuracies(judge, rows, tokenizer) -> dict[str, float]:
+    """What a reward model that equals the judge would reach on these comparisons. Where the judge made the votes and
+    knows its annotators' noise, that is the best there is.
 
     bayes_accuracy: expected, mean of max(p, 1 - p) with p the annotator's probability; the best that any model can do.
     judge_accuracy: on the votes as they were drawn, which lie a little off their expectation.
@@ -148,8 +151,7 @@ def perfect_accuracies(judge, rows, tokenizer) -> dict[str, float]:
     chosen, rejected = (gold_scores(judge, prompts, [tokenizer.decode(side[:-1]).strip() for side in sides])
                         for sides in ([row.chosen for row in rows], [row.rejected for row in rows]))
     result = {"judge_accuracy": share_positive(torch.tensor(chosen) - torch.tensor(rejected))}
-    if hasattr(judge, "preference_probability"):
-        p = [judge.preference_probability(a, b) for a, b in zip(chosen, rejected)]
+    if (p := vote_probabilities(judge, chosen, rejected)) is not None:
         result["bayes_accuracy"] = sum(max(x, 1 - x) for x in p) / len(p)
     return result
 
@@ -173,6 +175,8 @@ def main(cfg: RewardConfig) -> None:
     demonstrations = load_demonstrations(cfg.data, tokenizer, limit)
     if cfg.shuffle_prompts:
         train_rows = swap_prompts(train_rows, cfg.seed, limit)
+        if not train_rows:
+            raise InputError("--shuffle-prompts: with the prompt of another row, no comparison fits the context")
 
     model = RewardModel(add_adapters(gpt, cfg.lora_rank, make_generator("cpu", cfg.seed, "adapters"))).to(device)
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
@@ -187,11 +191,11 @@ def main(cfg: RewardConfig) -> None:
         start = checkpoint["step"]
 
     judge = load_judge(cfg.data)
-    perfect = perfect_accuracies(judge, heldout_rows, tokenizer) if judge else {}
+    judged = judge_accuracies(judge, heldout_rows, tokenizer) if judge else {}
     epochs = cfg.steps * cfg.batch_size / len(train_rows)
     print(f"{len(train_rows):,} {kind}, {epochs:.1f} times over ({len(heldout_rows):,} comparisons held out), on "
-          f"{device}, amp {cfg.amp}, seed {cfg.seed}; held-out accuracy of a perfect model: "
-          + (", ".join(f"{name} {value:.3f}" for name, value in perfect.items()) or "not known, there is no judge"))
+          f"{device}, amp {cfg.amp}, seed {cfg.seed}; held out, the judge in the reward model's place: "
+          + (", ".join(f"{name} {value:.3f}" for name, value in judged.items()) or "not known, there is none"))
 
     if epochs > 10:
         print(f"warning: {epochs:.0f} times over the same {kind} is to learn them by heart; lower --steps")
@@ -226,7 +230,7 @@ def main(cfg: RewardConfig) -> None:
         save_checkpoint(path, "reward", model, cfg, cfg.steps, tokenizer, optimizer, scaler, inputs)
         print(f"scores: (raw - {model.mean:.3f}) / {model.scale:.3f}, so that demonstrations have mean 0 and std 1")
 
-    result = {"accuracy": accuracy(model, heldout_rows, tokenizer.pad_id, device, amp), **perfect}
+    result = {"accuracy": accuracy(model, heldout_rows, tokenizer.pad_id, device, amp), **judged}
     swapped = swap_prompts(heldout_rows, cfg.seed, limit)
     if swapped:
         result["swapped_accuracy"] = accuracy(model, swapped, tokenizer.pad_id, device, amp)

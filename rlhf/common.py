@@ -190,16 +190,22 @@ class Progress:
         self.path, self.steps, self.start, self.csv_only = path, steps, start, csv_only
         self.began, self.tokens, self.lines = time.perf_counter(), 0, 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = []
+        self.rows, self.seconds_before = [], 0.0
         if start > 0 and path.is_file():  # resuming: keep the rows up to the checkpoint
-            with path.open(newline="", encoding="utf-8") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+            try:
+                with path.open(newline="", encoding="utf-8") as file:
+                    self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+                self.seconds_before = max((float(row["seconds"]) for row in self.rows), default=0.0)
+            except (KeyError, TypeError, ValueError, csv.Error) as error:
+                raise InputError(f"{path} is not the record of this run ({type(error).__name__}: {error}); move it "
+                                 f"away, and the run goes on without its earlier rows") from error
 
     def log(self, step: int, **values: float) -> None:
         """step counts from 1: what was done so far."""
         elapsed = time.perf_counter() - self.began
         left = elapsed / max(1, step - self.start) * (self.steps - step)
-        row = {"step": step, **values, "tokens_per_s": round(self.tokens / elapsed), "seconds": round(elapsed, 1)}
+        row = {"step": step, **values, "tokens_per_s": round(self.tokens / elapsed),
+               "seconds": round(self.seconds_before + elapsed, 1)}
         cells = {"step": f"{step}/{self.steps}"}
         for name, value in values.items():
             if name not in self.csv_only:

@@ -200,6 +200,22 @@ def gold_scores(judge: ModuleType, prompts: list[str], responses: list[str]) -> 
     return scores
 
 
+def vote_probabilities(judge: ModuleType, first: list[float], second: list[float]) -> list[float] | None:
+    """How probably an annotator prefers the first of each pair, given the gold of both; None of a judge that does not
+    know its annotators' noise. Raises InputError where the judge's preference_probability fails."""
+    if not hasattr(judge, "preference_probability"):
+        return None
+    try:
+        p = [float(judge.preference_probability(a, b)) for a, b in zip(first, second)]
+    except Exception as error:
+        raise InputError(f"preference_probability() in {judge.__file__} failed: {type(error).__name__}: "
+                         f"{error}") from error
+    if faulty := [x for x in p if not 0 <= x <= 1]:
+        raise InputError(f"preference_probability() in {judge.__file__} must return a number from 0 to 1, got "
+                         f"{faulty[0]}")
+    return p
+
+
 # ---- batches ----
 
 
@@ -218,8 +234,8 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int
 
 
 def chunks(rows: list, size: int) -> list[list]:
-    """A batch in pieces of `size` rows, the last one smaller where it must be; 0: in one piece. Shorter rows come first,
-    so that fewer are padded to the length of a longer one."""
+    """A batch in pieces of `size` rows, the last one smaller where it must be; 0: in one piece. Shorter rows come
+    first, so that fewer are padded to the length of a longer one."""
     if not size:
         return [rows]
     rows = sorted(rows, key=lambda row: row.size)

@@ -156,14 +156,17 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
     for row in table:
         row["optimality"] = (row["objective"] - start) / gain if gain > 0 else None
     halves = optimum(torch.cat(scores.chunk(2, dim=1)), kl_coef)["objective"].mean()
-    # Optimality is n / (n + L), with n what PPO gained and L what it lacks: an error e of L is one of e / (n + L) times
-    # the optimality.
+    # Optimality is gained / (gained + lacking), of PPO's objective: an error e of what it lacks is one of
+    # e / (gained + lacking) times the optimality.
     slope = ppo["optimality"] / gain if gain > 0 else math.inf
     bias = (best["objective"].mean() - halves).item() * slope if gain > 0 else math.inf
     reached = torch.tensor([one["score"] - kl_coef * one["kl_ref"] for one in ours]).view(-1, len(scores)).mean(dim=0)
     lacking = best["objective"] - reached  # (P,)
     error = lacking.std().item() / math.sqrt(len(scores)) * slope if gain > 0 and len(scores) > 1 else math.inf
-    text = (f"best_of_n: n = {n}, whose KL is nearest to PPO's\n"
+    nearest = "whose KL is nearest to PPO's"
+    if n == scores.size(1) // 2 and best_of_n_kl(n) < ppo["kl_ref"]:
+        nearest = f"the largest that {scores.size(1)} samples allow; PPO's KL is larger"
+    text = (f"best_of_n: n = {n}, {nearest}\n"
             f"optimum: {scores.size(1)} reference samples for each of {len(scores)} prompts, effective sample size "
             f"{ess.mean():.1f}\non average, {ess.min():.1f} at least; PPO's optimality has a standard error of "
             f"{error:.3f}\nfrom these prompts, and is too high by {bias:.3f} or more")

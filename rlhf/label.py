@@ -30,7 +30,16 @@ import torch
 from rlhf.checkpoints import find_reward_model, load_policy, tokenizer_of
 from rlhf.cli import arg, check_not_negative, check_positive, run
 from rlhf.common import InputError, make_generator, pick_device
-from rlhf.data import Prompt, batch_indices, encode_response, gold_scores, load_judge, load_prompts, pad_rows
+from rlhf.data import (
+    Prompt,
+    batch_indices,
+    encode_response,
+    gold_scores,
+    load_judge,
+    load_prompts,
+    pad_rows,
+    vote_probabilities,
+)
 from rlhf.evaluate import decode_responses
 from rlhf.rollout import generate, has_ended
 
@@ -82,7 +91,10 @@ class AnswerFile:
             self._rewrite()
             return
         text = path.read_bytes().decode("utf-8", errors="replace")
-        rows = list(csv.reader(io.StringIO(text, newline="")))
+        try:
+            rows = list(csv.reader(io.StringIO(text, newline="")))
+        except csv.Error as error:
+            raise InputError(f"{path} cannot be read: {error}; mend it, or give another --out") from error
         if not rows or tuple(rows[0]) != COLUMNS:
             raise InputError(f"{path} is not a file of this program, whose header is {','.join(COLUMNS)}; give "
                              f"another --out")
@@ -195,8 +207,8 @@ def ask(prompt: str, first: str, second: str) -> str:
 def judge_answer(judge, prompt: str, first: str, second: str, rng: random.Random) -> str:
     """The judge's vote: with its annotators' noise where it knows that, else for the higher gold."""
     a, b = gold_scores(judge, [prompt] * 2, [first, second])
-    if hasattr(judge, "preference_probability"):
-        return "first" if rng.random() < judge.preference_probability(a, b) else "second"
+    if (p := vote_probabilities(judge, [a], [b])) is not None:
+        return "first" if rng.random() < p[0] else "second"
     return "tie" if a == b else "first" if a > b else "second"
 
 

@@ -63,19 +63,22 @@ class StudyConfig:
 
 def script(cfg: StudyConfig, name: str, seed: int, out: Path, *flags) -> None:
     """Run one of the three scripts, unless it has run to its end already."""
-    finished = out / f"{name}.done"
-    if finished.is_file():
-        return
+    finished = out / f"{name}.done"  # holds the command
     command = [sys.executable, str(ROOT / f"train_{name}.py"), "--data", cfg.data, "--device", cfg.device, "--seed",
                str(seed), "--out", str(out), *map(str, flags)]
-    print(f"$ train_{name}.py", " ".join(command[2:]), flush=True)
+    shown = " ".join([f"train_{name}.py", *command[2:]])
+    if finished.is_file():
+        if (before := finished.read_text(encoding="utf-8")) != shown:
+            raise InputError(f"{out} holds another run, {before}; give another --out")
+        return
+    print(f"$ {shown}", flush=True)
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if cfg.jobs > 1 else {})}
     out.mkdir(parents=True, exist_ok=True)
     with (out / f"{name}.log").open("w") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
         raise InputError(f"train_{name}.py stopped with status {done.returncode}; see {out / name}.log")
-    finished.touch()
+    finished.write_text(shown, encoding="utf-8")
 
 
 def one_reward_model(cfg: StudyConfig, seed: int, size: int, whole: bool) -> list[dict]:

@@ -3,10 +3,12 @@
 import base64
 import csv
 import importlib.util
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from rlhf.data import (
     pad_rows,
     read_csv,
     response_mask,
+    vote_probabilities,
 )
 from rlhf.tokenizer import load_tokenizer
 
@@ -310,6 +313,18 @@ def test_a_broken_judge_is_named(tmp_path):
         with pytest.raises(InputError, match=message):
             load_judge(str(tmp_path))
     assert load_judge(str(tmp_path / "elsewhere")) is None
+
+
+def test_vote_probabilities_are_checked():
+    judge = SimpleNamespace(__file__="judge.py")
+    assert vote_probabilities(judge, [1.0], [2.0]) is None
+    judge.preference_probability = lambda a, b: a / b
+    assert vote_probabilities(judge, [1.0, 0.0], [2.0, 3.0]) == [0.5, 0.0]
+    with pytest.raises(InputError, match="judge.py failed: ZeroDivisionError"):
+        vote_probabilities(judge, [1.0], [0.0])
+    for a, b in ((3.0, 2.0), (-1.0, 2.0), (math.nan, 1.0)):
+        with pytest.raises(InputError, match="a number from 0 to 1"):
+            vote_probabilities(judge, [1.0, a], [2.0, b])
 
 
 def test_votes_follow_the_stated_noise(bundled):

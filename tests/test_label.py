@@ -78,6 +78,13 @@ def test_undo_takes_back_the_last_answer_alone(tmp_path):
     assert file.undo() == ["1", "p", "c", "d", "tie"] and file.path.read_bytes() == one and len(file.answers) == 1
 
 
+def test_a_field_too_long_to_read_is_one_line(tmp_path):
+    path = tmp_path / "answers.csv"
+    path.write_text('"Pair","Prompt","Chosen","Rejected","Answer"\n"0","' + "p" * 140_000 + '","a","b","first"\n')
+    with pytest.raises(InputError, match="cannot be read: field larger than"):
+        AnswerFile(path)
+
+
 @pytest.mark.parametrize("text", ["", "Prompt,Chosen,Rejected\na,b,c\n", '"Pair"\n'])
 def test_another_file_is_refused_and_left_alone(tmp_path, text):
     path = tmp_path / "answers.csv"

@@ -270,6 +270,23 @@ def test_progress_writes_what_it_prints_and_resumes(tmp_path, capsys):
     assert got == [("1", "0.125", ""), ("2", "0.25", ""), ("3", "9", "1")]
 
 
+def test_progress_counts_the_seconds_before(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("step,loss,tokens_per_s,seconds\n1,0.5,9,100\n2,0.4,9,200\n3,0.3,9,300\n")
+    again = Progress(path, steps=4, start=2)
+    again.log(3, loss=0.3)
+    assert 200 <= again.rows[-1]["seconds"] < 260
+
+
+@pytest.mark.parametrize("text", ["step,loss,seconds\none,0.5,100\n", "loss,seconds\n0.5,100\n", "step\n1\n"])
+def test_progress_refuses_the_record_of_something_else(tmp_path, text):
+    path = tmp_path / "x.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match="not the record of this run"):
+        Progress(path, steps=4, start=2)
+    assert path.read_text() == text
+
+
 @pytest.mark.parametrize("text", ["a\rb", "a\nb", "a\r\nb", 'a "b", c'])
 def test_csv_cells_come_back_as_they_were(tmp_path, text):
     write_csv(tmp_path / "table.csv", [{"Prompt": text, "Response": "after"}, {"Prompt": "plain", "Response": text}])

@@ -45,6 +45,7 @@ def test_a_group_tells_rankings_of_one_prompt_apart(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [("a,x,first", "row 2: Rank is 'first'"), ("a,x,-1", "row 2: Rank is '-1'"), ("a,x,", "row 2: Rank is empty"),
+     ("a,x,2147483648", "row 2: Rank is '2147483648'"),
      ("b,x,1", "no ranking has two responses"), ("a," + "x " * 90 + ",2", "row 2: prompt and response together takes")],
 )
 def test_bad_rankings(tokenizer, tmp_path, line, message):

@@ -58,6 +58,9 @@ def test_bad_input_of_the_study(tmp_path, small_data):
         main(StudyConfig(data=str(small_data), out=str(tmp_path / "out"), comparisons="20,4000"))
     with pytest.raises(InputError, match="stopped with status 2; see .*sft.log"):
         script(StudyConfig(data=str(tmp_path / "nowhere")), "sft", 0, tmp_path / "out")
+    (tmp_path / "out" / "sft.done").write_text("train_sft.py --steps 5")
+    with pytest.raises(InputError, match="holds another run, train_sft.py --steps 5"):
+        script(StudyConfig(data=str(small_data)), "sft", 0, tmp_path / "out")
     (small_data / "judge.py").unlink()
     with pytest.raises(InputError, match="no judge.py"):
         main(StudyConfig(data=str(small_data), out=str(tmp_path / "out"), comparisons="20"))
