@@ -13,8 +13,10 @@ The reference is the fine-tuned model, frozen. The second term is the leash: the
 the reference's and is a poor judge of anything else, so a policy without it (--kl-coef 0) finds the mistakes of the
 judge instead of better answers.
 
+A step has six parts; README.md draws them, and the numbers in the comments here are theirs.
+
 Kept: log-probabilities re-computed in the mode of the update, the k1 penalty inside the reward, the score on the last
-action, V = 0 after it, advantages whitened once a rollout, the clipped ratio, a fixed score for answers that never end.
+action, V = 0 after it, advantages whitened over the batch, the clipped ratio, a fixed score for answers that never end.
 Left out: whitening of rewards, dropout, top-k and top-p (the policy that samples must be the policy that is trained).
 """
 
@@ -211,6 +213,7 @@ def load_models(cfg: PPOConfig, device):
     if cfg.value_network == "reward":
         if reward_model.gpt.config.n_embd != gpt.config.n_embd:
             raise InputError("--value-network reward needs a reward model as wide (n_embd) as the policy")
+        # What tells good answers from bad ones has been learned there already.
         value_gpt, reward_model.gpt = trained_and_frozen(reward_model.gpt, cfg.lora_rank, generator)
     policy = PolicyWithValue(policy_gpt, value_gpt)
     files = {"sft": sft_path, "reward": reward_path, "prompts": csv_path(cfg.data, "prompts")}
@@ -232,6 +235,7 @@ def main(cfg: PPOConfig) -> None:
     heldout = load_prompts(cfg.data, tokenizer, limit, heldout=True)[: cfg.eval_prompts]
     judge = load_judge(cfg.data)
 
+    # No decay: it would pull the policy from its reference. eps is that of OpenAI's PPO code (baselines).
     optimizer = make_optimizer(policy, cfg.lr, weight_decay=0.0, eps=1e-5)
     scaler = make_scaler(device, amp)
     path, start, kl_coef = Path(cfg.out) / "ppo.pt", 0, cfg.kl_coef
