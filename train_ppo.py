@@ -235,7 +235,7 @@ def main(cfg: PPOConfig) -> None:
     heldout = load_prompts(cfg.data, tokenizer, limit, heldout=True)[: cfg.eval_prompts]
     judge = load_judge(cfg.data)
 
-    # No decay: it would pull the policy from its reference. eps is that of OpenAI's PPO code (baselines).
+    # No decay: it would pull the policy away from its reference. eps is that of OpenAI's PPO code (baselines).
     optimizer = make_optimizer(policy, cfg.lr, weight_decay=0.0, eps=1e-5)
     scaler = make_scaler(device, amp)
     path, start, kl_coef = Path(cfg.out) / "ppo.pt", 0, cfg.kl_coef
