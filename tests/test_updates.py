@@ -110,16 +110,18 @@ def test_temperature_divides_the_logits_of_sampling_and_scoring(policy, gpt, rew
     assert_close(made.logprobs, torch.where(made.mask, expected, 0.0))
 
 
-def test_passes_that_disagree_stop_a_run_at_its_start(capsys):
-    """kl_ref before any update and the first log ratio are 0 but for rounding. Later there is work to lose, and in half
-    precision more rounding: a warning."""
+def test_passes_that_disagree_stop_a_run(capsys):
+    """kl_ref before any update and the first log ratio of each step are 0 but for rounding. In half precision there is
+    more rounding: a warning."""
     check = train_ppo.check_beginning
-    check(0, 0.0, 9e-4, None)
-    check(3, 2.0, 0.0, None)
+    check(0, 0.0, 9e-5, None)
+    check(3, 2.0, 9e-5, None)
+    check(0, 0.09, 0.09, torch.bfloat16)
     assert capsys.readouterr().out == ""
-    for kl_ref, log_ratio in ((0.002, 0.0), (-0.002, 0.0), (math.nan, 0.0), (0.0, 0.002), (0.0, math.nan)):
+    for step, kl_ref, log_ratio in ((0, 2e-4, 0.0), (0, -2e-4, 0.0), (0, math.nan, 0.0), (0, 0.0, 2e-4), (3, 2.0, 2e-4),
+                                    (3, 2.0, math.nan)):
         with pytest.raises(RuntimeError):
-            check(0, kl_ref, log_ratio, None)
-    for arguments in ((3, 2.0, 0.002, None), (0, 0.0, 0.2, torch.bfloat16), (3, -1.1, 0.0, None)):
+            check(step, kl_ref, log_ratio, None)
+    for arguments in ((0, 0.0, 0.2, torch.bfloat16), (3, -1.1, 0.0, None)):
         check(*arguments)
         assert capsys.readouterr().out.startswith("warning")
