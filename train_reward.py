@@ -25,7 +25,6 @@ import torch
 from rlhf.checkpoints import load_policy
 from rlhf.cli import arg, check_not_negative, check_positive, run
 from rlhf.common import (
-    InputError,
     Progress,
     autocast,
     check_finite,
@@ -175,8 +174,6 @@ def main(cfg: RewardConfig) -> None:
     demonstrations = load_demonstrations(cfg.data, tokenizer, limit)
     if cfg.shuffle_prompts:
         train_rows = swap_prompts(train_rows, cfg.seed, limit)
-        if not train_rows:
-            raise InputError("--shuffle-prompts: with the prompt of another row, no comparison fits the context")
 
     model = RewardModel(add_adapters(gpt, cfg.lora_rank, make_generator("cpu", cfg.seed, "adapters"))).to(device)
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)

@@ -137,7 +137,8 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
         one than there is, by at least about as much.
     """
     ppo, best = table[-1], optimum(scores, kl_coef)
-    n = matching_n(ppo["kl_ref"], scores.size(1) // 2)
+    largest = scores.size(1) // 2  # beyond it, best-of-n is too uncertain
+    n = matching_n(ppo["kl_ref"], largest)
 
     def beside_ppo(column: str, theirs: Tensor) -> float:
         return ppo[column] + theirs.mean().item() - mean(ours, column)
@@ -164,7 +165,7 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
     lacking = best["objective"] - reached  # (P,)
     error = lacking.std().item() / math.sqrt(len(scores)) * slope if gain > 0 and len(scores) > 1 else math.inf
     nearest = "whose KL is nearest to PPO's"
-    if n == scores.size(1) // 2 and best_of_n_kl(n) < ppo["kl_ref"]:
+    if matching_n(ppo["kl_ref"], largest + 1) > n:
         nearest = f"the largest that {scores.size(1)} samples allow; PPO's KL is larger"
     text = (f"best_of_n: n = {n}, {nearest}\n"
             f"optimum: {scores.size(1)} reference samples for each of {len(scores)} prompts, effective sample size "

@@ -32,7 +32,7 @@ def test_add_optimum_by_hand():
              summarise("ppo", [one(1.5, 0.2, 3.0)], [one(0, 0, 0.0)], 2.0)]
     text = add_optimum(table, [one(1, 0.08, 1.0), one(1, 0.1, 1.0)], scores, golds.double(), 2.0)
     sft, ppo, best, optimal = table
-    assert best["policy"] == "best_of_n" and "n = 2," in text
+    assert best["policy"] == "best_of_n" and "n = 2, whose KL is nearest to PPO's\n" in text
     assert best["score"] == pytest.approx(ln3 + 0.5) and best["kl_ref"] == pytest.approx(ln2 - 0.5)
     assert best["gold"] == pytest.approx(4)
     assert optimal["score"] == pytest.approx(ln3 + 0.5) and optimal["kl_ref"] == pytest.approx(ln2 - ln3 / 2 + 0.11)
@@ -40,8 +40,8 @@ def test_add_optimum_by_hand():
     assert optimal["objective"] == pytest.approx(2 * math.log(1.5) + 0.5 - 0.22)
     assert sft["optimality"] == 0 and optimal["optimality"] == 1
     assert ppo["optimality"] == pytest.approx((1.1 - 0.25) / (2 * math.log(1.5) + 0.03))
-    # The halves, 2 ln 3 and 0, then 0 and 0: J* is 2 ln 2 and 0, so ln 2 on average, in place of 2 ln(3/2).
-    # times PPO's optimality
+    # The halves, 2 ln 3 and 0, then 0 and 0: J* is 2 ln 2 and 0, so ln 2 on average, in place of 2 ln(3/2). As a share
+    # of the optimum's gain, 2 ln(3/2) + 0.03, and times PPO's optimality:
     bias = (2 * math.log(1.5) - ln2) / (2 * math.log(1.5) + 0.03) * ppo["optimality"]
     assert f"too high by {bias:.3f} or more" in text
     assert "sample size 3.0\non average, 3.0 at least" in text
@@ -58,6 +58,8 @@ def test_standard_error_by_hand():
         table = [summarise("sft", [one(0, 0)], [one(0, 0)], 1.0), summarise("ppo", [one(3, 1)], [one(0, 0)], 1.0)]
         ours = [one(2, 1), one(4, 0.5), one(second, 0), one(4.5, 1)]
         text = add_optimum(table, ours, scores, None, 1.0)
+        # PPO's KL of 1 is beyond n = 2, ln 2 - 1/2, and nearer to that of n = 3, ln 3 - 2/3
+        assert "n = 2, the largest that 4 samples allow; PPO's KL is larger\n" in text
         assert f"has a standard error of {error:.3f}\nfrom these prompts, and is too high by 0.000" in text
         assert table[3]["objective"] == pytest.approx(2.5 if second else 3)
 
