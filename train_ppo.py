@@ -32,23 +32,12 @@ from rlhf.advantages import explained_variance, gae
 from rlhf.checkpoints import load_policy, load_reward_model
 from rlhf.cli import arg, check_not_negative, check_positive, run
 from rlhf.common import (
-    InputError,
-    Progress,
-    autocast,
-    check_finite,
-    check_tokenizer,
-    digests,
-    load_resumable,
-    load_trained_state,
-    make_generator,
-    make_scaler,
-    pick_amp,
-    pick_device,
-    save_checkpoint,
-    write_csv,
+    InputError, Progress, autocast, check_finite, check_tokenizer, csv_path, digests, make_generator, make_scaler,
+    pick_amp, pick_device, resume, save_checkpoint, write_csv,
 )
-from rlhf.data import batch_indices, csv_path, find_tokenizer, load_judge, load_prompts, pad_rows
+from rlhf.data import batch_indices, find_tokenizer, load_prompts, pad_rows
 from rlhf.evaluate import Setting, answer, compare, mean_gold, print_answers, print_pairs, print_table, sample_rows
+from rlhf.judge import load_judge
 from rlhf.lora import trained_and_frozen
 from rlhf.losses import entropy, policy_loss, value_loss
 from rlhf.masked import masked_mean, masked_whiten, token_logprobs
@@ -241,10 +230,7 @@ def main(cfg: PPOConfig) -> None:
     scaler = make_scaler(device, amp)
     path, start, kl_coef = Path(cfg.out) / "ppo.pt", 0, cfg.kl_coef
     if cfg.resume:
-        checkpoint = load_resumable(path, "ppo", cfg, tokenizer, inputs)
-        load_trained_state(policy, checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        checkpoint = resume(path, "ppo", cfg, tokenizer, inputs, policy, optimizer, scaler)
         start, kl_coef = checkpoint["step"], checkpoint["kl_coef"]
     ptx = PretrainingMix(cfg.ptx_coef, cfg.data, tokenizer, reference.config.block_size, cfg.minibatch_size, cfg.seed,
                          device, amp)

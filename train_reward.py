@@ -25,33 +25,13 @@ import torch
 from rlhf.checkpoints import load_policy
 from rlhf.cli import arg, check_not_negative, check_positive, run
 from rlhf.common import (
-    Progress,
-    autocast,
-    check_finite,
-    check_tokenizer,
-    digests,
-    load_resumable,
-    load_trained_state,
-    make_generator,
-    make_scaler,
-    pick_amp,
-    pick_device,
-    save_checkpoint,
-    write_csv,
+    Progress, autocast, check_finite, check_tokenizer, csv_path, digests, make_generator, make_scaler, pick_amp,
+    pick_device, resume, save_checkpoint, write_csv,
 )
 from rlhf.data import (
-    batch_indices,
-    chunks,
-    comparison_batch,
-    csv_path,
-    find_tokenizer,
-    gold_scores,
-    load_comparisons,
-    load_demonstrations,
-    load_judge,
-    pad_rows,
-    vote_probabilities,
+    batch_indices, chunks, comparison_batch, find_tokenizer, load_comparisons, load_demonstrations, pad_rows,
 )
+from rlhf.judge import gold_scores, load_judge, vote_probabilities
 from rlhf.lora import add_adapters
 from rlhf.losses import bradley_terry_loss
 from rlhf.model import RewardModel
@@ -181,11 +161,7 @@ def main(cfg: RewardConfig) -> None:
     inputs = digests(sft=sft_path, demonstrations=csv_path(cfg.data, "demonstrations"),
                      **{f"{kind} {i}": Path(name) for i, name in enumerate(train_files, start=1)})
     if cfg.resume:
-        checkpoint = load_resumable(path, "reward", cfg, tokenizer, inputs)
-        load_trained_state(model, checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        start = checkpoint["step"]
+        start = resume(path, "reward", cfg, tokenizer, inputs, model, optimizer, scaler)["step"]
 
     judge = load_judge(cfg.data)
     judged = judge_accuracies(judge, heldout_rows, tokenizer) if judge else {}
@@ -229,8 +205,7 @@ def main(cfg: RewardConfig) -> None:
 
     result = {"accuracy": accuracy(model, heldout_rows, tokenizer.pad_id, device, amp), **judged}
     swapped = swap_prompts(heldout_rows, cfg.seed, limit)
-    if swapped:
-        result["swapped_accuracy"] = accuracy(model, swapped, tokenizer.pad_id, device, amp)
+    result["swapped_accuracy"] = accuracy(model, swapped, tokenizer.pad_id, device, amp)
     result["comparisons"] = len(heldout_rows)
     write_csv(Path(cfg.out) / "reward_evaluation.csv", [result])
     print("held out: " + " | ".join(f"{name} {value:.3f}" for name, value in result.items() if name != "comparisons")

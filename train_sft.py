@@ -19,28 +19,10 @@ import torch
 from rlhf.checkpoints import load_pretrained, pretrained_digests
 from rlhf.cli import arg, check_not_negative, check_positive, run
 from rlhf.common import (
-    InputError,
-    Progress,
-    autocast,
-    check_finite,
-    digests,
-    load_resumable,
-    load_trained_state,
-    make_generator,
-    make_scaler,
-    pick_amp,
-    pick_device,
-    save_checkpoint,
+    InputError, Progress, autocast, check_finite, csv_path, digests, make_generator, make_scaler, pick_amp,
+    pick_device, resume, save_checkpoint,
 )
-from rlhf.data import (
-    batch_indices,
-    chunks,
-    csv_path,
-    demonstration_batch,
-    find_tokenizer,
-    load_demonstrations,
-    pad_rows,
-)
+from rlhf.data import batch_indices, chunks, demonstration_batch, find_tokenizer, load_demonstrations, pad_rows
 from rlhf.lora import add_adapters
 from rlhf.losses import sft_loss
 from rlhf.model import GPT, GPTConfig
@@ -143,11 +125,7 @@ def main(cfg: SFTConfig) -> None:
     path, start = Path(cfg.out) / "sft.pt", 0
     inputs = digests(demonstrations=csv_path(cfg.data, "demonstrations")) | pretrained_digests(cfg.init)
     if cfg.resume:
-        checkpoint = load_resumable(path, "sft", cfg, tokenizer, inputs)
-        load_trained_state(gpt, checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        start = checkpoint["step"]
+        start = resume(path, "sft", cfg, tokenizer, inputs, gpt, optimizer, scaler)["step"]
 
     parameters = sum(p.numel() for p in gpt.parameters())
     print(f"{parameters:,} parameters, {tokenizer.vocab_size} tokens, {len(train_rows):,} demonstrations "

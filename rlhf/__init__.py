@@ -15,9 +15,9 @@ Read in this order (about an hour):
     evaluate.py      before and after, on held-out prompts
     optimum.py       the best policy that the objective has, to compare with
 
-    Plumbing: cli.py, common.py, checkpoints.py and optim.py (flags, devices, files, optimizer steps). Options that the
-    three scripts do without: lora.py, rankings.py, ptx.py. Programs: sample.py, label.py, export.py, study.py. For data
-    sets: bpe.py, download.py.
+    Plumbing: cli.py, common.py, checkpoints.py, judge.py and optim.py (flags, devices, files, a data set's judge,
+    optimizer steps). Options that the three scripts do without: lora.py, rankings.py, ptx.py. Programs: sample.py,
+    label.py, export.py, study.py. For data sets: bpe.py, download.py.
 
 Shapes are written with these letters:
 

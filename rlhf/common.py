@@ -1,4 +1,4 @@
-"""Plumbing shared by the scripts: devices, seeds, checkpoints and progress. No maths."""
+"""Plumbing shared by the scripts: devices, seeds, checkpoints, CSV files and progress. No maths."""
 
 import contextlib
 import csv
@@ -8,6 +8,7 @@ import os
 import time
 from pathlib import Path
 
+import pandas
 import torch
 
 FORMAT = 1  # of a checkpoint
@@ -166,11 +167,77 @@ def load_resumable(path: Path, kind: str, config, tokenizer, inputs: dict[str, s
     return checkpoint
 
 
+def resume(path: Path, kind: str, config, tokenizer, inputs: dict[str, str], model, optimizer, scaler) -> dict:
+    """Put model, optimizer and scaler back to where load_resumable's checkpoint left them. Returns the checkpoint."""
+    checkpoint = load_resumable(path, kind, config, tokenizer, inputs)
+    load_trained_state(model, checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint
+
+
 def check_finite(model: torch.nn.Module, step: int) -> None:
     """Raise InputError where a weight is NaN or infinite: nothing that follows would mean anything."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise InputError(f"the weights are no longer finite after step {step}: the run has diverged. Lower --lr, or "
                          f"use --amp bf16 instead of fp16; the last checkpoint, if there is one, is from before")
+
+
+# ---- CSV files ----
+
+
+def read_csv(path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = ()) -> pandas.DataFrame:
+    """The named columns as text, and the optional ones where they are. Raises InputError where the file is missing,
+    garbled or empty, a column is missing, or a cell is empty."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give --data a folder that holds it")
+    try:
+        frame = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+    except (ValueError, pandas.errors.ParserError) as error:  # UnicodeDecodeError and EmptyDataError are ValueErrors
+        raise InputError(f"{path} is not a CSV file in UTF-8: {str(error).strip()}") from None
+    if not isinstance(frame.index, pandas.RangeIndex):  # pandas takes a cell too many for a name of the row
+        raise InputError(f"{path}: its rows have more cells than the {len(frame.columns)} columns of its header; put "
+                         f"quotes around text that holds a comma")
+    missing = [column for column in columns if column not in frame]
+    if missing:
+        raise InputError(f"{path} has no column {missing[0]!r}; it needs {', '.join(columns)} and has "
+                         f"{', '.join(map(str, frame.columns))}")
+    columns = (*columns, *(column for column in optional if column in frame))
+    frame = frame[list(columns)].fillna("")
+    if frame.empty:
+        raise InputError(f"{path} has a header but no rows")
+    empty = frame.apply(lambda column: column.str.strip() == "")
+    if empty.any(axis=None):
+        row = int(empty.any(axis=1).to_numpy().argmax())
+        raise InputError(f"{path}, row {row + 1}: {columns[int(empty.iloc[row].to_numpy().argmax())]} is empty "
+                         f"({int(empty.any(axis=1).sum())} such rows); fill it or remove the row")
+    return frame
+
+
+def check_lengths(path: Path, lengths: list[int], limit: int, what: str, fix: str = "") -> None:
+    """Raise InputError naming the first row that is longer than the model can read."""
+    too_long = [row for row, length in enumerate(lengths, start=1) if length > limit]
+    if too_long:
+        row = too_long[0]
+        raise InputError(f"{path}, row {row}: {what} takes {lengths[row - 1]} tokens and there is room for {limit} "
+                         f"({len(too_long)} such rows); shorten or remove them, {fix}or train_sft.py with a larger "
+                         f"--block-size")
+
+
+def csv_path(folder: str | Path, name: str, heldout: bool = False) -> Path:
+    return Path(folder) / f"{name}{'_heldout' if heldout else ''}.csv"
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Rows of the same keys; written whole to a temporary name and renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    # A lone \r ends a row for pandas unless it is quoted, which Python's csv does of itself from 3.13 only.
+    quoting = csv.QUOTE_ALL if any("\r" in str(x) for row in rows for x in row.values()) else csv.QUOTE_MINIMAL
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n", quoting=quoting)
+        writer.writeheader()
+        writer.writerows([{name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()} for row in rows])
+    os.replace(temporary, path)
 
 
 # ---- progress ----
@@ -206,6 +273,9 @@ class Progress:
         left = elapsed / max(1, step - self.start) * (self.steps - step)
         row = {"step": step, **values, "tokens_per_s": round(self.tokens / elapsed),
                "seconds": round(self.seconds_before + elapsed, 1)}
+        if self.rows and self.rows[0].keys() != row.keys():
+            raise InputError(f"{self.path} has other columns than this run writes; move it away, and the run goes on "
+                             f"without its earlier rows")
         cells = {"step": f"{step}/{self.steps}"}
         for name, value in values.items():
             if name not in self.csv_only:
@@ -217,15 +287,3 @@ class Progress:
         self.lines += 1
         self.rows.append(row)
         write_csv(self.path, self.rows)
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Rows of the same keys; written whole to a temporary name and renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    # A lone \r ends a row for pandas unless it is quoted, which Python's csv does of itself from 3.13 only.
-    quoting = csv.QUOTE_ALL if any("\r" in str(x) for row in rows for x in row.values()) else csv.QUOTE_MINIMAL
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n", quoting=quoting)
-        writer.writeheader()
-        writer.writerows([{name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()} for row in rows])
-    os.replace(temporary, path)

@@ -9,18 +9,13 @@ A data set is a folder; each file has a twin *_heldout.csv whose prompts no trai
     judge.py            score(prompts, responses): a gold score that no training step learns from; optional
 """
 
-import importlib.util
-import math
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
-import pandas
 import torch
 from torch import Tensor
 
-from rlhf.common import InputError, make_generator
+from rlhf.common import InputError, check_lengths, csv_path, make_generator, read_csv
 from rlhf.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -60,48 +55,6 @@ def encode_response(tokenizer: Tokenizer, response: str) -> list[int]:
     Prompt and response are encoded apart, so that a prompt has the same tokens whatever follows it.
     """
     return tokenizer.encode(" " + response.strip()) + [tokenizer.eos_id]
-
-
-def read_csv(path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = ()) -> pandas.DataFrame:
-    """The named columns as text, and the optional ones where they are. Raises InputError where the file is missing,
-    garbled or empty, a column is missing, or a cell is empty."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; give --data a folder that holds it")
-    try:
-        frame = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    except (ValueError, pandas.errors.ParserError) as error:  # UnicodeDecodeError and EmptyDataError are ValueErrors
-        raise InputError(f"{path} is not a CSV file in UTF-8: {str(error).strip()}") from None
-    if not isinstance(frame.index, pandas.RangeIndex):  # pandas takes a cell too many for a name of the row
-        raise InputError(f"{path}: its rows have more cells than the {len(frame.columns)} columns of its header; put "
-                         f"quotes around text that holds a comma")
-    missing = [column for column in columns if column not in frame]
-    if missing:
-        raise InputError(f"{path} has no column {missing[0]!r}; it needs {', '.join(columns)} and has "
-                         f"{', '.join(map(str, frame.columns))}")
-    columns = (*columns, *(column for column in optional if column in frame))
-    frame = frame[list(columns)].fillna("")
-    if frame.empty:
-        raise InputError(f"{path} has a header but no rows")
-    empty = frame.apply(lambda column: column.str.strip() == "")
-    if empty.any(axis=None):
-        row = int(empty.any(axis=1).to_numpy().argmax())
-        raise InputError(f"{path}, row {row + 1}: {columns[int(empty.iloc[row].to_numpy().argmax())]} is empty "
-                         f"({int(empty.any(axis=1).sum())} such rows); fill it or remove the row")
-    return frame
-
-
-def check_lengths(path: Path, lengths: list[int], limit: int, what: str, fix: str = "") -> None:
-    """Raise InputError naming the first row that is longer than the model can read."""
-    too_long = [row for row, length in enumerate(lengths, start=1) if length > limit]
-    if too_long:
-        row = too_long[0]
-        raise InputError(f"{path}, row {row}: {what} takes {lengths[row - 1]} tokens and there is room for {limit} "
-                         f"({len(too_long)} such rows); shorten or remove them, {fix}or train_sft.py with a larger "
-                         f"--block-size")
-
-
-def csv_path(folder: str | Path, name: str, heldout: bool = False) -> Path:
-    return Path(folder) / f"{name}{'_heldout' if heldout else ''}.csv"
 
 
 def load_prompts(folder: str, tokenizer: Tokenizer, limit: int, heldout: bool = False) -> list[Prompt]:
@@ -165,55 +118,6 @@ def find_tokenizer(folder: str, choice: str = "auto") -> Tokenizer:
     if choice == "auto":
         choice = str(own) if own.is_file() else "gpt2"
     return load_tokenizer(choice)
-
-
-def load_judge(folder: str) -> ModuleType | None:
-    """The data set's judge.py, or None where it has none. It is called once, so that a fault shows before a run and
-    not at its end."""
-    path = Path(folder) / "judge.py"
-    if not path.is_file():
-        return None
-    spec = importlib.util.spec_from_file_location("judge", path)
-    judge = importlib.util.module_from_spec(spec)
-    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no __pycache__ in the user's data
-    try:
-        spec.loader.exec_module(judge)
-    except Exception as error:
-        raise InputError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
-    finally:
-        sys.dont_write_bytecode = writes
-    if not hasattr(judge, "score"):
-        raise InputError(f"{path} defines no score(prompts, responses)")
-    gold_scores(judge, ["\n\nHuman: Hello.\n\nAssistant:"] * 2, ["Hello.", ""])
-    return judge
-
-
-def gold_scores(judge: ModuleType, prompts: list[str], responses: list[str]) -> list[float]:
-    """judge.score, checked: one finite number for each response. Raises InputError where it fails."""
-    try:
-        scores = [float(score) for score in judge.score(prompts, responses)]
-    except Exception as error:
-        raise InputError(f"score() in {judge.__file__} failed: {type(error).__name__}: {error}") from error
-    if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
-        raise InputError(f"score() in {judge.__file__} must return one finite number for each of {len(responses)} "
-                         f"responses, got {len(scores)}: {str(scores)[:60]}")
-    return scores
-
-
-def vote_probabilities(judge: ModuleType, first: list[float], second: list[float]) -> list[float] | None:
-    """How probably an annotator prefers the first of each pair, given the gold of both; None of a judge that does not
-    know its annotators' noise. Raises InputError where the judge's preference_probability fails."""
-    if not hasattr(judge, "preference_probability"):
-        return None
-    try:
-        p = [float(judge.preference_probability(a, b)) for a, b in zip(first, second)]
-    except Exception as error:
-        raise InputError(f"preference_probability() in {judge.__file__} failed: {type(error).__name__}: "
-                         f"{error}") from error
-    if faulty := [x for x in p if not 0 <= x <= 1]:
-        raise InputError(f"preference_probability() in {judge.__file__} must return a number from 0 to 1, got "
-                         f"{faulty[0]}")
-    return p
 
 
 # ---- batches ----

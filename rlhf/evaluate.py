@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rlhf.common import autocast, make_generator
-from rlhf.data import Prompt, gold_scores, pad_rows
+from rlhf.data import Prompt, pad_rows
+from rlhf.judge import gold_scores
 from rlhf.model import GPT, PolicyWithValue, RewardModel
 from rlhf.optimum import best_of_n, best_of_n_kl, matching_n, optimum
 from rlhf.rewards import kl_k1

@@ -30,17 +30,9 @@ import torch
 from rlhf.checkpoints import find_reward_model, load_policy, tokenizer_of
 from rlhf.cli import arg, check_not_negative, check_positive, run
 from rlhf.common import InputError, make_generator, pick_device
-from rlhf.data import (
-    Prompt,
-    batch_indices,
-    encode_response,
-    gold_scores,
-    load_judge,
-    load_prompts,
-    pad_rows,
-    vote_probabilities,
-)
+from rlhf.data import Prompt, batch_indices, encode_response, load_prompts, pad_rows
 from rlhf.evaluate import decode_responses
+from rlhf.judge import gold_scores, load_judge, vote_probabilities
 from rlhf.rollout import generate, has_ended
 
 COLUMNS = ("Pair", "Prompt", "Chosen", "Rejected", "Answer")

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.common import InputError, autocast
-from rlhf.data import check_lengths, chunks, encode_response, pad_rows, read_csv
+from rlhf.common import InputError, autocast, check_lengths, read_csv
+from rlhf.data import chunks, encode_response, pad_rows
 from rlhf.losses import ranking_loss
 from rlhf.tokenizer import Tokenizer
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from rlhf.checkpoints import find_reward_model, load_policy, tokenizer_of
 from rlhf.cli import arg, check_not_negative, check_positive, run
 from rlhf.common import InputError, make_generator, pick_device
-from rlhf.data import gold_scores, load_judge, pad_rows
+from rlhf.data import pad_rows
+from rlhf.judge import gold_scores, load_judge
 from rlhf.evaluate import decode_responses
 from rlhf.model import GPT, KVCache, RewardModel
 from rlhf.rollout import generate, has_ended

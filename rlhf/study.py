@@ -26,7 +26,8 @@ import torch
 from rlhf.checkpoints import load_policy, load_reward_model
 from rlhf.cli import arg, check_positive, number, run
 from rlhf.common import InputError, pick_device, write_csv
-from rlhf.data import find_tokenizer, load_comparisons, load_judge, load_prompts
+from rlhf.data import find_tokenizer, load_comparisons, load_prompts
+from rlhf.judge import load_judge
 from rlhf.evaluate import Setting, reference_samples
 from rlhf.optimum import best_of_n, best_of_n_kl
 

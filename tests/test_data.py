@@ -13,26 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf.common import InputError
+from rlhf.common import InputError, read_csv
 from rlhf.data import (
-    Comparison,
-    Demonstration,
-    Prompt,
-    batch_indices,
-    chunks,
-    comparison_batch,
-    demonstration_batch,
-    encode_response,
-    find_tokenizer,
-    load_comparisons,
-    load_demonstrations,
-    load_judge,
-    load_prompts,
-    pad_rows,
-    read_csv,
-    response_mask,
-    vote_probabilities,
+    Comparison, Demonstration, Prompt, batch_indices, chunks, comparison_batch, demonstration_batch,
+    encode_response, find_tokenizer, load_comparisons, load_demonstrations, load_prompts, pad_rows, response_mask,
 )
+from rlhf.judge import load_judge, vote_probabilities
 from rlhf.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")

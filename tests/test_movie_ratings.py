@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from rlhf.common import InputError
-from rlhf.data import find_tokenizer, load_comparisons, load_demonstrations, load_judge, load_prompts
+from rlhf.data import find_tokenizer, load_comparisons, load_demonstrations, load_prompts
+from rlhf.judge import load_judge
 from rlhf.rankings import load_rankings
 from tests.conftest import ROOT
 
@@ -665,6 +666,13 @@ def test_linear_fit_is_the_minimum(linear):
     words = torch.tensor([0]), torch.tensor([0, 1]), torch.tensor([1.0], dtype=torch.float64)
     weight = linear.fit(words, torch.tensor([0]), torch.tensor([1]), decay=1 / (2 * (1 + math.e)))
     assert weight.item() == pytest.approx(1, abs=1e-5)
+
+
+def test_linear_needs_a_word_that_comes_twice(linear, tmp_path):
+    for name in ("comparisons.csv", "comparisons_heldout.csv"):
+        (tmp_path / name).write_text("Prompt,Chosen,Rejected\nReview:,good,bad\n")
+    with pytest.raises(InputError, match="no word of comparisons.csv comes in two texts"):
+        linear.main(linear.LinearConfig(data=str(tmp_path)))
 
 
 def test_linear_on_small_archives(linear, small, tmp_path, capsys):

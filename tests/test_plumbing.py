@@ -11,22 +11,9 @@ from torch.testing import assert_close
 
 from rlhf.cli import arg, parse_cli
 from rlhf.common import (
-    InputError,
-    Progress,
-    autocast,
-    check_finite,
-    check_tokenizer,
-    digests,
-    load_checkpoint,
-    load_resumable,
-    make_generator,
-    make_scaler,
-    pick_amp,
-    pick_device,
-    save_checkpoint,
-    write_csv,
+    InputError, Progress, autocast, check_finite, check_tokenizer, digests, load_checkpoint, load_resumable,
+    make_generator, make_scaler, pick_amp, pick_device, save_checkpoint, read_csv, write_csv,
 )
-from rlhf.data import read_csv
 from rlhf.model import GPT, GPTConfig
 from rlhf.optim import cosine_schedule, linear_schedule, make_optimizer, optimizer_step
 
@@ -284,6 +271,14 @@ def test_progress_refuses_the_record_of_something_else(tmp_path, text):
     path.write_text(text)
     with pytest.raises(InputError, match="not the record of this run"):
         Progress(path, steps=4, start=2)
+    assert path.read_text() == text
+
+
+def test_progress_refuses_a_record_with_other_columns(tmp_path):
+    path, text = tmp_path / "x.csv", "step,loss,tokens_per_s,seconds\n1,0.5,9,100\n"
+    path.write_text(text)
+    with pytest.raises(InputError, match="other columns than this run writes"):
+        Progress(path, steps=4, start=1).log(2, loss=0.3, valid=0.4)
     assert path.read_text() == text
 
 

@@ -25,8 +25,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # where rlhf/ is
 from rlhf.bpe import train_bpe, write_ranks
 from rlhf.cli import arg, check_not_negative, check_positive, run
-from rlhf.common import InputError, write_csv
-from rlhf.data import csv_path, encode_response
+from rlhf.common import InputError, csv_path, write_csv
+from rlhf.data import encode_response
 from rlhf.download import fetch
 from rlhf.tokenizer import Tokenizer, load_tokenizer
 

@@ -25,7 +25,7 @@ sys.path += [str(FOLDER), str(FOLDER.parents[1])]  # this folder's judge.py, and
 from judge import features
 
 from rlhf.cli import arg, check_not_negative, run
-from rlhf.data import csv_path, read_csv
+from rlhf.common import InputError, csv_path, read_csv
 from rlhf.losses import bradley_terry_loss
 
 
@@ -86,6 +86,8 @@ def main(cfg: LinearConfig) -> None:
     texts = sorted({*train["Chosen"], *train["Rejected"]})
     number = {text: i for i, text in enumerate(texts)}
     idf = count_features(texts)
+    if not idf:
+        raise InputError(f"{cfg.data}: no word of comparisons.csv comes in two texts; there is nothing to learn")
     print(f"{len(train):,} comparisons of {len(texts):,} texts, {len(idf):,} features")
     sides = (torch.tensor(train[side].map(number).tolist()) for side in ("Chosen", "Rejected"))
     weight = fit(count_words(texts, idf), *sides, cfg.decay)
