@@ -22,7 +22,7 @@ def cosine_schedule(step: int, steps: int, warmup: int) -> float:
     """Factor of the peak rate: up in a line over `warmup` steps, then down half a cosine to a tenth."""
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = (step - warmup) / (steps - warmup)  # warmup <= step < steps
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 

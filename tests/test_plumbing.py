@@ -113,6 +113,7 @@ def test_schedules_by_hand():
     assert cosine_schedule(7, 12, 2) == pytest.approx(0.55) and cosine_schedule(12, 12, 2) == pytest.approx(0.1)
     assert [linear_schedule(s, 12, 2) for s in (0, 1, 2, 3, 11)] == pytest.approx([0.5, 1, 1, 0.9, 0.1])
     assert [linear_schedule(s, 4, 0) for s in range(4)] == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert [linear_schedule(s, 2, 2) for s in range(2)] == [cosine_schedule(s, 2, 2) for s in range(2)] == [0.5, 1]
 
 
 def test_decay_is_on_matrices_alone():
@@ -123,19 +124,18 @@ def test_decay_is_on_matrices_alone():
 
 @pytest.mark.parametrize("amp", [None, torch.float16])
 def test_step_clips_the_true_gradient(amp):
-    """Loss 3 w0 + 4 w1: gradient (3, 4) of norm 5, clipped to norm 1: (0.6, 0.8); descent with rate 1 moves there.
-    In float16 the scaler multiplies the loss by 65536 and the clipping must not see that."""
+    """Loss 3 w0 + 4 w1 at (1, 1) is 7; gradient (3, 4) of norm 5, clipped to norm 1: (0.6, 0.8); descent with rate 1
+    takes that away. In float16 the scaler multiplies the loss by 65536 and the clipping must not see that."""
     model = nn.Linear(2, 1, bias=False)
-    nn.init.zeros_(model.weight)
+    nn.init.ones_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scaler = make_scaler(torch.device("cpu"), amp)
     assert scaler.is_enabled() == (amp is torch.float16)
     model.weight.grad = torch.full((1, 2), 1e6)  # left over from an earlier step: must be forgotten
     losses = [model(torch.tensor([3.0, 0.0])).sum(), model(torch.tensor([0.0, 4.0])).sum()]  # their gradients add
-    before = sum(losses).item()
     loss, norm = optimizer_step(losses, model, optimizer, scaler, max_grad_norm=1.0)
-    assert norm.item() == pytest.approx(5.0, rel=1e-5) and loss.item() == pytest.approx(before)
-    assert_close(model.weight.data, torch.tensor([[-0.6, -0.8]]), atol=1e-5, rtol=0)
+    assert norm.item() == pytest.approx(5.0, rel=1e-5) and loss.item() == 7
+    assert_close(model.weight.data, torch.tensor([[0.4, 0.2]]), atol=1e-5, rtol=0)
 
 
 def test_float16_step_with_an_infinite_gradient_is_skipped():

@@ -26,13 +26,15 @@ class PlusOne(nn.Module):
 
 
 def test_generation_counts_up_until_end_of_text():
-    """Prompts 4 | 1 2 3 | 6 7, at most four new tokens. The first row says 5 6 7 8, the second 4 5 6 7, the third 8 9
-    and stops at 9, the end-of-text. The mask is True on what was said; behind a row's end stands 0."""
-    prompts = torch.tensor([[4, 11, 11], [1, 2, 3], [6, 7, 11]])
-    tokens, mask = generate(PlusOne(), prompts, torch.tensor([1, 3, 2]), max_new_tokens=4, eos_id=EOS)
-    assert tokens.tolist() == [[4, 5, 6, 7, 8, 0, 0], [1, 2, 3, 4, 5, 6, 7], [6, 7, 8, 9, 0, 0, 0]]
-    assert mask.int().tolist() == [[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0]]
-    assert has_ended(tokens, mask, EOS).tolist() == [False, False, True]
+    """Prompts 4 | 1 2 3 | 6 7 | 8, at most four new tokens. The first row says 5 6 7 8, the second 4 5 6 7, the third
+    8 9 and stops at 9, the end-of-text; the fourth says 9 at once, and ends before the longest prompt does. The mask is
+    True on what was said; behind a row's end stands 0."""
+    prompts = torch.tensor([[4, 11, 11], [1, 2, 3], [6, 7, 11], [8, 11, 11]])
+    tokens, mask = generate(PlusOne(), prompts, torch.tensor([1, 3, 2, 1]), max_new_tokens=4, eos_id=EOS)
+    assert tokens.tolist() == [[4, 5, 6, 7, 8, 0, 0], [1, 2, 3, 4, 5, 6, 7], [6, 7, 8, 9, 0, 0, 0],
+                               [8, 9, 0, 0, 0, 0, 0]]
+    assert mask.int().tolist() == [[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
+    assert has_ended(tokens, mask, EOS).tolist() == [False, False, True, True]
 
 
 def test_generation_stops_when_every_row_has():
