@@ -25,10 +25,11 @@ def write(tmp_path, *lines):
 
 
 def test_rows_of_a_prompt_form_one_ranking(tokenizer, tmp_path, capsys):
-    """Prompt a has three responses that do not stand together; b's two are tied and c has one: both are dropped."""
-    path = write(tmp_path, "a,one,2", "b,one,1", "a,two,1", "c,one,1", "b,two,1", "a,three,2")
+    """Prompt a has three responses that do not stand together; b's two are tied and c has one: both are dropped. Ranks
+    may be anything from 0 to 2**31 - 1."""
+    path = write(tmp_path, "a,one,2147483647", "b,one,1", "a,two,0", "c,one,1", "b,two,1", "a,three,2147483647")
     (got,) = load_rankings(path, tokenizer, 80)
-    assert got.ranks == [2, 1, 2]
+    assert got.ranks == [2147483647, 0, 2147483647]
     assert [tokenizer.decode(row[:-1]) for row in got.responses] == ["a one", "a two", "a three"]
     assert "2 of 3 rankings dropped" in capsys.readouterr().out
 
@@ -64,7 +65,7 @@ class Table(torch.nn.Module):
         return self.table[tokens[torch.arange(len(tokens)), lengths - 1]]
 
 
-ROWS = [Ranking([[3, 2], [3, 3, 1], [0]], [1, 2, 3]), Ranking([[2], [0, 1]], [2, 1])]
+ROWS = [Ranking([[3, 2], [3, 3, 1], [0]], [1, 2, 3]), Ranking([[2], [0, 1]], [1, 0])]
 
 
 def test_ranking_losses_by_hand():

@@ -39,9 +39,11 @@ def test_generation_counts_up_until_end_of_text():
 
 def test_generation_stops_when_every_row_has():
     """7 -> 8 9 and 8 -> 9: two columns suffice, of the hundred allowed."""
-    tokens, mask = generate(PlusOne(), torch.tensor([[7], [8]]), torch.tensor([1, 1]), 100, EOS)
-    assert tokens.tolist() == [[7, 8, 9], [8, 9, 0]]
-    assert mask.tolist() == [[True, True], [True, False]]
+    plus_one = PlusOne()
+    for model in (plus_one, lambda tokens: (plus_one(tokens), "values")):  # of a tuple the first entry counts
+        tokens, mask = generate(model, torch.tensor([[7], [8]]), torch.tensor([1, 1]), 100, EOS)
+        assert tokens.tolist() == [[7, 8, 9], [8, 9, 0]]
+        assert mask.tolist() == [[True, True], [True, False]]
 
 
 def test_end_of_text_in_the_prompt_or_as_last_allowed_token():
