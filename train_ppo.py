@@ -15,9 +15,9 @@ judge instead of better answers.
 
 A step has six parts; README.md draws them, and the numbers in the comments here are theirs.
 
-Kept: log-probabilities re-computed in the mode of the update, the k1 penalty inside the reward, the score on the last
-action, V = 0 after it, advantages whitened over the rollout, the clipped ratio, a fixed score for answers that never
-end.
+Kept of the details that matter: log-probabilities re-computed in the mode of the update, the k1 penalty inside the
+reward, the score on the last action, V = 0 after it, advantages whitened over the rollout, the clipped ratio, a fixed
+score for answers that never end.
 Left out: whitening of rewards, dropout, top-k and top-p (the policy that samples must be the policy that is trained).
 """
 
@@ -36,7 +36,7 @@ from rlhf.common import (
     pick_amp, pick_device, resume, save_checkpoint, write_csv,
 )
 from rlhf.data import batch_indices, find_tokenizer, load_prompts, pad_rows
-from rlhf.evaluate import Setting, answer, compare, mean_gold, print_answers, print_pairs, print_table, sample_rows
+from rlhf.evaluate import Setting, answer, compare, mean_gold
 from rlhf.judge import load_judge
 from rlhf.lora import trained_and_frozen
 from rlhf.losses import entropy, policy_loss, value_loss
@@ -44,6 +44,7 @@ from rlhf.masked import masked_mean, masked_whiten, token_logprobs
 from rlhf.model import PolicyWithValue
 from rlhf.optim import linear_schedule, make_optimizer, optimizer_step, set_lr
 from rlhf.ptx import PretrainingMix
+from rlhf.report import print_answers, print_pairs, print_table, sample_rows
 from rlhf.rewards import adapt_kl_coef, kl_k1, kl_k3, shape_rewards
 from rlhf.rollout import Rollout, collect, has_ended
 
@@ -74,7 +75,8 @@ class PPOConfig:
     gamma: float = arg(1.0, "discount")
     lam: float = arg(0.95, "GAE's lambda")
     clip_eps: float = arg(0.2, "the ratio earns nothing beyond 1 - eps and 1 + eps")
-    value_clip_eps: float = arg(math.inf, "how far the value may move in an update; inf: freely")
+    value_clip_eps: float = arg(math.inf, "to move the value further than this from the rollout's earns nothing; inf: "
+                                "no clipping")
     value_coef: float = arg(0.5, "weight of the value loss")
     entropy_coef: float = arg(0.0, "weight of the entropy bonus")
     ptx_coef: float = arg(0.0, "weight of the imitation of demonstrations, InstructGPT's gamma")
@@ -119,7 +121,9 @@ class PPOConfig:
 
 def batch_losses(policy, rollout: Rollout, advantages, returns, rows, cfg: PPOConfig, amp, stats: list):
     """Part 5 of a step: the loss of some rows of the rollout, in parts that fit in memory (--micro-batch-size). A part
-    weighs as much as it has actions, so the parts sum to the mean over all of them. Appends its figures to stats."""
+    weighs as much as it has actions, so the parts sum to the mean over all of them. Appends its figures to stats.
+
+    A generator: nothing runs until optimizer_step takes the parts, one by one."""
     actions = rollout.mask[rows].sum()
     for part in rows.split(cfg.micro_batch_size or len(rows)):
         mb = rollout.take(part)
@@ -163,8 +167,9 @@ def update(
             grad_norms.append(grad_norm)
         if sum(one["kl_old"].item() for one in stats[begun:]) / len(minibatches) > cfg.max_kl_old:
             break  # far enough from the policy that made the rollout; its advantages say little about this one
-    first_log_ratio = [one.pop("max_log_ratio") for one in stats][0].item()
-    means = {name: sum(one[name] for one in stats).item() / len(grad_norms) for name in stats[0]}
+    first_log_ratio = stats[0]["max_log_ratio"].item()
+    means = {name: sum(one[name] for one in stats).item() / len(grad_norms) for name in stats[0]
+             if name != "max_log_ratio"}
     return {**means, "grad_norm": torch.stack(grad_norms).mean().item(), "gradient_steps": len(grad_norms),
             "first_log_ratio": first_log_ratio}
 
@@ -255,6 +260,7 @@ def main(cfg: PPOConfig) -> None:
         rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef)
         # ---- 4 credit ----
         advantages, returns = gae(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
+        # The mean taken away is one more baseline; the division frees lr and clipping from the unit of the scores.
         advantages = masked_whiten(advantages, rollout.mask)
         # ---- 5 losses, 6 update ----
         lr = cfg.lr * linear_schedule(step, cfg.steps, cfg.warmup)

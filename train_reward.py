@@ -88,7 +88,8 @@ def score_rows(model, rows: list[list[int]], pad_id: int, device, amp) -> torch.
 
 def batch_losses(model, rows, micro_batch_size: int, pad_id: int, device, amp, margins: list):
     """The loss of a batch of comparisons in parts, one for each micro-batch (0: all rows at once), each weighed by its
-    share of the rows. Appends chosen less rejected scores of each part to `margins`."""
+    share of the rows. Appends chosen less rejected scores of each part to `margins`. A generator: nothing runs until
+    optimizer_step takes the parts, one by one."""
     for part in chunks(rows, micro_batch_size):
         tokens, lengths = comparison_batch(part, pad_id, device)  # (2N, T), (2N,)
         with autocast(device, amp):

@@ -15,15 +15,17 @@ Read in this order (about an hour):
     evaluate.py      before and after, on held-out prompts
     optimum.py       the best policy that the objective has, to compare with
 
-    Plumbing: cli.py, common.py, checkpoints.py, judge.py and optim.py (flags, devices, files, a data set's judge,
-    optimizer steps). Options that the three scripts do without: lora.py, rankings.py, ptx.py. Programs: sample.py,
-    label.py, export.py, study.py. For data sets: bpe.py, download.py.
+    Plumbing: cli.py, common.py, checkpoints.py, judge.py, optim.py and report.py (flags, devices, files, a data set's
+    judge, optimizer steps, what is printed). Options that the three scripts do without: lora.py, rankings.py, ptx.py.
+    Programs: sample.py, label.py, export.py, study.py. For data sets: bpe.py, download.py.
 
 Shapes are written with these letters:
 
     B  sequences in a batch        P  tokens in the longest prompt
     T  tokens in a sequence        C  channels of the network
     V  tokens in the vocabulary    H  attention heads
+
+and, where answers are compared, N comparisons or samples, K ranked answers to a prompt, Q prompts.
 
 One convention carries the whole project. A sequence is [prompt][response][pad ...], padded on the right only, so
 under causal attention no pad can influence a real token and nothing needs an attention mask. Everything that

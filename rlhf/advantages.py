@@ -14,9 +14,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
                  = delta[t] + (gamma lam) delta[t+1] + (gamma lam)^2 delta[t+2] + ...
         R[t]     = A[t] + V[t]                               what the value estimate is trained towards
 
-    Schulman et al. 2016, equations 11, 12 and 16. lam = 0 trusts the value estimate (A = delta); lam = 1 trusts the
-    rewards alone (with gamma = 1, A is the sum of all that follow, less V). gamma = 1 is right for
-    responses: a word is worth as much early as late.
+    Schulman et al. 2016, equation 16; the cases that follow are 17 and 18. lam = 0 trusts the value estimate (A =
+    delta); lam = 1 trusts the rewards alone (with gamma = 1, A is the sum of all that follow, less V). gamma = 1 is
+    right for responses: the score comes once, at the end, and a discount would pay the first words less of it.
 
     Args: rewards, values, mask: (B, T-1); the True slots of a row are consecutive.
     Returns: advantages and returns, (B, T-1), 0 where the mask is False; not whitened.

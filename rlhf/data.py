@@ -1,6 +1,6 @@
 """The three data sets, read with pandas, and the rectangles of tokens made from them.
 
-A data set is a folder; each file has a twin *_heldout.csv whose prompts no training file holds:
+A data set is a folder; each CSV has a twin *_heldout.csv whose prompts no training file holds:
 
     prompts.csv         Prompt                       what PPO answers
     demonstrations.csv  Prompt, Response             what fine-tuning imitates

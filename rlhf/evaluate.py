@@ -76,7 +76,7 @@ def mean_gold(judge: ModuleType | None, prompts: list[Prompt], rollout: Rollout,
 def reference_samples(
     prompts: list[Prompt], samples: int, setting: Setting, seed: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores (P, N) of N = samples responses of the reference to each of P prompts, and their gold (None without a
+    """Scores (Q, N) of N = samples responses of the reference to each of Q prompts, and their gold (None without a
     judge): what rlhf/optimum.py needs."""
     device = next(setting.reference.parameters()).device
     tokenizer, scores, golds = setting.tokenizer, [], []
@@ -128,14 +128,18 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
         (J - J_sft) / (J* - J_sft),    J = score - kl_coef * kl_ref
 
     0 for the reference, 1 for the best policy that this objective has. The two rows come from fewer prompts than the
-    others, and prompts differ more than policies do. So each figure is that of PPO's row plus what it is above PPO's on
-    the prompts that both have answered; but for the KL of best-of-n, which is the same for every prompt.
+    others, and prompts differ more than policies do, so they are paired with PPO's:
 
-    Args: ours: PPO's answers to all P prompts, and again, any number of times; scores, golds (P, N) of
+        figure = PPO's mean over all prompts + (theirs - PPO's, means over the Q prompts that both have answered)
+
+    but for the KL of best-of-n, which is the same for every prompt.
+
+    Args: ours: PPO's answers to all Q prompts, and again, any number of times; scores, golds (Q, N) of
         reference_samples, with N even.
-    Returns: a line on how far the estimate can be trusted: the standard error, over the P prompts, of what PPO lacks,
+    Returns: a line on how far the estimate can be trusted: the standard error, over the Q prompts, of what PPO lacks,
         J* - J; and its bias. Half of the samples, twice, give a lower J* than all of them; all of them give a lower
-        one than there is, by at least about as much.
+        one than there is, by about as much where the effective sample size is large. Where it is 5 or less, that is a
+        lower bound: the samples cannot tell of answers that are too good to be among them.
     """
     ppo, best = table[-1], optimum(scores, kl_coef)
     largest = scores.size(1) // 2  # beyond it, best-of-n is too uncertain
@@ -163,7 +167,7 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
     slope = ppo["optimality"] / gain if gain > 0 else math.inf
     bias = (best["objective"].mean() - halves).item() * slope if gain > 0 else math.inf
     reached = torch.tensor([one["score"] - kl_coef * one["kl_ref"] for one in ours]).view(-1, len(scores)).mean(dim=0)
-    lacking = best["objective"] - reached  # (P,)
+    lacking = best["objective"] - reached  # (Q,)
     error = lacking.std().item() / math.sqrt(len(scores)) * slope if gain > 0 and len(scores) > 1 else math.inf
     nearest = "whose KL is nearest to PPO's"
     if matching_n(ppo["kl_ref"], largest + 1) > n:
@@ -186,39 +190,3 @@ def compare(
     few = prompts[:optimum_prompts]
     ours = answer(policy, few * 32, setting, seed + 1)  # one each would be noise beside N of the reference
     return table, before, after, add_optimum(table, ours, *reference_samples(few, samples, setting, seed), kl_coef)
-
-
-def sample_rows(before: list[dict], after: list[dict]) -> list[dict]:
-    """Rows of ppo_samples.csv: the same prompt answered before and after."""
-    return [{"Prompt": a["prompt"], "Before": a["response"], "After": b["response"],
-             "score_before": round(a["score"], 4), "score_after": round(b["score"], 4),
-             "gold_before": a["gold"], "gold_after": b["gold"]} for a, b in zip(before, after)]
-
-
-def shown(value) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def print_table(rows: list[dict]) -> None:
-    """The rows of evaluation.csv, aligned."""
-    rows = [{name: shown(value) for name, value in row.items()} for row in rows]
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-    print(" | ".join(name.rjust(width) for name, width in widths.items()))
-    for row in rows:
-        print(" | ".join(row[name].rjust(width) for name, width in widths.items()))
-
-
-def verdict(one: dict) -> str:
-    return f"score {one['score']:+.2f}" + ("" if one["gold"] is None else f", gold {one['gold']:+.1f}")
-
-
-def print_answers(answers: list[dict]) -> None:
-    for one in answers:
-        print(f"    {one['prompt'].strip().splitlines()[0]}\n        -> {one['response']}   ({verdict(one)})")
-
-
-def print_pairs(before: list[dict], after: list[dict], count: int) -> None:
-    for a, b in list(zip(before, after))[:count]:
-        print(f"\n    {' / '.join(a['prompt'].split(chr(10) * 2)).strip(' /')}")
-        for name, one in (("before", a), ("after", b)):
-            print(f"      {name:>6} ({verdict(one)}): {one['response']}")

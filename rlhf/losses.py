@@ -46,8 +46,9 @@ def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor
 def ranking_loss(scores: Tensor, ranks: Tensor) -> Tensor:
     """Bradley-Terry over all pairs of K ranked responses: mean over a prompt's pairs, then over the prompts.
 
-    Ouyang et al. 2022 (InstructGPT), equation 1: -1/C(K,2) * sum over pairs of log sigmoid(r_better - r_worse). The
-    pairs of one prompt are one element: they share K forward passes, and a prompt with many pairs weighs no more.
+    Ouyang et al. 2022 (InstructGPT), equation 1: -1/C(K,2) * sum over pairs of log sigmoid(r_better - r_worse); with
+    ties, the number of pairs that are left takes the place of C(K,2). The pairs of one prompt are one element: they
+    share K forward passes, and a prompt with many pairs weighs no more.
 
     Args:
         scores (N, K).
@@ -82,6 +83,10 @@ def policy_loss(
     direction that the advantage asks for, the gradient of that slot is exactly zero; a move in the wrong direction is
     never clipped.
 
+    The policy gradient is a sum over the slots of each response, a mean over responses. Here the sum over all slots is
+    divided by one number for the whole batch, which only rescales it; to divide each response by its own length would
+    change its direction, and pay for length.
+
     Args: new_logprobs (with gradient), old_logprobs, advantages, mask: (B, T-1).
     Returns: the loss; the share of True slots where the clipped branch is the larger loss.
     """
@@ -106,7 +111,7 @@ def value_loss(
     clipping off.
 
     Args: new_values (with gradient), old_values, returns, mask: (B, T-1).
-    Returns: the loss; the share of True slots where the clipped branch is the larger loss.
+    Returns: the loss; the share of True slots where V has moved beyond eps and the clipped branch is the larger loss.
     """
     check_same_shape(new_values=new_values, old_values=old_values, returns=returns, mask=mask)
     new_values, old_values, returns = (torch.where(mask, x, 0.0) for x in (new_values, old_values, returns))
@@ -114,7 +119,8 @@ def value_loss(
     unclipped = (new_values - returns) ** 2
     clipped = (clipped_values - returns) ** 2
     loss = 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask)
-    return loss, masked_mean((clipped > unclipped).float(), mask)
+    beyond = (new_values - old_values).abs() > clip_eps  # within eps, V_clipped differs from V by rounding alone
+    return loss, masked_mean((beyond & (clipped > unclipped)).float(), mask)
 
 
 def entropy(logits: Tensor, mask: Tensor) -> Tensor:

@@ -34,21 +34,21 @@ def optimum(scores: Tensor, kl_coef: float) -> dict[str, Tensor]:
     The estimate of J* is low on average, by about beta * (1/ess - 1/N) / 2 where ess is large, and by more where it is
     small: a policy then looks closer to the optimum than it is. beta = 0 has the best sample as its optimum.
 
-    Args: scores (P, N), N independent samples of the reference for each of P prompts; kl_coef: 0 or more.
-    Returns: objective, score, kl_ref, ess, each (P,), and weights (P, N), in float64.
+    Args: scores (Q, N), N independent samples of the reference for each of Q prompts; kl_coef: 0 or more.
+    Returns: objective, score, kl_ref, ess, each (Q,), and weights (Q, N), in float64.
     """
     if scores.dim() != 2 or scores.size(1) < 2:
-        raise ValueError(f"scores must be (P, N) with N at least 2, got {tuple(scores.shape)}")
+        raise ValueError(f"scores must be (Q, N) with N at least 2, got {tuple(scores.shape)}")
     if not kl_coef >= 0:
         raise ValueError(f"kl_coef is {kl_coef}: it must be 0 or more")
     scores, log_n = scores.double(), math.log(scores.size(1))
     if kl_coef == 0:
-        best = (scores == scores.amax(dim=1, keepdim=True)).double()  # (P, N)
+        best = (scores == scores.amax(dim=1, keepdim=True)).double()  # (Q, N)
         log_weights = torch.log(best / best.sum(dim=1, keepdim=True))
     else:
-        log_weights = torch.log_softmax(scores / kl_coef, dim=1)  # (P, N)
+        log_weights = torch.log_softmax(scores / kl_coef, dim=1)  # (Q, N)
     weights = log_weights.exp()
-    score = (weights * scores).sum(dim=1)  # (P,)
+    score = (weights * scores).sum(dim=1)  # (Q,)
     kl_ref = torch.where(weights > 0, weights * (log_weights + log_n), 0.0).sum(dim=1)
     return {"objective": score - kl_coef * kl_ref, "score": score, "kl_ref": kl_ref,
             "ess": 1 / (weights**2).sum(dim=1), "weights": weights}
@@ -60,19 +60,19 @@ def best_of_n(scores: Tensor, values: Tensor, n: int) -> Tensor:
     Sorted by score, the sample at rank i (0 the lowest) is the best of a random n with probability C(i, n-1) / C(N, n).
     This uses all N samples, and is unbiased (Nakano et al. 2021, WebGPT, appendix I). Of equal scores the later wins.
 
-    Args: scores, values (P, N): values may be the scores themselves, or another judge's scores of the same samples.
-    Returns: (P,), in float64.
+    Args: scores, values (Q, N): values may be the scores themselves, or another judge's scores of the same samples.
+    Returns: (Q,), in float64.
     """
     check_same_shape(scores=scores, values=values)
     if scores.dim() != 2 or not 1 <= n <= scores.size(1):
-        raise ValueError(f"n = {n} must lie between 1 and N of scores (P, N), here {tuple(scores.shape)}")
+        raise ValueError(f"n = {n} must lie between 1 and N of scores (Q, N), here {tuple(scores.shape)}")
     N = scores.size(1)
     ranks = torch.arange(N, dtype=torch.float64, device=scores.device)
     # log C(i, n-1) - log C(N, n), -inf where i < n - 1
     log_p = (torch.lgamma(ranks + 1) - math.lgamma(n) - torch.lgamma((ranks - n + 2).clamp(min=1))
              - (math.lgamma(N + 1) - math.lgamma(n + 1) - math.lgamma(N - n + 1)))
     p = torch.where(ranks >= n - 1, log_p.exp(), 0.0)  # (N,), sums to 1
-    order = scores.argsort(dim=1, stable=True)  # (P, N), lowest first
+    order = scores.argsort(dim=1, stable=True)  # (Q, N), lowest first
     return (values.double().gather(1, order) * p).sum(dim=1)
 
 

@@ -25,8 +25,10 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """(pi_ref/pi - 1) - log(pi_ref/pi) = expm1(-d) + d, with d = log pi - log pi_ref.
 
-    Schulman 2020, k3: unbiased as well, never negative and less noisy, so it suits a display. Mind the side: with
-    the roles of pi and pi_ref exchanged under the same samples it estimates another quantity, and is still positive.
+    Schulman 2020, k3: unbiased as well and never negative. While the two are close, as the old and the new policy are
+    within a step (`kl_old`), it is much less noisy than k1; far apart, where pi_ref/pi can be large, it is the noisier
+    one. Mind the side: with the roles of pi and pi_ref exchanged under the same samples it estimates another quantity,
+    and is still positive.
 
     Args: both (B, T-1), nats.  Returns: (B, T-1), nats per token.
     """

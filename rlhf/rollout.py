@@ -78,7 +78,7 @@ def generate(
         if cache is None:
             output = model(tokens[:, :t])
             logits = (output[0] if isinstance(output, tuple) else output)[:, -1]  # (B, V), of column t
-        else:  # the prompts' common part, then a column a time; logits of the last column alone, for V may be large
+        else:  # the prompts' common part, then a column at a time; logits of the last column alone, for V may be large
             logits = model.logits(model.hidden(tokens[:, cache.length : t], cache)[:, -1])  # (B, C) -> (B, V)
         sampled = sample(logits, generator)  # (B,)
         writing = (t >= prompt_lens) & ~done  # (B,): past its prompt, not at its end

@@ -83,7 +83,7 @@ class World:
 
 
 def slope_of_objective(world, gpt, kl_coef):
-    """The exact gradient of J by central differences, one weight at a time."""
+    """The gradient of the exact J by central differences, one weight at a time: no derivative code is shared."""
     slopes = []
     with torch.no_grad():
         for parameter in gpt.parameters():
@@ -186,7 +186,7 @@ def train(world, kl_coef, seed, steps, broken=""):
 @pytest.mark.parametrize(("kl_coef", "steps"), [(1.5, 100), (2.5, 80), (4.0, 40)])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_ppo_reaches_the_optimum(kl_coef, steps, seed):
-    """KL(pi || pi*) at most 0.01 nats, from far more than that."""
+    """KL(pi || pi*) at most 0.01 nats, from 0.014 to 0.19."""
     before, after = train(World(seed, channels=32), kl_coef, seed, steps)
     print(f"kl_coef {kl_coef}, seed {seed}: KL to the optimum {before:.3f} -> {after:.5f}")
     assert after <= 0.01 < before
@@ -194,7 +194,7 @@ def test_ppo_reaches_the_optimum(kl_coef, steps, seed):
 
 @pytest.mark.parametrize("broken", ["sign of the KL", "slot of the score", "mask without end-of-text"])
 def test_a_broken_ppo_does_not_reach_it(broken):
-    """The test above can fail."""
-    after = train(World(0, channels=32), 1.5, 0, 40, broken)[1]
+    """The test above can fail: as many steps as its first row takes, and another target."""
+    after = train(World(0, channels=32), 1.5, 0, 100, broken)[1]
     print(f"{broken}: KL to the optimum {after:.3f}")
     assert after > 0.03

@@ -189,9 +189,16 @@ def test_value_loss_table(new, old, ret, loss, grad):
 
 
 def test_value_loss_without_clipping_is_half_the_squared_error():
-    """(1 - 4)^2 / 2 = 4.5 with clip_eps = inf, however far V has moved."""
+    """(1 - 4)^2 / 2 = 4.5 with clip_eps = inf, however far V has moved. In float32 V_old + (V - V_old) is not V to the
+    last bit, and that is no clipping: the share is 0 with eps = inf and with an eps that no V has reached."""
     got, clip_fraction = value_loss(f64([1]), f64([-9]), f64([4]), torch.tensor([[True]]), math.inf)
     assert (got.item(), clip_fraction.item()) == (4.5, 0.0)
+    old, new, ret = torch.randn(3, 50, 20, generator=torch.Generator().manual_seed(0))
+    assert (old + (new - old) != new).any()
+    for eps in (math.inf, 100.0):
+        loss, clip_fraction = value_loss(new, old, ret, torch.ones(50, 20, dtype=torch.bool), eps)
+        assert clip_fraction.item() == 0
+        assert_close(loss, ((new - ret) ** 2).mean() / 2)
 
 
 @pytest.mark.parametrize("poison", POISON)

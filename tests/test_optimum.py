@@ -72,7 +72,7 @@ def test_kl_of_best_of_n_is_that_of_its_distribution():
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="N at least 2"):
         optimum(torch.zeros(3, 1), 0.1)
-    with pytest.raises(ValueError, match=r"\(P, N\)"):
+    with pytest.raises(ValueError, match=r"\(Q, N\)"):
         optimum(torch.zeros(3), 0.1)
     for bad in (-0.1, float("nan")):
         with pytest.raises(ValueError, match="0 or more"):
