@@ -111,10 +111,13 @@ class PPOConfig:
             raise ValueError(f"--optimum-samples is {self.optimum_samples}: give an even number, 4 or more")
         if not (self.value_clip_eps > 0 and self.max_kl_old > 0):
             raise ValueError("--value-clip-eps and --max-kl-old must be above 0; inf turns them off")
+        if self.kl_target and self.kl_horizon < self.batch_size:
+            raise ValueError(f"--kl-horizon ({self.kl_horizon:g}) counts episodes: give --batch-size "
+                             f"({self.batch_size}) or more")
         if self.kl_target and not self.kl_coef:
             raise ValueError("--kl-target multiplies --kl-coef step by step, so it needs one above 0 to start from")
-        if math.isinf(self.missing_eos_score):
-            raise ValueError("--missing-eos-score must be finite")
+        if not abs(self.missing_eos_score) <= 1e6:
+            raise ValueError("--missing-eos-score must lie between -1e6 and 1e6")
         if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
             raise ValueError("--gamma and --lam must lie between 0 and 1")
 

@@ -20,7 +20,9 @@ def load_pretrained(init: str) -> GPT:
     try:
         return GPT.from_pretrained(init)
     except Exception as error:  # no network, no such file, another architecture, a garbled file, ...
-        raise InputError(f"--init {init} cannot be loaded: {type(error).__name__}: {error}") from error
+        reason = (str(error).splitlines() or [""])[0]  # torch adds pages
+        raise InputError(f"--init {init} cannot be loaded: {type(error).__name__}: {reason}; a folder needs "
+                         f"config.json and a whole pytorch_model.bin, a name an internet connection") from error
 
 
 def pretrained_digests(init: str) -> dict[str, str]:
@@ -84,8 +86,9 @@ def base_model(path: Path, checkpoint: dict) -> GPT:
 
 def tokenizer_of(path: Path, checkpoint: dict, folder: str) -> Tokenizer:
     """The tokenizer that a checkpoint was trained with: the data set's own or, failing that, the one it names."""
-    tokenizer = find_tokenizer(folder)
-    if checkpoint["tokenizer"] != tokenizer.fingerprint:
+    own = (Path(folder) / "tokenizer.tiktoken").is_file()
+    tokenizer = find_tokenizer(folder) if own else None
+    if tokenizer is None or checkpoint["tokenizer"] != tokenizer.fingerprint:
         tokenizer = load_tokenizer(checkpoint["tokenizer_name"])
     check_tokenizer(path, checkpoint, tokenizer)
     return tokenizer

@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import io
 import math
+import re
 import sys
 import typing
 from collections.abc import Callable
@@ -57,13 +59,25 @@ def parse_cli(cls: type, argv: list[str] | None = None):
 
 def run(main: Callable, cls: type) -> None:
     """Parse, then run a script's main. What the user can mend is told in one line, with exit status 2."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that a terminal or a log cannot hold is no reason to stop
+            stream.reconfigure(errors="replace")
     try:
         main(parse_cli(cls))
     except (InputError, OSError) as error:  # an OSError is a folder that cannot be written, a full disk, ...
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("out of memory|can't allocate memory", str(error)) and not isinstance(error, MemoryError):
+            raise
+        fail(f"not enough memory: give a smaller --micro-batch-size, or a smaller model ({error})")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; what was written stays, and a training goes on from its checkpoint with --resume")
+
+
+def fail(message: str) -> None:
+    """One line, and exit status 2."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
 
 
 def check_positive(config, *names: str) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import time
+import zipfile
 from pathlib import Path
 
 import pandas
@@ -86,8 +87,18 @@ def save_checkpoint(
         "scaler": scaler.state_dict(),
         **state,
     }
+    save_tensors(path, checkpoint)
+
+
+def save_tensors(path: Path, content: dict) -> None:
+    """torch.save to a temporary name, then rename. Raises InputError where there is no room."""
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(checkpoint, temporary)
+    try:
+        torch.save(content, temporary)
+    except RuntimeError as error:  # what torch makes of a full disk
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written; free some space, or give another --out. What was there before is "
+                         f"untouched ({str(error).splitlines()[0]})") from error
     os.replace(temporary, path)
 
 
@@ -118,6 +129,9 @@ def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
         script = f"train_{checkpoint['kind']}.py"
         if checkpoint["format"] != FORMAT:
             raise InputError(f"{path} has format {checkpoint['format']}, this code reads {FORMAT}: run {script} again")
+        step, steps = checkpoint["step"], checkpoint["config"]["steps"]
+        if damaged := zipfile.ZipFile(path).testzip():  # which torch does not look for
+            raise ValueError(f"{damaged} is damaged")
     except InputError:
         raise
     except Exception as error:  # a zip that is cut short, a pickle of something else, a missing key, ...
@@ -125,9 +139,8 @@ def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
                          f"run `python {scripts}` again") from error
     if checkpoint["kind"] not in kinds:
         raise InputError(f"{path} was written by {script}; a checkpoint of {scripts} is needed here")
-    if not unfinished and checkpoint["step"] < checkpoint["config"]["steps"]:
-        raise InputError(f"{path} stopped at step {checkpoint['step']} of {checkpoint['config']['steps']}: "
-                         f"finish it with `python {script} --resume`")
+    if not unfinished and step < steps:
+        raise InputError(f"{path} stopped at step {step} of {steps}: finish it with `python {script} --resume`")
     return checkpoint
 
 
@@ -190,7 +203,7 @@ def read_csv(path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = (
     """The named columns as text, and the optional ones where they are. Raises InputError where the file is missing,
     garbled or empty, a column is missing, or a cell is empty."""
     if not path.is_file():
-        raise InputError(f"{path} does not exist; give --data a folder that holds it")
+        raise InputError(f"{path} does not exist; give --data a folder that holds it, or the right name")
     try:
         frame = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     except (ValueError, pandas.errors.ParserError) as error:  # UnicodeDecodeError and EmptyDataError are ValueErrors

@@ -10,14 +10,12 @@ tokenizer.tiktoken, which transformers does not read.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from rlhf.checkpoints import load_policy, tokenizer_of
 from rlhf.cli import arg, run
+from rlhf.common import save_tensors
 from rlhf.model import GPT, published_name
 
 
@@ -45,8 +43,7 @@ def save_pretrained(gpt: GPT, folder: Path, eos_id: int) -> None:
         state[f"transformer.{name}"] = (weight.t() if turned else weight).contiguous()
     state["lm_head.weight"] = state["transformer.wte.weight"]
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(state, folder / "pytorch_model.bin.tmp")
-    os.replace(folder / "pytorch_model.bin.tmp", folder / "pytorch_model.bin")
+    save_tensors(folder / "pytorch_model.bin", state)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -19,8 +19,8 @@ def load_judge(folder: str) -> ModuleType | None:
     path = Path(folder) / "judge.py"
     if not path.is_file():
         return None
-    spec = importlib.util.spec_from_file_location("judge", path)
-    judge = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location("judge_of_the_data", path)
+    judge = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no __pycache__ in the user's data
     try:
         spec.loader.exec_module(judge)

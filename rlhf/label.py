@@ -216,8 +216,10 @@ class Agreement:
         if tuple(row) not in self.known:
             ids = self.tokenizer.encode(prompt)
             device = next(self.reward_model.parameters()).device
-            scores = self.reward_model(*pad_rows([ids + encode_response(self.tokenizer, side)
-                                                  for side in (chosen, rejected)], self.tokenizer.pad_id, device))
+            tokens, lengths = pad_rows([ids + encode_response(self.tokenizer, side) for side in (chosen, rejected)],
+                                       self.tokenizer.pad_id, device)
+            fits = tokens.size(1) <= self.reward_model.gpt.config.block_size  # one it cannot read, it disagrees with
+            scores = self.reward_model(tokens, lengths) if fits else (0, 0)
             self.known[tuple(row)] = bool(scores[0] > scores[1])
         return self.known[tuple(row)]
 

@@ -37,8 +37,8 @@ def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor
     >>> bradley_terry_loss(torch.tensor([0.]), torch.tensor([0.]))
     tensor(0.6931)
     """
-    if chosen_scores.dim() != 1:
-        raise ValueError(f"scores must be (N,), got {tuple(chosen_scores.shape)}")
+    if chosen_scores.dim() != 1 or len(chosen_scores) == 0:
+        raise ValueError(f"scores must be (N,) with N at least 1, got {tuple(chosen_scores.shape)}")
     check_same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
     return -F.logsigmoid(chosen_scores - rejected_scores).mean()
 

@@ -146,9 +146,17 @@ def main(cfg: SampleConfig) -> None:
     dialogues = [""] * len(policies)  # each policy goes on from its own answers
     for turn, text in enumerate(turns(cfg)):
         for i, (path, gpt, tokenizer) in enumerate(zip(paths, policies, tokenizers)):
+            before = dialogues[i]
             dialogues[i] = text if cfg.plain else f"{dialogues[i]}\n\nHuman: {text}\n\nAssistant:"
             reads_it = tokenizer.fingerprint == tokenizers[0].fingerprint  # the reward model knows the first's tokens
-            answers = reply(gpt, dialogues[i], tokenizer, reward_model if reads_it else None, judge, cfg, turn)
+            try:
+                answers = reply(gpt, dialogues[i], tokenizer, reward_model if reads_it else None, judge, cfg, turn)
+            except InputError as error:  # a question that is too long is no end of a dialogue
+                if cfg.prompt:
+                    raise
+                print(f"{path}: {error}", flush=True)
+                dialogues[i] = before
+                continue
             for one in answers:
                 known = [f"{name} {one[name]:+.2f}" for name in ("score", "gold") if one[name] is not None]
                 known += [] if one["ended"] else ["cut off"]

@@ -301,6 +301,14 @@ def test_a_broken_judge_is_named(tmp_path):
     assert load_judge(str(tmp_path / "elsewhere")) is None
 
 
+def test_a_judge_may_define_dataclasses(tmp_path):
+    """With postponed annotations, dataclasses look for the module that they are defined in."""
+    (tmp_path / "judge.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n@dataclass\nclass A:\n    x: int\n"
+        "\n\ndef score(prompts, responses):\n    return [A(len(r)).x for r in responses]\n")
+    assert load_judge(str(tmp_path)).score(["?"], ["four"]) == [4]
+
+
 def test_vote_probabilities_are_checked():
     judge = SimpleNamespace(__file__="judge.py")
     assert vote_probabilities(judge, [1.0], [2.0]) is None

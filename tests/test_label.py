@@ -127,6 +127,15 @@ def test_keys_and_what_they_write(trained, tmp_path, monkeypatch, capsys):
     assert len({row["Pair"] for row in more}) == 6
 
 
+def test_a_pair_that_the_reward_model_cannot_read_is_no_agreement(reward_model):
+    """Its context holds 16 tokens; the second pair takes more. Of two short answers it agrees with one order alone."""
+    tokenizer = SimpleNamespace(encode=lambda text: [len(text) % 7 + 1] * len(text), eos_id=9, pad_id=10)
+    agreement = label.Agreement(reward_model, tokenizer)
+    assert agreement.agrees(["0", "p", "aa", "a", "first"]) != agreement.agrees(["1", "p", "a", "aa", "first"])
+    assert not agreement.agrees(["2", "p", "a" * 20, "a", "first"])
+    assert not agreement.agrees(["3", "p", "a", "a" * 20, "first"])
+
+
 def test_agreement_is_that_of_the_answer_that_stands(trained, tmp_path, monkeypatch, capsys):
     """One answer, undone and given the other way: the reward model agrees with exactly one of the two."""
     run(trained, tmp_path, monkeypatch, "1u2q")

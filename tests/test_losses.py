@@ -79,6 +79,11 @@ def test_bradley_terry_table(margin, loss):
     assert bradley_terry_loss(f64(margin), f64(0)).item() == pytest.approx(loss, abs=1e-6)
 
 
+def test_bradley_terry_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="N at least 1"):
+        bradley_terry_loss(torch.zeros(0), torch.zeros(0))
+
+
 def test_bradley_terry_stays_finite_and_ignores_the_zero_of_the_scores():
     """At margin -200 the loss is 200 (log(sigmoid) in float32 would be -inf); adding 5 to both sides changes
     nothing."""

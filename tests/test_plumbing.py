@@ -1,6 +1,7 @@
 """Flags, devices, checkpoints, optimizer steps, progress."""
 
 import csv
+import io
 import math
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from rlhf.cli import arg, parse_cli
+from rlhf.cli import arg, parse_cli, run
 from rlhf.common import (
     InputError, Progress, autocast, check_finite, check_tokenizer, digests, load_checkpoint, load_resumable,
     make_generator, make_scaler, pick_amp, pick_device, save_checkpoint, read_csv, write_csv,
@@ -191,9 +192,21 @@ def test_wrong_checkpoints(saved, tmp_path):
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(InputError, match="is not a checkpoint of this project"):
         load_checkpoint(path, "sft")
-    torch.save({"model": 1}, path)
-    with pytest.raises(InputError, match="is not a checkpoint of this project"):
-        load_checkpoint(path, "sft")
+    for content in ({"model": 1}, {"kind": "sft", "format": 1}):
+        torch.save(content, path)
+        with pytest.raises(InputError, match="is not a checkpoint of this project"):
+            load_checkpoint(path, "sft")
+
+
+def test_a_checkpoint_with_a_flipped_byte_is_refused(saved):
+    """In the middle of a weight, where torch reads it as another number."""
+    path, gpt, _ = saved
+    content = bytearray(path.read_bytes())
+    content[content.index(gpt.wte.weight.detach().numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["kind"] == "sft"
+    with pytest.raises(InputError, match="is damaged|is not a checkpoint of this project"):
+        load_checkpoint(path, "sft", unfinished=True)
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
@@ -204,11 +217,52 @@ def test_a_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
         to.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError):
-        scaler = make_scaler(torch.device("cpu"), None)
-        save_checkpoint(path, "sft", gpt, Config(), 8, FakeTokenizer, optimizer, scaler, INPUTS)
-    assert path.read_bytes() == before
+    def full(checkpoint, to):
+        to.write_bytes(b"half")
+        raise RuntimeError("unexpected pos 57792 vs 57744\n(a page of C++)")
+
+    scaler = make_scaler(torch.device("cpu"), None)
+    for save, error in ((broken, OSError), (full, InputError)):
+        monkeypatch.setattr(torch, "save", save)
+        with pytest.raises(error) as raised:
+            save_checkpoint(path, "sft", gpt, Config(), 8, FakeTokenizer, optimizer, scaler, INPUTS)
+        assert path.read_bytes() == before
+    assert "cannot be written" in str(raised.value) and "C++" not in str(raised.value)
+    assert not path.with_name("sft.pt.tmp").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(InputError("one\n  two"), "error: one two"), (OSError("no room"), "error: no room"),
+     (MemoryError(), "error: not enough memory"), (torch.OutOfMemoryError("CUDA out of memory."), "not enough memory"),
+     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "give a smaller --micro-batch-size")])
+def test_what_the_user_can_mend_is_one_line(monkeypatch, capsys, error, line):
+    def main(cfg):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    with pytest.raises(SystemExit) as stop:
+        run(main, Config)
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and line in shown and shown.count("\n") == 1
+
+
+def test_faults_of_ours_keep_their_traceback(monkeypatch):
+    def main(cfg):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run(main, Config)
+
+
+def test_a_letter_that_the_terminal_lacks_is_replaced(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    monkeypatch.setattr("sys.stdout", out)
+    run(lambda cfg: print("caf\u00e9"), Config)
+    out.flush()
+    assert out.buffer.getvalue() == b"caf?\n"
 
 
 def test_resume_refuses_another_run(saved):

@@ -107,7 +107,17 @@ def test_ci_runs_the_readmes_test_command():
     assert "make test" in (ROOT / ".ci" / "run").read_text() and "make test" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="not a git clone")
+NO_GIT = pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="not a git clone")
+
+
+@NO_GIT
+def test_git_keeps_line_ends():
+    """Git for Windows writes other line ends unless told not to, inside quoted cells too: other prompts."""
+    command = ["git", "-c", "safe.directory=*", "check-attr", "eol", "data/tiny_assistant/prompts.csv"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip().endswith("eol: lf")
+
+
+@NO_GIT
 def test_git_ignores_no_source_file():
     """A file that .gitignore hides runs here and is absent from every clone."""
     command = ["git", "-c", "safe.directory=*", "check-ignore", *map(str, SOURCES)]

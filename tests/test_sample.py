@@ -120,7 +120,7 @@ def test_a_policy_is_sampled_at_the_temperature_it_was_trained_at(trained, tmp_p
     assert_close(sharper(tokens), 2 * plain(tokens), atol=1e-5, rtol=0)
 
 
-def test_a_tokenizer_of_another_place(trained, tmp_path, capsys):
+def test_a_tokenizer_of_another_place(trained, tmp_path, monkeypatch, capsys):
     """Fine-tuned with --tokenizer FILE: the checkpoint knows the file, whatever the data set's own tokenizer is."""
     data, out, _ = trained
     ranks = (data / "tokenizer.tiktoken").read_text().splitlines(keepends=True)[:-1]
@@ -132,6 +132,13 @@ def test_a_tokenizer_of_another_place(trained, tmp_path, capsys):
     run("--checkpoint", out / "sft.pt", tmp_path / "sft.pt", "--prompt", "Hello?", "--max-new-tokens", 5)
     first, second = capsys.readouterr().out.splitlines()
     assert "score" in first and "score" not in second  # the reward model knows the tokens of the first alone
+
+    def no_internet(name):
+        raise AssertionError(f"{name} is asked for")
+
+    monkeypatch.setattr("tiktoken.get_encoding", no_internet)  # a data set without ranks does not mean GPT-2's
+    (tmp_path / "bare").mkdir()
+    run("--checkpoint", tmp_path / "sft.pt", "--prompt", "Hello?", "--max-new-tokens", 5, "--data", tmp_path / "bare")
 
 
 def test_a_dialogue_is_remembered_until_an_empty_line(trained, monkeypatch, capsys):
@@ -145,6 +152,14 @@ def test_a_dialogue_is_remembered_until_an_empty_line(trained, monkeypatch, caps
         run("--checkpoint", out / "sft.pt", "--data", data, *flags)
     one = "\n\nHuman: one\n\nAssistant:"
     assert seen == [one, f"{one} fine\n\nHuman: two\n\nAssistant:", "one", "two"]
+
+
+def test_a_question_that_is_too_long_does_not_end_the_dialogue(trained, monkeypatch, capsys):
+    data, out, _ = trained
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"one\n{'x ' * 99}\nlast\n"))
+    run("--checkpoint", out / "sft.pt", "--data", data, "--max-new-tokens", 5)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "sft.pt: " in line]
+    assert len(lines) == 3 and "there is room for" in lines[1]
 
 
 @pytest.mark.parametrize(
