@@ -6,16 +6,17 @@ Everything follows from judge.py's topics and phrases and one seed: questions, t
 the votes of noisy annotators, and the byte-pair ranks of the tokenizer. README.md here gives the counts.
 """
 
-import argparse
-import csv
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from judge import KIND, RAMBLING, RUDE, TOPICS, preference_probability, score_one
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where rlhf/ is
 from rlhf.bpe import train_bpe, write_ranks
+from rlhf.cli import arg, run
+from rlhf.common import write_csv
 
 # ---- questions: every greeting x every form x every topic, 7 x 12 x 20 = 1,680 of them ----
 GREETINGS = ("", "Hello. ", "Hi. ", "Help me. ", "Excuse me. ", "Good day. ", "Sorry. ")
@@ -45,6 +46,14 @@ P_RAMBLING = 0.4  # rambling: one sentence of small talk
 DEMONSTRATIONS, DEMONSTRATIONS_HELD_OUT = 3000, 400
 COMPARISONS, COMPARISONS_HELD_OUT = 12000, 1500
 VOCAB_SIZE = 800  # 256 bytes, 542 merges, end-of-text and pad (the last two are added by rlhf/tokenizer.py)
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Make the bundled data set again, byte for byte."""
+
+    out: str = arg(str(Path(__file__).parent), "folder to write to")
+    seed: int = arg(0, "another seed draws another world of the same kind")
 
 
 def make_prompts(rng: random.Random) -> tuple[list[str], list[str]]:
@@ -87,25 +96,18 @@ def make_comparison(rng: random.Random, prompt: str) -> tuple[str, str, str]:
     return (prompt, first, second) if likes_first else (prompt, second, first)
 
 
-def write_csv(path: Path, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+def write_rows(path: Path, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    write_csv(path, [dict(zip(columns, row)) for row in rows])
     print(f"{path}: {len(rows):,} rows, {path.stat().st_size:,} bytes")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws another world of the same kind")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    rng = random.Random(args.seed)
+def main(cfg: PrepareConfig) -> None:
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(cfg.seed)
     train, heldout = make_prompts(rng)
-    write_csv(args.out / "prompts.csv", ("Prompt",), [(prompt,) for prompt in train])
-    write_csv(args.out / "prompts_heldout.csv", ("Prompt",), [(prompt,) for prompt in heldout])
+    write_rows(out / "prompts.csv", ("Prompt",), [(prompt,) for prompt in train])
+    write_rows(out / "prompts_heldout.csv", ("Prompt",), [(prompt,) for prompt in heldout])
 
     texts = []
     for suffix, prompts, demonstrations, comparisons in (
@@ -114,15 +116,15 @@ def main() -> None:
     ):
         turns = [prompts[i % len(prompts)] for i in range(max(demonstrations, comparisons))]
         rows = [(prompt, make_reply(rng, prompt)) for prompt in turns[:demonstrations]]
-        write_csv(args.out / f"demonstrations{suffix}.csv", ("Prompt", "Response"), rows)
+        write_rows(out / f"demonstrations{suffix}.csv", ("Prompt", "Response"), rows)
         pairs = [make_comparison(rng, prompt) for prompt in turns[:comparisons]]
-        write_csv(args.out / f"comparisons{suffix}.csv", ("Prompt", "Chosen", "Rejected"), pairs)
+        write_rows(out / f"comparisons{suffix}.csv", ("Prompt", "Chosen", "Rejected"), pairs)
         texts = texts or [f"{prompt} {reply}" for prompt, reply in rows]  # the tokenizer sees training text alone
 
     ranks = train_bpe(texts, VOCAB_SIZE - 2)
-    write_ranks(ranks, args.out / "tokenizer.tiktoken")
-    print(f"{args.out / 'tokenizer.tiktoken'}: {len(ranks)} ranks")
+    write_ranks(ranks, out / "tokenizer.tiktoken")
+    print(f"{out / 'tokenizer.tiktoken'}: {len(ranks)} ranks")
 
 
 if __name__ == "__main__":
-    main()
+    run(main, PrepareConfig)
