@@ -179,18 +179,22 @@ def test_value_loss_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("new", "old", "ret", "loss", "grad"),
-    [(0.5, 0, 1, 0.32, 0), (0.5, 0, 0, 0.125, 0.5), (-0.5, 0, 1, 1.125, -1.5), (0.5, 1, 0, 0.32, 0)],
+    ("new", "old", "ret", "loss", "grad", "clipped"),
+    [(0.5, 0, 1, 0.32, 0, 1), (0.5, 0, 0, 0.125, 0.5, 0), (-0.5, 0, 1, 1.125, -1.5, 0), (0.5, 1, 0, 0.32, 0, 1),
+     (0.5, -0.5, 1, 0.845, 0, 1)],
 )
-def test_value_loss_table(new, old, ret, loss, grad):
+def test_value_loss_table(new, old, ret, loss, grad, clipped):
     """eps 1/5. 1/2 max((V - R)^2, (V_old + clip(V - V_old) - R)^2):
         V .5 old 0 R 1: max(.25, .64) / 2      V .5 old 0 R 0: max(.25, .04) / 2
-        V -.5 old 0 R 1: max(2.25, 1.44) / 2   V .5 old 1 R 0: max(.25, .64) / 2"""
+        V -.5 old 0 R 1: max(2.25, 1.44) / 2   V .5 old 1 R 0: max(.25, .64) / 2
+        V .5 old -.5 R 1: max(.25, 1.69) / 2
+    The clipped branch is in force where it is the larger of the two: there the gradient is 0."""
     value = f64([new]).requires_grad_()
-    got, _ = value_loss(value, f64([old]), f64([ret]), torch.tensor([[True]]), 0.2)
+    got, clip_fraction = value_loss(value, f64([old]), f64([ret]), torch.tensor([[True]]), 0.2)
     got.backward()
     assert got.item() == pytest.approx(loss, abs=1e-12)
     assert value.grad.item() == pytest.approx(grad, abs=1e-12)
+    assert clip_fraction.item() == clipped
 
 
 def test_value_loss_without_clipping_is_half_the_squared_error():
