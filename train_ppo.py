@@ -263,7 +263,7 @@ def main(cfg: PPOConfig) -> None:
         rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef)
         # ---- 4 credit ----
         advantages, returns = gae(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
-        # The mean taken away is one more baseline; the division frees lr and clipping from the unit of the scores.
+        # The mean taken away is one more baseline; the division frees --lr from the unit of the scores.
         advantages = masked_whiten(advantages, rollout.mask)
         # ---- 5 losses, 6 update ----
         lr = cfg.lr * linear_schedule(step, cfg.steps, cfg.warmup)

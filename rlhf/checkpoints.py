@@ -12,7 +12,7 @@ from rlhf.common import InputError, check_tokenizer, digests, load_checkpoint, l
 from rlhf.data import find_tokenizer
 from rlhf.lora import add_adapters, merge_adapters
 from rlhf.model import GPT, GPTConfig, RewardModel
-from rlhf.tokenizer import Tokenizer, load_tokenizer
+from rlhf.tokenizer import Tokenizer
 
 
 def load_pretrained(init: str) -> GPT:
@@ -86,10 +86,10 @@ def base_model(path: Path, checkpoint: dict) -> GPT:
 
 def tokenizer_of(path: Path, checkpoint: dict, folder: str) -> Tokenizer:
     """The tokenizer that a checkpoint was trained with: the data set's own or, failing that, the one it names."""
-    own = (Path(folder) / "tokenizer.tiktoken").is_file()
-    tokenizer = find_tokenizer(folder) if own else None
-    if tokenizer is None or checkpoint["tokenizer"] != tokenizer.fingerprint:
-        tokenizer = load_tokenizer(checkpoint["tokenizer_name"])
+    name = checkpoint["tokenizer_name"]
+    tokenizer = find_tokenizer(folder, "auto" if (Path(folder) / "tokenizer.tiktoken").is_file() else name)
+    if checkpoint["tokenizer"] != tokenizer.fingerprint:
+        tokenizer = find_tokenizer(folder, name)
     check_tokenizer(path, checkpoint, tokenizer)
     return tokenizer
 

@@ -130,8 +130,9 @@ def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
         if checkpoint["format"] != FORMAT:
             raise InputError(f"{path} has format {checkpoint['format']}, this code reads {FORMAT}: run {script} again")
         step, steps = checkpoint["step"], checkpoint["config"]["steps"]
-        if damaged := zipfile.ZipFile(path).testzip():  # which torch does not look for
-            raise ValueError(f"{damaged} is damaged")
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # which torch does not look for
+                raise InputError(f"{path} is damaged, in {damaged}: run `python {scripts}` again")
     except InputError:
         raise
     except Exception as error:  # a zip that is cut short, a pickle of something else, a missing key, ...

@@ -18,8 +18,8 @@ from rlhf.checkpoints import find_reward_model, load_policy, tokenizer_of
 from rlhf.cli import arg, check_not_negative, check_positive, run
 from rlhf.common import InputError, make_generator, pick_device
 from rlhf.data import pad_rows
-from rlhf.judge import gold_scores, load_judge
 from rlhf.evaluate import decode_responses
+from rlhf.judge import gold_scores, load_judge
 from rlhf.model import GPT, KVCache, RewardModel
 from rlhf.rollout import generate, has_ended
 
@@ -146,22 +146,20 @@ def main(cfg: SampleConfig) -> None:
     dialogues = [""] * len(policies)  # each policy goes on from its own answers
     for turn, text in enumerate(turns(cfg)):
         for i, (path, gpt, tokenizer) in enumerate(zip(paths, policies, tokenizers)):
-            before = dialogues[i]
-            dialogues[i] = text if cfg.plain else f"{dialogues[i]}\n\nHuman: {text}\n\nAssistant:"
+            prompt = text if cfg.plain else f"{dialogues[i]}\n\nHuman: {text}\n\nAssistant:"
             reads_it = tokenizer.fingerprint == tokenizers[0].fingerprint  # the reward model knows the first's tokens
             try:
-                answers = reply(gpt, dialogues[i], tokenizer, reward_model if reads_it else None, judge, cfg, turn)
+                answers = reply(gpt, prompt, tokenizer, reward_model if reads_it else None, judge, cfg, turn)
             except InputError as error:  # a question that is too long is no end of a dialogue
                 if cfg.prompt:
                     raise
                 print(f"{path}: {error}", flush=True)
-                dialogues[i] = before
                 continue
             for one in answers:
                 known = [f"{name} {one[name]:+.2f}" for name in ("score", "gold") if one[name] is not None]
                 known += [] if one["ended"] else ["cut off"]
                 print(f"{path}: {one['response']}" + (f"   ({', '.join(known)})" if known else ""), flush=True)
-            dialogues[i] += f" {answers[0]['response']}"
+            dialogues[i] = f"{prompt} {answers[0]['response']}"
 
 
 if __name__ == "__main__":

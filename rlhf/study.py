@@ -27,8 +27,8 @@ from rlhf.checkpoints import load_policy, load_reward_model
 from rlhf.cli import arg, check_positive, number, run
 from rlhf.common import InputError, pick_device, write_csv
 from rlhf.data import find_tokenizer, load_comparisons, load_prompts
-from rlhf.judge import load_judge
 from rlhf.evaluate import Setting, reference_samples
+from rlhf.judge import load_judge
 from rlhf.optimum import best_of_n, best_of_n_kl
 
 ROOT = Path(__file__).resolve().parent.parent

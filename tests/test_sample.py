@@ -166,6 +166,7 @@ def test_a_question_that_is_too_long_does_not_end_the_dialogue(trained, monkeypa
     ("flags", "message"),
     [(["--checkpoint", "OUT/reward.pt"], "a checkpoint of train_sft.py or train_ppo.py is needed"),
      (["--checkpoint", "OUT/none.pt"], "does not exist"),
+     (["--checkpoint", "OUT/sft.pt", "--data", "nowhere"], "there is no such folder"),
      (["--checkpoint", "OUT/sft.pt", "--prompt", "x " * 99], "shorten it"),
      (["--checkpoint", "OUT/sft.pt", "--reward", "OUT/ppo.pt"], "written by train_ppo.py")],
 )
