@@ -125,6 +125,7 @@ def test_counts_on_paper():
     """GPT-2, rank 8: 12 blocks of 8 * ((C + 3C) + (C + C) + (C + 4C) + (4C + C)) = 128 C, C = 768, make 1,179,648."""
     row = memory_table(8)[0]
     assert (row["model"], row["parameters"], row["rank 8"]) == ("gpt2", 124_439_808, 1_179_648)
+    assert row["trained"] == pytest.approx(1_179_648 / 124_439_808)
     assert row["PPO, all weights"] == pytest.approx(4.97759232)  # 10 N * 4 bytes
     assert row["PPO, adapters"] == pytest.approx(1.0332672)  # (2 * 124,439,808 + 8 * 1,179,648) * 4 bytes
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 import train_ppo
 import train_reward
 import train_sft
+from rlhf import ptx
 from rlhf.common import make_scaler
 from rlhf.data import Comparison, Demonstration, Prompt
 from rlhf.optim import make_optimizer
@@ -77,22 +79,20 @@ def test_inner_epochs_stop_beyond_the_limit(policy, rollout, limit, gradient_ste
     assert train_ppo.update(policy, optimizer, scaler, *rollout, cfg, None, 0)["gradient_steps"] == gradient_steps
 
 
-def test_pretraining_mix_adds_its_gradient(policy, rollout):
+def test_pretraining_mix_adds_its_gradient(policy, rollout, monkeypatch):
     """With a coefficient of 2, the update's first gradient grows by twice that of the demonstrations' loss."""
     cfg = train_ppo.PPOConfig(batch_size=6, minibatch_size=6, inner_epochs=1, max_grad_norm=1e9)
+    monkeypatch.setattr(ptx, "load_demonstrations", lambda *where: DEMONSTRATIONS)
     seen = []
 
     class Recorder(torch.optim.SGD):
         def step(self, closure=None):
             seen.append([p.grad.clone() for p in policy.gpt.parameters()])
 
-    def mix(gpt, step):
-        for loss in train_sft.batch_losses(gpt, DEMONSTRATIONS, 0, 0, CPU, None):
-            yield 2 * loss
-
-    for ptx in (None, mix):
+    for coef in (0.0, 2.0):
+        mix = ptx.PretrainingMix(coef, "", SimpleNamespace(pad_id=0), 16, len(DEMONSTRATIONS), 0, CPU, None)
         optimizer = Recorder(policy.parameters(), 1.0)
-        train_ppo.update(policy, optimizer, make_scaler(CPU, None), *rollout, cfg, None, 0, ptx)
+        train_ppo.update(policy, optimizer, make_scaler(CPU, None), *rollout, cfg, None, 0, mix)
     _, alone = gradient(policy, train_sft.batch_losses(policy.gpt, DEMONSTRATIONS, 0, 0, CPU, None))
     for (name, _), without, with_mix in zip(policy.gpt.named_parameters(), *seen):
         assert_close(with_mix, without + 2 * alone["gpt." + name])
