@@ -59,6 +59,7 @@ def parse_cli(cls: type, argv: list[str] | None = None):
 
 def run(main: Callable, cls: type) -> None:
     """Parse, then run a script's main. What the user can mend is told in one line, with exit status 2."""
+    sys.stdin = sys.stdin or io.StringIO()  # None where it was closed
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a letter that a terminal or a log cannot hold is no reason to stop
             stream.reconfigure(errors="replace")

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -263,6 +264,15 @@ def test_a_letter_that_the_terminal_lacks_is_replaced(monkeypatch):
     run(lambda cfg: print("caf\u00e9"), Config)
     out.flush()
     assert out.buffer.getvalue() == b"caf?\n"
+
+
+def test_a_closed_standard_input_has_ended(monkeypatch):
+    """`script.py <&-` leaves None in sys.stdin."""
+    read = []
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    monkeypatch.setattr("sys.stdin", None)
+    run(lambda cfg: read.append(sys.stdin.readline()), Config)
+    assert read == [""]
 
 
 def test_resume_refuses_another_run(saved):
