@@ -219,6 +219,8 @@ def test_chunks_of_rows_alike_in_length():
     assert [[row.size for row in part] for part in chunks(rows, 2)] == [[3, 4], [4, 7], [9]]
     assert [row.size for row in rows] == [3, 7, 4, 9, 4]  # the batch itself stays as it was
     assert chunks(rows, 0) == [rows]
+    pair = Comparison(Prompt("", [1, 2, 3]), [4, 9], [5, 6, 7, 9])
+    assert pair.size == 3 + 2 + 3 + 4  # the prompt is read with either side
 
 
 # ---- the bundled set ----

@@ -15,7 +15,7 @@ from rlhf.cli import parse_cli
 from rlhf.common import InputError, load_trained_state, trained_state
 from rlhf.export import save_pretrained
 from rlhf.lora import ALPHA, LoRALinear, WithoutAdapters, add_adapters, merge_adapters, memory_table, trained_and_frozen
-from rlhf.model import GPT, GPTConfig
+from rlhf.model import GPT, PRETRAINED, GPTConfig
 from rlhf.rollout import generate
 from tests.conftest import TINY, noisy, rows
 
@@ -123,11 +123,16 @@ def test_a_checkpoint_keeps_what_was_trained(gpt):
 
 def test_counts_on_paper():
     """GPT-2, rank 8: 12 blocks of 8 * ((C + 3C) + (C + C) + (C + 4C) + (4C + C)) = 128 C, C = 768, make 1,179,648."""
-    row = memory_table(8)[0]
+    row, *others = memory_table(8)
     assert (row["model"], row["parameters"], row["rank 8"]) == ("gpt2", 124_439_808, 1_179_648)
     assert row["trained"] == pytest.approx(1_179_648 / 124_439_808)
     assert row["PPO, all weights"] == pytest.approx(4.97759232)  # 10 N * 4 bytes
     assert row["PPO, adapters"] == pytest.approx(1.0332672)  # (2 * 124,439,808 + 8 * 1,179,648) * 4 bytes
+    # V C + 1024 C for the embeddings, 12 C^2 + 13 C a block, 2 C for the last LayerNorm; and heads are 64 channels wide.
+    assert [(other["model"], other["parameters"]) for other in others] == [
+        ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200),
+        ("distilgpt2", 81_912_576)]
+    assert all(n_embd == 64 * n_head for _, n_head, n_embd in PRETRAINED.values())
 
 
 # ---- the scripts ----
