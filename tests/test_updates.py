@@ -71,6 +71,63 @@ def test_ppo_in_micro_batches_is_the_whole_batch(policy, rollout, size):
         assert_close(sum(one[name] for one in stats[1]), stats[0][0][name], atol=1e-6, rtol=1e-6)
 
 
+def test_the_loss_of_a_minibatch_by_hand(policy, rollout):
+    """mean of max(-A r, -A clip(r)) + 0.3 * half the mean of the larger square - 0.2 * mean entropy, with the figures
+    of the log: over the actions of rows 4, 2 and 5, one after another, in plain numbers."""
+    made, advantages, returns = rollout[0]._replace(values=rollout[0].values + 0.15), -rollout[1], rollout[2]
+    cfg = train_ppo.PPOConfig(clip_eps=0.05, value_clip_eps=0.1, value_coef=0.3, entropy_coef=0.2)
+    chosen, stats = [4, 2, 5], []
+    loss = sum(train_ppo.batch_losses(policy, made, advantages, returns, torch.tensor(chosen), cfg, None, stats)).item()
+    logits, values = policy(made.tokens)
+    terms = []
+    for row in chosen:
+        for t in made.mask[row].nonzero().flatten().tolist():
+            p = logits[row, t].softmax(0).tolist()
+            old, a = made.logprobs[row, t].item(), advantages[row, t].item()
+            r = p[made.tokens[row, t + 1]] / math.exp(old)
+            v, old_v, target = values[row, t].item(), made.values[row, t].item(), returns[row, t].item()
+            clipped = old_v + min(max(v - old_v, -0.1), 0.1)
+            terms.append({"policy_loss": max(-a * r, -a * min(max(r, 0.95), 1.05)),
+                          "value_loss": 0.5 * max((v - target) ** 2, (clipped - target) ** 2),
+                          "entropy": -sum(x * math.log(x) for x in p),
+                          "clip_fraction": -a * min(max(r, 0.95), 1.05) > -a * r,
+                          "value_clip_fraction": (clipped - target) ** 2 > (v - target) ** 2,
+                          "kl_old": r - 1 - math.log(r)})
+    expected = {name: sum(term[name] for term in terms) / len(terms) for name in terms[0]}
+    for name, value in expected.items():
+        assert stats[0][name].item() == pytest.approx(value, rel=1e-6), name  # entropy comes in float32
+    assert loss == pytest.approx(
+        expected["policy_loss"] + 0.3 * expected["value_loss"] - 0.2 * expected["entropy"], rel=1e-6)
+    assert 0 < expected["clip_fraction"] < 1 and 0 < expected["value_clip_fraction"] < 1
+
+
+def test_every_pass_takes_each_row_once_in_an_order_of_its_own(policy, rollout, monkeypatch):
+    """Two steps of three passes over six rows in minibatches of two; the pretraining mix is asked for batches 0 to 17.
+    With a rate of 0 nothing moves, so micro-batches change none of the means that are logged."""
+    made, advantages, returns = rollout
+    taken, asked, losses = [], [], train_ppo.batch_losses
+    monkeypatch.setattr(train_ppo, "batch_losses", lambda *args: taken.append(args[4].tolist()) or losses(*args))
+
+    def mix(gpt, step):
+        asked.append(step)
+        return []
+
+    logged = []
+    for micro_batch_size in (0, 1):
+        cfg = train_ppo.PPOConfig(batch_size=6, minibatch_size=2, inner_epochs=3, clip_eps=0.05,
+                                  micro_batch_size=micro_batch_size)
+        for step in (0, 1):
+            optimizer = make_optimizer(policy, 0.0, 0.0)
+            logged.append(train_ppo.update(policy, optimizer, make_scaler(CPU, None), made, -advantages, returns,
+                                           cfg, None, step, mix))
+    assert asked == [*range(18)] * 2
+    orders = [sum(taken[at : at + 3], []) for at in range(0, 18, 3)]
+    assert all(sorted(order) == [0, 1, 2, 3, 4, 5] for order in orders) and len(set(map(tuple, orders))) == 6
+    for whole, parts in zip(logged[:2], logged[2:]):
+        del whole["first_log_ratio"], parts["first_log_ratio"]  # of the first part alone
+        assert parts == pytest.approx(whole, rel=1e-5) and whole["clip_fraction"] > 0
+
+
 @pytest.mark.parametrize(("limit", "gradient_steps"), [(1e9, 9), (1e-9, 3)])
 def test_inner_epochs_stop_beyond_the_limit(policy, rollout, limit, gradient_steps):
     """Three passes of three minibatches; the first already moves the policy by more than 1e-9 nats."""
