@@ -128,7 +128,7 @@ def test_counts_on_paper():
     assert row["trained"] == pytest.approx(1_179_648 / 124_439_808)
     assert row["PPO, all weights"] == pytest.approx(4.97759232)  # 10 N * 4 bytes
     assert row["PPO, adapters"] == pytest.approx(1.0332672)  # (2 * 124,439,808 + 8 * 1,179,648) * 4 bytes
-    # V C + 1024 C for the embeddings, 12 C^2 + 13 C a block, 2 C for the last LayerNorm; and heads are 64 channels wide.
+    # V C + 1024 C for the embeddings, 12 C^2 + 13 C a block, 2 C for the last LayerNorm; heads are 64 wide.
     assert [(other["model"], other["parameters"]) for other in others] == [
         ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200),
         ("distilgpt2", 81_912_576)]

@@ -143,8 +143,9 @@ def test_update_gets_the_advantages_of_the_rollout(seen):
 
 
 def test_the_optimizer_has_every_weight_and_the_scheduled_rate(seen):
-    """0.03 * (1/2, 1, 1, 1/2): two steps up, then down in a line that would reach 0 at the fifth. No decay; eps 1e-5."""
-    for (*_, settings, everything), factor, row in zip(seen["updated"], (0.5, 1.0, 1.0, 0.5), seen["log"], strict=True):
+    """0.03 * (1/2, 1, 1, 1/2): two steps up, then down in a line that reaches 0 at the fifth. No decay; eps 1e-5."""
+    factors = (0.5, 1.0, 1.0, 0.5)
+    for (*_, settings, everything), factor, row in zip(seen["updated"], factors, seen["log"], strict=True):
         (lr, decay, eps), = settings
         assert everything and (decay, eps) == (0, 1e-5) and lr == row["lr"] == pytest.approx(0.03 * factor)
 
@@ -294,8 +295,11 @@ def test_fine_tuning_learns_from_the_demonstrations_at_the_scheduled_rate(traine
     flags = ["--device", "cpu", *TINY["sft"].split(), "--steps", "4", "--eval-every", "5", "--warmup", "2", "--lr",
              "0.01", "--data", data, "--out", tmp_path]
     train_sft.main(parse_cli(train_sft.SFTConfig, list(map(str, flags))))
-    train, heldout = ({(tuple((prompt := tokenizer.encode(row["Prompt"])) + encode_response(tokenizer, row["Response"])),
-                        len(prompt)) for row in rows(data / f"demonstrations{suffix}.csv")} for suffix in ("", "_heldout"))
+    train, heldout = set(), set()
+    for known, name in ((train, "demonstrations.csv"), (heldout, "demonstrations_heldout.csv")):
+        for row in rows(data / name):
+            prompt = tokenizer.encode(row["Prompt"])
+            known.add((tuple(prompt + encode_response(tokenizer, row["Response"])), len(prompt)))
     # Of the six calls the second and the last are validations, after the first step and the last.
     assert [len(batch) for batch in batches] == [8, 40, 8, 8, 8, 40]
     assert all(batch <= (train if len(batch) == 8 else heldout) for batch in batches)
