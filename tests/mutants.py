@@ -2,10 +2,10 @@
 
     python tests/mutants.py            # Linux or macOS; not collected by pytest
 
-Two lists. By hand: the mistakes that RLHF code is known for, each a replacement of one piece of text by another. By
-machine: every comparison, operator and number in the four maths files, changed one at a time. A mutant that no test
-notices survives and is printed; one of the first list makes the exit status 1. docs/results.md keeps the last score
-and the reason for each survivor of the second.
+Two lists. By hand: the mistakes that RLHF code is known for, in the maths and in how the scripts put it together, each
+a replacement of one piece of text by another. By machine: every comparison, operator and number in the four maths
+files, changed one at a time. A mutant that no test notices survives and is printed; one of the first list makes the
+exit status 1. docs/results.md keeps the last score and the reason for each survivor of the second.
 """
 
 import ast
@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = ("masked", "losses", "rewards", "advantages")
 TESTS = {name: [f"tests/test_{name}.py"] for name in (*FILES, "optimum")}
 TESTS["lora"] = ["tests/test_lora.py", "-k", "not (scripts or resumed or another_network or folder or all_weights)"]
+TESTS["train_ppo"] = ["tests/test_updates.py", "tests/test_wiring.py"]
+TESTS["rollout"] = ["tests/test_rollout.py", "tests/test_wiring.py"]
+TESTS["train_reward"] = TESTS["train_sft"] = ["tests/test_wiring.py"]
 
 HAND = [
     ("masked", "whiten keeps the mean", "(x - mean) * torch.rsqrt", "x * torch.rsqrt"),
@@ -61,6 +64,38 @@ HAND = [
     ("lora", "merged stays frozen", "return gpt.requires_grad_(True)", "return gpt"),
     ("lora", "reference with its adapters on", "adapter.on = False", "adapter.on = True"),
     ("lora", "adapters stay off", "finally:\n        for adapter in adapters:\n            adapter.on = True", "finally:\n        pass"),
+    ("train_ppo", "entropy sign", "- cfg.entropy_coef * mb_entropy", "+ cfg.entropy_coef * mb_entropy"),
+    ("train_ppo", "value loss without its weight", "cfg.value_coef * v_loss", "v_loss"),
+    ("train_ppo", "value loss left out", "pg_loss + cfg.value_coef * v_loss", "pg_loss"),
+    ("train_ppo", "ratio not clipped", "mb.mask, cfg.clip_eps)", "mb.mask, 1e9)"),
+    ("train_ppo", "--value-clip-eps ignored", "mb.mask, cfg.value_clip_eps)", "mb.mask, math.inf)"),
+    ("train_ppo", "kl_old the wrong way round", "kl_k3(mb.logprobs, new_logprobs.detach())", "kl_k3(new_logprobs.detach(), mb.logprobs)"),
+    ("train_ppo", "the same order in each inner epoch", '"update", step, epoch)', '"update", step)'),
+    ("train_ppo", "the same order in each step", '"update", step, epoch)', '"update", epoch)'),
+    ("train_ppo", "figures divided by the parts", ".item() / len(grad_norms) for", ".item() / len(stats) for"),
+    ("train_ppo", "the same demonstrations in each step", "(step * cfg.inner_epochs + epoch) * len(minibatches) + i", "0"),
+    ("train_ppo", "gamma and lambda swapped", "rollout.mask, cfg.gamma, cfg.lam)", "rollout.mask, cfg.lam, cfg.gamma)"),
+    ("train_ppo", "KL rewarded", "rollout.ref_logprobs, rollout.mask, kl_coef)", "rollout.ref_logprobs, rollout.mask, -kl_coef)"),
+    ("train_ppo", "score negated", "shape_rewards(rollout.scores,", "shape_rewards(-rollout.scores,"),
+    ("train_ppo", "advantages negated", "advantages = masked_whiten(", "advantages = -masked_whiten("),
+    ("train_ppo", "advantages not whitened", "advantages = masked_whiten(advantages, rollout.mask)", "pass"),
+    ("train_ppo", "kl_coef not adapted", "kl_coef = adapt_kl_coef(", "adapt_kl_coef("),
+    ("train_ppo", "rate not scheduled", "lr = cfg.lr * linear_schedule(step, cfg.steps, cfg.warmup)", "lr = cfg.lr"),
+    ("train_ppo", "policy decays", "weight_decay=0.0, eps=1e-5", "weight_decay=0.1, eps=1e-5"),
+    ("train_ppo", "--missing-eos-score ignored", "cfg.missing_eos_score, chunk_size", "-3.0, chunk_size"),
+    ("train_ppo", "--temperature ignored", "gpt.temperature = cfg.temperature", "pass"),
+    ("train_ppo", "first ratio not looked at", "        check_beginning(step, kl_ref", "        (lambda *a: 0)(step, kl_ref"),
+    ("train_ppo", "reference is the policy", "policy_gpt, reference = trained_and_frozen(gpt, cfg.lora_rank, generator)", "policy_gpt = reference = gpt"),
+    ("train_ppo", "value network is the reward model", "value_gpt, reward_model.gpt = trained_and_frozen(reward_model.gpt, cfg.lora_rank, generator)", "value_gpt = reward_model.gpt"),
+    ("train_ppo", "the reward model's network is trained", "value_gpt, reward_model.gpt = trained_and_frozen(", "reward_model.gpt, value_gpt = trained_and_frozen("),
+    ("rollout", "the reference answers", "generate(policy.gpt,", "generate(reference,"),
+    ("rollout", "reference scored by the policy", "ref_logits = reference(tokens[rows])", "ref_logits = logits"),
+    ("train_reward", "accuracy reversed", "share_positive(chosen - rejected)", "share_positive(rejected - chosen)"),
+    ("train_reward", "not started from the fine-tuned model", "RewardModel(add_adapters(gpt,", "RewardModel(add_adapters(type(gpt)(gpt.config),"),
+    ("train_reward", "swapped prompts are not", "row._replace(prompt=prompts[i])", "row"),
+    ("train_reward", "evaluated on the training rows", "heldout_rows = load_comparisons(cfg.data, tokenizer, limit, heldout=True)", "heldout_rows = load_comparisons(cfg.data, tokenizer, limit)"),
+    ("train_sft", "validated on the training rows", "limit, heldout=True)", "limit)"),
+    ("train_sft", "rate not scheduled", "lr = cfg.lr * cosine_schedule(step, cfg.steps, cfg.warmup)", "lr = cfg.lr"),
 ]  # fmt: skip
 
 SWAPS = {
@@ -93,15 +128,19 @@ def machine_mutants(source: str):
             setattr(node, field, old)
 
 
+def file_of(copy: Path, name: str) -> Path:
+    return copy / ("" if name.startswith("train_") else "rlhf") / f"{name}.py"
+
+
 def killed(copy: Path, name: str, source: str) -> bool:
     """Do the tests of a file fail on this source? A forked child runs them, so that torch is imported once for all.
     A child that hangs is killed by its alarm, which counts."""
-    path = copy / "rlhf" / f"{name}.py"
+    path = file_of(copy, name)
     original = path.read_text()
     path.write_text(source)
     child = os.fork()
     if child == 0:
-        signal.alarm(120)
+        signal.alarm(300)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
@@ -119,18 +158,19 @@ def main() -> None:
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         for path in ROOT.glob("train_*.py"):
             shutil.copy(path, copy)
+        shutil.copytree(ROOT / "data" / "tiny_assistant", copy / "data" / "tiny_assistant")
         os.chdir(copy)
         sys.path.insert(0, str(copy))
         sys.dont_write_bytecode = True
         for name in TESTS:
-            assert not killed(copy, name, (copy / "rlhf" / f"{name}.py").read_text()), f"{name}: red without a mutant"
+            assert not killed(copy, name, file_of(copy, name).read_text()), f"{name}: red without a mutant"
         mutants = []
         for name, what, old, new in HAND:
-            source = (copy / "rlhf" / f"{name}.py").read_text()
+            source = file_of(copy, name).read_text()
             assert source.count(old) == 1, f"{name}: {what}: found {source.count(old)} times"
             mutants.append((name, f"by hand: {what}", source.replace(old, new)))
         for name in FILES:
-            for line, what, source in machine_mutants((copy / "rlhf" / f"{name}.py").read_text()):
+            for line, what, source in machine_mutants(file_of(copy, name).read_text()):
                 mutants.append((name, f"line {line}: {what}", source))
         survivors = []
         for number, (name, what, source) in enumerate(mutants, start=1):

@@ -19,7 +19,7 @@ from rlhf.data import (
     encode_response, find_tokenizer, load_comparisons, load_demonstrations, load_prompts, pad_rows, response_mask,
 )
 from rlhf.judge import load_judge, vote_probabilities
-from rlhf.tokenizer import load_tokenizer
+from rlhf.tokenizer import Tokenizer, load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -30,6 +30,11 @@ def tokenizer(bundled):
 
 
 # ---- tokenizer ----
+
+
+def test_pad_is_not_end_of_text(tokenizer):
+    with pytest.raises(ValueError, match="never learns to stop"):
+        Tokenizer("x", tokenizer.encoding, eos_id=3, pad_id=3)
 
 
 def test_round_trip_of_any_text(tokenizer):

@@ -20,6 +20,7 @@ from rlhf.common import make_generator
 from rlhf.data import encode_response, find_tokenizer
 from rlhf.evaluate import decode_responses
 from rlhf.judge import load_judge
+from rlhf.model import GPT
 from rlhf.rollout import generate
 from tests.conftest import TINY, rows
 
@@ -47,7 +48,8 @@ def seen(trained, tmp_path_factory):
         return rollout
 
     def spy_on_update(policy, optimizer, scaler, rollout, advantages, returns, cfg, amp, step, ptx):
-        settings = {(group["lr"], group["weight_decay"], group["eps"]) for group in optimizer.param_groups}
+        settings = {(group["lr"], group["weight_decay"], group["eps"], group["betas"])
+                    for group in optimizer.param_groups}
         given = {id(p) for group in optimizer.param_groups for p in group["params"]}
         everything = given == {id(p) for p in policy.parameters()}
         record["updated"].append((rollout, advantages, returns, settings, everything))
@@ -143,11 +145,13 @@ def test_update_gets_the_advantages_of_the_rollout(seen):
 
 
 def test_the_optimizer_has_every_weight_and_the_scheduled_rate(seen):
-    """0.03 * (1/2, 1, 1, 1/2): two steps up, then down in a line that reaches 0 at the fifth. No decay; eps 1e-5."""
+    """0.03 * (1/2, 1, 1, 1/2): two steps up, then down in a line that reaches 0 at the fifth. No decay; eps and betas
+    as documented."""
     factors = (0.5, 1.0, 1.0, 0.5)
     for (*_, settings, everything), factor, row in zip(seen["updated"], factors, seen["log"], strict=True):
-        (lr, decay, eps), = settings
-        assert everything and (decay, eps) == (0, 1e-5) and lr == row["lr"] == pytest.approx(0.03 * factor)
+        (lr, decay, eps, betas), = settings
+        assert everything and (decay, eps, betas) == (0, 1e-5, (0.9, 0.95))
+        assert lr == row["lr"] == pytest.approx(0.03 * factor)
 
 
 def test_the_log_says_what_happened(seen):
@@ -179,6 +183,18 @@ def test_a_rollout_that_another_policy_scored_stops_the_run(seen, monkeypatch, t
         train_ppo.main(parse_cli(train_ppo.PPOConfig, list(map(str, flags))))
 
 
+def test_half_precision_is_in_every_pass(seen, monkeypatch, tmp_path):
+    """Old, reference and new log-probabilities come from passes of one kind, or their ratios would mean nothing; and
+    they are float32 again where they are compared."""
+    passes, forward, logprobs = set(), GPT.hidden, train_ppo.token_logprobs
+    monkeypatch.setattr(GPT, "hidden", lambda *args: passes.add(torch.is_autocast_enabled("cpu")) or forward(*args))
+    monkeypatch.setattr(train_ppo, "token_logprobs", lambda *args: passes.add((out := logprobs(*args)).dtype) or out)
+    flags = ["--device", "cpu", *TINY["ppo"].split(), "--steps", "1", "--data", seen["data"], "--out", tmp_path,
+             "--sft", seen["out"] / "sft.pt", "--reward", seen["reward"], "--amp", "bf16"]
+    train_ppo.main(parse_cli(train_ppo.PPOConfig, list(map(str, flags))))
+    assert passes == {True, torch.float32}
+
+
 def test_the_closing_table_is_of_the_policy_and_its_reference(seen):
     """Of the answers in ppo_samples.csv, one reward-model pass each: Before is the reference's, After the policy's, and
     the rows sft and ppo of evaluation.csv are their means."""
@@ -186,6 +202,8 @@ def test_the_closing_table_is_of_the_policy_and_its_reference(seen):
     reward_model = load_reward_model(seen["reward"])[0]
     sides = {"Before": load_policy(seen["out"] / "sft.pt", "sft")[0],
              "After": load_policy(seen["out"] / "ppo.pt", "ppo")[0]}
+    reference = copy.deepcopy(sides["Before"])
+    reference.temperature = 0.8
     samples, table = rows(seen["out"] / "ppo_samples.csv"), rows(seen["out"] / "evaluation.csv")
     prompts = [row["Prompt"] for row in rows(seen["data"] / "prompts_heldout.csv")][:10]
     assert [row["Prompt"] for row in samples] == prompts
@@ -200,19 +218,23 @@ def test_the_closing_table_is_of_the_policy_and_its_reference(seen):
         ended = [tokenizer.eos_id in row[row_mask].tolist() for row, row_mask in zip(said[:, 1:], mask)]
         with torch.no_grad():
             scores = reward_model(said, lens + mask.sum(dim=1)).tolist()
+            ratios = gpt(said).log_softmax(dim=2) - reference(said).log_softmax(dim=2)  # (10, T, V)
+        chosen = ratios[:, :-1].gather(2, said[:, 1:, None]).squeeze(2)[mask]
+        assert float(line["kl_ref"]) == pytest.approx(chosen.sum().item() / 10, rel=1e-3, abs=1e-4)
+        assert float(line["length"]) == pytest.approx(len(chosen) / 10)
         score = sum(s if end else -7.0 for s, end in zip(scores, ended)) / 10
         assert float(line["score"]) == pytest.approx(score, abs=1e-4)
         assert float(line["gold"]) == pytest.approx(sum(judge.score(prompts, texts)) / 10, abs=1e-4)
         assert float(line["eos_rate"]) == pytest.approx(sum(ended) / 10)
-    assert samples != [{**row, "After": row["Before"]} for row in samples]
+    assert abs(float(table[1]["kl_ref"])) > 0.1
 
 
 # ---- the stages before ----
 
 
 def test_reward_model_is_evaluated_on_held_out_comparisons(trained):
-    """Accuracy, each side scored alone; what a judge in its place would reach, with sigmoid(2.5 (a - b)) for its votes;
-    and the first batch comes from comparisons.csv."""
+    """Accuracy, each side scored alone; and what a judge in its place would reach, with sigmoid(2.5 (a - b)) for its
+    votes."""
     data, out, _ = trained
     model, tokenizer, judge = load_reward_model(out / "reward.pt")[0], find_tokenizer(str(data)), load_judge(str(data))
     expected = {}
