@@ -68,10 +68,11 @@ class PPOConfig:
     # PPO
     batch_size: int = arg(128, "episodes a step")
     minibatch_size: int = arg(32, "episodes a gradient step")
-    micro_batch_size: int = arg(0, "of these, how many at once; the same gradient in less memory; 0: all")
+    micro_batch_size: int = arg(0, "of these, how many at once when scored and updated (sampling takes the batch); the "
+                                "same gradient in less memory; 0: all")
     inner_epochs: int = arg(2, "passes over each rollout")
-    max_kl_old: float = arg(math.inf, "no further pass over a rollout once the policy is this many nats per token from "
-                            "the one that made it")
+    max_kl_old: float = arg(math.inf, "no further pass over a rollout once the policy, before the last gradient step of "
+                            "a pass, is this many nats per token from the one that made it")
     gamma: float = arg(1.0, "discount")
     lam: float = arg(0.95, "GAE's lambda")
     clip_eps: float = arg(0.2, "the ratio earns nothing beyond 1 - eps and 1 + eps")
@@ -79,7 +80,7 @@ class PPOConfig:
                                 "no clipping")
     value_coef: float = arg(0.5, "weight of the value loss")
     entropy_coef: float = arg(0.0, "weight of the entropy bonus")
-    ptx_coef: float = arg(0.0, "weight of the imitation of demonstrations, InstructGPT's gamma")
+    ptx_coef: float = arg(0.0, "weight of the imitation of demonstrations (rlhf/ptx.py)")
     value_network: str = arg("reward", "reward: a network of its own, started from the reward model; shared: a head "
                              "on the policy, in less time and memory", ("reward", "shared"))
     lora_rank: int = arg(0, "train adapters of this rank instead of the weights (rlhf/lora.py); 0: the weights")
@@ -155,12 +156,12 @@ def update(
 ) -> dict:
     """Parts 5 and 6 of a step: several passes over one rollout, each in random minibatches. Returns means
     over the gradient steps. ptx: see rlhf/ptx.py."""
-    stats, grad_norms = [], []
+    stats, grad_norms, first_log_ratio = [], [], None
     for epoch in range(cfg.inner_epochs):
         order = torch.randperm(len(rollout.tokens), generator=make_generator("cpu", cfg.seed, "update", step, epoch))
-        begun = len(stats)
         minibatches = order.to(rollout.tokens.device).split(cfg.minibatch_size)
         for i, rows in enumerate(minibatches):
+            begun = len(stats)
             losses = batch_losses(policy, rollout, advantages, returns, rows, cfg, amp, stats)
             if ptx is not None:
                 losses = chain(losses, ptx(policy.gpt, (step * cfg.inner_epochs + epoch) * len(minibatches) + i))
@@ -168,12 +169,14 @@ def update(
             # ---- 6 update ----
             _, grad_norm = optimizer_step(losses, policy, optimizer, scaler, cfg.max_grad_norm)
             grad_norms.append(grad_norm)
-        if sum(one["kl_old"].item() for one in stats[begun:]) / len(minibatches) > cfg.max_kl_old:
+            if first_log_ratio is None:
+                first_log_ratio = torch.stack([one["max_log_ratio"] for one in stats]).max().item()
+        if sum(one["kl_old"].item() for one in stats[begun:]) > cfg.max_kl_old:  # of the last minibatch
             break  # far enough from the policy that made the rollout; its advantages say little about this one
-    first_log_ratio = stats[0]["max_log_ratio"].item()
     means = {name: sum(one[name] for one in stats).item() / len(grad_norms) for name in stats[0]
              if name != "max_log_ratio"}
-    return {**means, "grad_norm": torch.stack(grad_norms).mean().item(), "gradient_steps": len(grad_norms),
+    norms = torch.stack(grad_norms)  # in float16 one may be infinite: the scaler has left that step out
+    return {**means, "grad_norm": norms[norms.isfinite()].mean().item(), "gradient_steps": len(grad_norms),
             "first_log_ratio": first_log_ratio}
 
 
@@ -240,8 +243,8 @@ def main(cfg: PPOConfig) -> None:
     if cfg.resume:
         checkpoint = resume(path, "ppo", cfg, tokenizer, inputs, policy, optimizer, scaler)
         start, kl_coef = checkpoint["step"], checkpoint["kl_coef"]
-    ptx = PretrainingMix(cfg.ptx_coef, cfg.data, tokenizer, reference.config.block_size, cfg.minibatch_size, cfg.seed,
-                         device, amp)
+    ptx = PretrainingMix(cfg.ptx_coef, cfg.data, tokenizer, reference.config.block_size, cfg.minibatch_size,
+                         cfg.micro_batch_size, cfg.seed, device, amp)
     print(f"{len(prompts):,} prompts ({len(heldout):,} held out), {cfg.steps * cfg.batch_size:,} episodes, "
           f"on {device}, amp {cfg.amp}, seed {cfg.seed}")
 

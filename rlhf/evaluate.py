@@ -168,15 +168,15 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
     bias = (best["objective"].mean() - halves).item() * slope if gain > 0 else math.inf
     reached = torch.tensor([one["score"] - kl_coef * one["kl_ref"] for one in ours]).view(-1, len(scores)).mean(dim=0)
     lacking = best["objective"] - reached  # (Q,)
-    error = lacking.std().item() / math.sqrt(len(scores)) * slope if gain > 0 and len(scores) > 1 else math.inf
+    error = lacking.std().item() / math.sqrt(len(scores)) * abs(slope) if gain > 0 and len(scores) > 1 else math.inf
     nearest = "whose KL is nearest to PPO's"
     if matching_n(ppo["kl_ref"], largest + 1) > n:
         nearest = f"the largest that {scores.size(1)} samples allow; PPO's KL is larger"
     text = (f"best_of_n: n = {n}, {nearest}\n"
             f"optimum: {scores.size(1)} reference samples for each of {len(scores)} prompts, effective sample size "
             f"{ess.mean():.1f}\non average, {ess.min():.1f} at least; PPO's optimality has a standard error of "
-            f"{error:.3f}\nfrom these prompts, and is too high by {bias:.3f} or more")
-    if not bias < 0.03 or ess.mean() < 3:
+            f"{error:.3f}\nfrom these prompts, and is too {'low' if bias < 0 else 'high'} by {abs(bias):.3f} or more")
+    if not abs(bias) < 0.03 or ess.mean() < 3:
         text += "\nwarning: that is too few samples to trust; more --optimum-samples, or a larger --kl-coef"
     return text
 

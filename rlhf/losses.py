@@ -84,7 +84,7 @@ def policy_loss(
     never clipped.
 
     The policy gradient is a sum over the slots of each response, a mean over responses. Here the sum over all slots is
-    divided by one number for the whole batch, which only rescales it; to divide each response by its own length would
+    divided by one number for all rows given, which only rescales it; to divide each response by its own length would
     change its direction, and pay for length.
 
     Args: new_logprobs (with gradient), old_logprobs, advantages, mask: (B, T-1).

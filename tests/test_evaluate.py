@@ -64,6 +64,23 @@ def test_standard_error_by_hand():
         assert table[3]["objective"] == pytest.approx(2.5 if second else 3)
 
 
+def test_a_policy_below_its_reference_looks_worse_than_it_is():
+    """Scores 2 ln 3, 0, 0, 0 and kl_coef 2 again, J* = 2 ln(3/2). PPO has J = 0 there and -1/2 in the table, SFT 0: so
+    J* is 2 ln(3/2) - 1/2 = G, the optimality -1/2 / G. Half of the samples give ln 2: half a unit over G^2 times as
+    much lower; and a J* that is too low makes -1/2 / G too low."""
+    ln2, scores = math.log(2), torch.tensor([[2 * math.log(3), 0, 0, 0]], dtype=torch.float64)
+    table = [summarise("sft", [one(0, 0)], [one(0, 0)], 2.0), summarise("ppo", [one(-0.5, 0)], [one(0, 0)], 2.0)]
+    text = add_optimum(table, [one(0, 0)], scores, None, 2.0)
+    G = 2 * math.log(1.5) - 0.5
+    assert table[1]["optimality"] == pytest.approx(-0.5 / G)
+    assert f"too low by {(2 * math.log(1.5) - ln2) * 0.5 / G**2:.3f} or more" in text and "warning" in text
+
+    scores = torch.tensor([[2.0, 2, 2, 2], [4, 4, 4, 4]], dtype=torch.float64)  # as in test_standard_error_by_hand
+    table = [summarise("sft", [one(2.5, 0)], [one(0, 0)], 1.0), summarise("ppo", [one(3, 1)], [one(0, 0)], 1.0)]
+    text = add_optimum(table, [one(2, 1), one(4, 0.5), one(0, 0), one(4.5, 1)], scores, None, 1.0)
+    assert "has a standard error of 1.000\n" in text  # 1/2 in what it lacks, times |-1| / (1/2)
+
+
 def test_a_reference_that_cannot_be_bettered_has_no_optimality():
     """All samples score the same, and PPO is no better: nothing to divide by, and the line says not to trust it."""
     table = [summarise(name, [one(1, 0)], [one(1, 0)], 0.5) for name in ("sft", "ppo")]

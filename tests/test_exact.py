@@ -155,13 +155,13 @@ def test_a_broken_loss_points_elsewhere(uphill, broken):
     assert (got + slope).norm() > 0.05 * slope.norm()
 
 
-def train(world, kl_coef, seed, steps, broken=""):
+def train(world, kl_coef, seed, steps, broken="", value_network=False):
     """train_ppo's loop around its own `update`, on samples. Returns KL(pi || pi*) before and after."""
     cfg = train_ppo.PPOConfig(batch_size=256, minibatch_size=64, inner_epochs=2, steps=steps, lr=5e-3, warmup=3,
                               seed=seed)
     gpt = GPT(world.config).double()
     gpt.load_state_dict(world.reference.state_dict())
-    policy = PolicyWithValue(gpt).double()
+    policy = PolicyWithValue(gpt, noisy(GPT(world.config), seed=9) if value_network else None).double()
     optimizer, scaler = make_optimizer(policy, cfg.lr, 0.0, eps=1e-5), make_scaler(torch.device("cpu"), None)
     prompts = torch.tensor([(p + [0] * 3)[:3] for p in PROMPTS]).repeat(86, 1)[: cfg.batch_size]
     prompt_lens = torch.tensor([len(p) for p in PROMPTS]).repeat(86)[: cfg.batch_size]
@@ -189,6 +189,13 @@ def test_ppo_reaches_the_optimum(kl_coef, steps, seed):
     """KL(pi || pi*) at most 0.01 nats, from 0.014 to 0.19."""
     before, after = train(World(seed, channels=32), kl_coef, seed, steps)
     print(f"kl_coef {kl_coef}, seed {seed}: KL to the optimum {before:.3f} -> {after:.5f}")
+    assert after <= 0.01 < before
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ppo_reaches_the_optimum_with_a_value_network_of_its_own(seed):
+    before, after = train(World(seed, channels=32), 2.5, seed, 80, value_network=True)
+    print(f"kl_coef 2.5, seed {seed}, a value network: KL to the optimum {before:.3f} -> {after:.5f}")
     assert after <= 0.01 < before
 
 

@@ -14,6 +14,7 @@ import train_sft
 from rlhf import ptx
 from rlhf.common import make_scaler
 from rlhf.data import Comparison, Demonstration, Prompt
+from rlhf.masked import token_logprobs
 from rlhf.optim import make_optimizer
 from rlhf.rollout import collect
 
@@ -55,7 +56,7 @@ def rollout(policy, gpt, reward_model):
     made = collect(policy, gpt, reward_model, prompts, torch.tensor([3, 2, 1, 3, 2, 1]), 6, 7, generator=generator)
     assert made.mask.sum(dim=1).tolist() == [2, 2, 6, 2, 6, 6]  # ragged
     noise = torch.randn(2, *made.mask.shape, generator=generator, dtype=torch.float64)
-    return made._replace(logprobs=made.logprobs + 0.1 * noise[0]), noise[0], noise[1]
+    return made._replace(logprobs=made.logprobs + 0.1 * noise[0] * made.mask), noise[0], noise[1]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -124,7 +125,6 @@ def test_every_pass_takes_each_row_once_in_an_order_of_its_own(policy, rollout, 
     orders = [sum(taken[at : at + 3], []) for at in range(0, 18, 3)]
     assert all(sorted(order) == [0, 1, 2, 3, 4, 5] for order in orders) and len(set(map(tuple, orders))) == 6
     for whole, parts in zip(logged[:2], logged[2:]):
-        del whole["first_log_ratio"], parts["first_log_ratio"]  # of the first part alone
         assert parts == pytest.approx(whole, rel=1e-5) and whole["clip_fraction"] > 0
 
 
@@ -134,6 +134,32 @@ def test_inner_epochs_stop_beyond_the_limit(policy, rollout, limit, gradient_ste
     cfg = train_ppo.PPOConfig(batch_size=6, minibatch_size=2, inner_epochs=3, max_kl_old=limit)
     optimizer, scaler = make_optimizer(policy, 1e-3, 0.0), make_scaler(CPU, None)
     assert train_ppo.update(policy, optimizer, scaler, *rollout, cfg, None, 0)["gradient_steps"] == gradient_steps
+
+
+@pytest.mark.parametrize(("factor", "gradient_steps"), [(0.99, 3), (1.01, 6)])
+def test_the_last_minibatch_of_a_pass_says_how_far_it_went(policy, rollout, factor, gradient_steps):
+    """The limit a little below and above the kl_old of the third of three minibatches, seen before its step. In two
+    micro-batches each."""
+    made, *targets = rollout
+    with torch.no_grad():
+        made = made._replace(logprobs=token_logprobs(policy(made.tokens)[0], made.tokens, made.mask))
+    start, stats = {name: tensor.clone() for name, tensor in policy.state_dict().items()}, []
+    cfg = train_ppo.PPOConfig(batch_size=6, minibatch_size=2, inner_epochs=2, micro_batch_size=1, lr=1e-2)
+
+    def run(**changed):
+        policy.load_state_dict(start)
+        optimizer = make_optimizer(policy, cfg.lr, 0.0)
+        return train_ppo.update(policy, optimizer, make_scaler(CPU, None), made, *targets,
+                                dataclasses.replace(cfg, **changed), None, 0)
+
+    losses = train_ppo.batch_losses
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_ppo, "batch_losses", lambda *args: stats.append(args[-1]) or losses(*args))
+        run()
+    figures = stats[0]  # one list, to which every part is appended
+    last = sum(one["kl_old"].item() for one in figures[4:6])
+    assert last > 1.5 * sum(one["kl_old"].item() for one in figures[:6]) / 3  # a mean over the pass is smaller
+    assert run(max_kl_old=factor * last)["gradient_steps"] == gradient_steps
 
 
 def test_pretraining_mix_adds_its_gradient(policy, rollout, monkeypatch):
@@ -146,13 +172,15 @@ def test_pretraining_mix_adds_its_gradient(policy, rollout, monkeypatch):
         def step(self, closure=None):
             seen.append([p.grad.clone() for p in policy.gpt.parameters()])
 
-    for coef in (0.0, 2.0):
-        mix = ptx.PretrainingMix(coef, "", SimpleNamespace(pad_id=0), 16, len(DEMONSTRATIONS), 0, CPU, None)
+    for coef, micro_batch_size in ((0.0, 0), (2.0, 0), (2.0, 2)):
+        mix = ptx.PretrainingMix(coef, "", SimpleNamespace(pad_id=0), 16, len(DEMONSTRATIONS), micro_batch_size, 0,
+                                 CPU, None)
         optimizer = Recorder(policy.parameters(), 1.0)
         train_ppo.update(policy, optimizer, make_scaler(CPU, None), *rollout, cfg, None, 0, mix)
     _, alone = gradient(policy, train_sft.batch_losses(policy.gpt, DEMONSTRATIONS, 0, 0, CPU, None))
-    for (name, _), without, with_mix in zip(policy.gpt.named_parameters(), *seen):
-        assert_close(with_mix, without + 2 * alone["gpt." + name])
+    for (name, _), without, *with_mix in zip(policy.gpt.named_parameters(), *seen, strict=True):
+        for one in with_mix:
+            assert_close(one, without + 2 * alone["gpt." + name])
 
 
 def test_temperature_divides_the_logits_of_sampling_and_scoring(policy, gpt, reward_model):

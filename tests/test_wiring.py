@@ -17,7 +17,7 @@ import train_sft
 from rlhf.checkpoints import load_policy, load_reward_model
 from rlhf.cli import parse_cli
 from rlhf.common import make_generator
-from rlhf.data import encode_response, find_tokenizer
+from rlhf.data import Comparison, Prompt, encode_response, find_tokenizer
 from rlhf.evaluate import decode_responses
 from rlhf.judge import load_judge
 from rlhf.model import GPT
@@ -190,7 +190,7 @@ def test_half_precision_is_in_every_pass(seen, monkeypatch, tmp_path):
     monkeypatch.setattr(GPT, "hidden", lambda *args: passes.add(torch.is_autocast_enabled("cpu")) or forward(*args))
     monkeypatch.setattr(train_ppo, "token_logprobs", lambda *args: passes.add((out := logprobs(*args)).dtype) or out)
     flags = ["--device", "cpu", *TINY["ppo"].split(), "--steps", "1", "--data", seen["data"], "--out", tmp_path,
-             "--sft", seen["out"] / "sft.pt", "--reward", seen["reward"], "--amp", "bf16"]
+             "--sft", seen["out"] / "sft.pt", "--reward", seen["reward"], "--amp", "bf16", "--ptx-coef", "1"]
     train_ppo.main(parse_cli(train_ppo.PPOConfig, list(map(str, flags))))
     assert passes == {True, torch.float32}
 
@@ -211,7 +211,7 @@ def test_the_closing_table_is_of_the_policy_and_its_reference(seen):
     lens = torch.tensor(list(map(len, encoded)))
     tokens = torch.tensor([ids + [0] * (max(lens) - len(ids)) for ids in encoded])
     for (side, gpt), line in zip(sides.items(), table):
-        gpt.temperature = 0.8
+        gpt.temperature = {"Before": 0.8, "After": 1.0}[side]  # what ppo.pt is loaded as has its temperature inside
         said, mask = generate(gpt, tokens, lens, 12, tokenizer.eos_id, make_generator("cpu", 3, "evaluate", 0))
         texts = decode_responses(tokenizer, said, mask)
         assert [row[side] for row in samples] == texts
@@ -284,9 +284,19 @@ def test_reward_model_starts_from_the_fine_tuned_one(trained, tmp_path, monkeypa
     assert [lr for _, lr in steps] == pytest.approx([0.01 * factor for factor in factors])
 
 
-def test_swapped_prompts_belong_to_other_rows():
-    from rlhf.data import Comparison, Prompt
+def test_accuracy_by_hand():
+    """Scores 5 > 1, 2 > 0, 1 < 4 and 3 = 3: two right, one wrong and one half right are 2.5 of 4."""
+    table = {7: 5.0, 8: 1.0, 9: 2.0, 10: 0.0, 11: 1.0, 12: 4.0, 13: 3.0, 14: 3.0}
+    pairs = [Comparison(Prompt("", [1, 2]), [better], [worse, 3])
+             for better, worse in ((7, 8), (9, 10), (11, 12), (13, 14))]
 
+    def model(tokens, lengths):
+        return torch.tensor([table[row[2]] for row in tokens.tolist()])
+
+    assert train_reward.accuracy(model, pairs, 0, torch.device("cpu"), None) == 0.625
+
+
+def test_swapped_prompts_belong_to_other_rows():
     pairs = [Comparison(Prompt(str(i), [i] * (1 + i)), [7], [8, 9]) for i in range(6)]
     swapped = train_reward.swap_prompts(pairs, seed=0, limit=100)
     assert all(new.prompt != old.prompt and new[1:] == old[1:] for new, old in zip(swapped, pairs, strict=True))
