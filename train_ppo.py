@@ -71,8 +71,8 @@ class PPOConfig:
     micro_batch_size: int = arg(0, "of these, how many at once when scored and updated (sampling takes the batch); the "
                                 "same gradient in less memory; 0: all")
     inner_epochs: int = arg(2, "passes over each rollout")
-    max_kl_old: float = arg(math.inf, "no further pass over a rollout once the policy, before the last gradient step of "
-                            "a pass, is this many nats per token from the one that made it")
+    max_kl_old: float = arg(math.inf, "no further pass over a rollout once the policy, before the last gradient step "
+                            "of a pass, is this many nats per token from the one that made it")
     gamma: float = arg(1.0, "discount")
     lam: float = arg(0.95, "GAE's lambda")
     clip_eps: float = arg(0.2, "the ratio earns nothing beyond 1 - eps and 1 + eps")
