@@ -106,8 +106,14 @@ def test_every_pass_takes_each_row_once_in_an_order_of_its_own(policy, rollout, 
     """Two steps of three passes over six rows in minibatches of two; the pretraining mix is asked for batches 0 to 17.
     With a rate of 0 nothing moves, so micro-batches change none of the means that are logged."""
     made, advantages, returns = rollout
-    taken, asked, losses = [], [], train_ppo.batch_losses
-    monkeypatch.setattr(train_ppo, "batch_losses", lambda *args: taken.append(args[4].tolist()) or losses(*args))
+    taken, figures, asked, losses = [], [], [], train_ppo.batch_losses
+
+    def spy(*args):
+        taken.append(args[4].tolist())
+        figures.append(args[-1])  # one list for all minibatches of a step
+        return losses(*args)
+
+    monkeypatch.setattr(train_ppo, "batch_losses", spy)
 
     def mix(gpt, step):
         asked.append(step)
@@ -126,6 +132,10 @@ def test_every_pass_takes_each_row_once_in_an_order_of_its_own(policy, rollout, 
     assert all(sorted(order) == [0, 1, 2, 3, 4, 5] for order in orders) and len(set(map(tuple, orders))) == 6
     for whole, parts in zip(logged[:2], logged[2:]):
         assert parts == pytest.approx(whole, rel=1e-5) and whole["clip_fraction"] > 0
+    assert len(figures[0]) == 9 and logged[0]["gradient_steps"] == 9
+    for name in ("policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "kl_old"):
+        assert logged[0][name] == pytest.approx(sum(one[name].item() for one in figures[0]) / 9)
+    assert logged[0]["first_log_ratio"] == figures[0][0]["max_log_ratio"].item()
 
 
 @pytest.mark.parametrize(("limit", "gradient_steps"), [(1e9, 9), (1e-9, 3)])
