@@ -172,6 +172,14 @@ def test_the_last_minibatch_of_a_pass_says_how_far_it_went(policy, rollout, fact
     assert run(max_kl_old=factor * last)["gradient_steps"] == gradient_steps
 
 
+def test_a_step_that_the_scaler_leaves_out_has_no_norm(policy, rollout, monkeypatch):
+    """Norms inf, 2 and 4: the mean is 3."""
+    norms = iter(torch.tensor([math.inf, 2.0, 4.0]))
+    monkeypatch.setattr(train_ppo, "optimizer_step", lambda losses, *rest: (list(losses), next(norms)))
+    cfg = train_ppo.PPOConfig(batch_size=6, minibatch_size=2, inner_epochs=1)
+    assert train_ppo.update(policy, None, None, *rollout, cfg, None, 0)["grad_norm"] == 3
+
+
 def test_pretraining_mix_adds_its_gradient(policy, rollout, monkeypatch):
     """With a coefficient of 2, the update's first gradient grows by twice that of the demonstrations' loss."""
     cfg = train_ppo.PPOConfig(batch_size=6, minibatch_size=6, inner_epochs=1, max_grad_norm=1e9)
