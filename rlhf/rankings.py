@@ -31,19 +31,26 @@ class Ranking(NamedTuple):
 
 
 def load_rankings(path: Path, tokenizer: Tokenizer, limit: int) -> list[Ranking]:
-    """One Ranking a prompt (and group), in the order in which they first come. One without a pair (a single response,
-    or all tied) teaches nothing: it is dropped, and the count is printed."""
-    found, lengths = {}, []
+    """One Ranking a prompt (and group), in the order in which they first come. A response that comes again in its
+    ranking counts once, where it stands first: against itself it can teach nothing. A ranking without a pair (a single
+    response, or all tied) is dropped. Both counts are printed."""
+    found, lengths, again = {}, [], 0
     frame = read_csv(path, ("Prompt", "Response", "Rank"), optional=("Group",))
     for row, (prompt, response, rank, *group) in enumerate(frame.itertuples(index=False), start=1):
         if not (rank.strip().isdecimal() and int(rank) < 2**31):
             raise InputError(f"{path}, row {row}: Rank is {rank[:40]!r}; it must be a whole number below 2**31, the "
                              f"lower the better")
         ranking = found.setdefault((prompt, *group), Ranking([], []))
-        ranking.responses.append(tokenizer.encode(prompt) + encode_response(tokenizer, response))
+        tokens = tokenizer.encode(prompt) + encode_response(tokenizer, response)
+        lengths.append(len(tokens))
+        if tokens in ranking.responses:
+            again += 1
+            continue
+        ranking.responses.append(tokens)
         ranking.ranks.append(int(rank))
-        lengths.append(len(ranking.responses[-1]))
     check_lengths(path, lengths, limit, "prompt and response together")
+    if again:
+        print(f"{path}: {again} responses left out, which come twice in their ranking")
     kept = [ranking for ranking in found.values() if len(set(ranking.ranks)) > 1]
     if len(kept) < len(found):
         print(f"{path}: {len(found) - len(kept)} of {len(found)} rankings dropped, they have no two ranks")

@@ -34,6 +34,14 @@ def test_rows_of_a_prompt_form_one_ranking(tokenizer, tmp_path, capsys):
     assert "2 of 3 rankings dropped" in capsys.readouterr().out
 
 
+def test_a_response_that_comes_twice_counts_once(tokenizer, tmp_path, capsys):
+    """In ranking a, with its first rank; b has nothing else and is dropped. Another ranking may have it too."""
+    path = write(tmp_path, "a,one,1", "a,two,2", "a,one,3", "b,one,1", "b,one,2", "c,one,2", "c,two,1")
+    first, second = load_rankings(path, tokenizer, 80)
+    assert (first.ranks, second.ranks) == ([1, 2], [2, 1]) and len(first.responses) == 2
+    assert "2 responses left out" in (shown := capsys.readouterr().out) and "1 of 3 rankings dropped" in shown
+
+
 def test_a_group_tells_rankings_of_one_prompt_apart(tokenizer, tmp_path):
     path = tmp_path / "rankings.csv"
     path.write_text("Group,Rank,Prompt,Response\nx,1,a,one\ny,2,a,two\nx,2,a,three\ny,1,a,four\n")
