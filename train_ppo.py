@@ -169,7 +169,7 @@ def update(
             # ---- 6 update ----
             _, grad_norm = optimizer_step(losses, policy, optimizer, scaler, cfg.max_grad_norm)
             grad_norms.append(grad_norm)
-            if first_log_ratio is None:
+            if first_log_ratio is None:  # all parts of the first minibatch, where old and new policy are the same
                 first_log_ratio = torch.stack([one["max_log_ratio"] for one in stats]).max().item()
         if sum(one["kl_old"].item() for one in stats[begun:]) > cfg.max_kl_old:  # of the last minibatch
             break  # far enough from the policy that made the rollout; its advantages say little about this one
