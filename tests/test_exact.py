@@ -209,7 +209,7 @@ def after_40_steps():
 
 @pytest.mark.parametrize("broken", ["sign of the KL", "slot of the score", "mask without end-of-text"])
 def test_a_broken_ppo_does_not_get_there(broken, after_40_steps):
-    """The test above can fail: after as many steps, PPO as it is has come nearer than 0.03, a broken one has not."""
+    """Those tests can fail: after as many steps, PPO as it is has come nearer than 0.03, a broken one has not."""
     after = train(World(0, channels=32), 1.5, 0, 40, broken)[1]
     print(f"{broken}: KL to the optimum {after:.3f}")
     assert after_40_steps < 0.03 < after
