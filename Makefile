@@ -1,14 +1,20 @@
-# make run   the three scripts in order, into runs/
+# make run   the three stages in order and how close PPO came to the optimum, into runs/
 # make test  the tests
+# make lint  ruff, if it is installed
 PYTHON = .venv/bin/python
 
 run: .venv/installed
 	$(PYTHON) train_sft.py
 	$(PYTHON) train_reward.py
 	$(PYTHON) train_ppo.py
+	$(PYTHON) -m rlhf.tools.optimality
+	@if $(PYTHON) -c "import matplotlib" 2> /dev/null; then $(PYTHON) -m rlhf.tools.plot runs; fi
 
 test: .venv/installed
 	$(PYTHON) -m pytest
+
+lint:
+	@if command -v ruff > /dev/null; then ruff check .; else echo "ruff is not installed: pip install ruff"; fi
 
 # Installs once; a later call finds the stamp newer than requirements.txt and does nothing.
 .venv/installed: requirements.txt
@@ -20,4 +26,4 @@ test: .venv/installed
 clean:
 	rm -rf .venv runs
 
-.PHONY: run test clean
+.PHONY: run test lint clean

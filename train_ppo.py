@@ -1,4 +1,4 @@
-"""Stage three: PPO. The policy answers prompts, the reward model scores the answers, better answers become likelier.
+"""Stage three: PPO. The policy responds to prompts, the reward model scores the responses, better ones become likelier.
 
     python train_ppo.py            # reads runs/sft.pt and runs/reward.pt; writes runs/ppo.pt, ppo.csv,
                                    # ppo_samples.csv and evaluation.csv
@@ -9,179 +9,238 @@ What is maximised, for each prompt, is
 
     J(pi) = E_pi[score] - kl_coef * KL(pi || reference)
 
-The reference is the fine-tuned model, frozen. The second term is the leash: the reward model was trained on text like
-the reference's and is a poor judge of anything else, so a policy without it (--kl-coef 0) finds the mistakes of the
-judge instead of better answers.
+The reference is the fine-tuned model, frozen. The second term is the KL penalty: the reward model was trained on text
+like the reference's. It is unreliable off-distribution, and the policy exploits its errors (try --kl-coef 0).
 
-A step has six parts; README.md draws them, and the numbers in the comments here are theirs.
+`main` goes through the six parts of a step that README.md draws; `update` below it is parts 5 and 6. What is called by
+the name of its module (cli, runtime, checkpoints, tables) is not RLHF and can be skipped on a first reading.
 
 Kept of the details that matter: log-probabilities re-computed in the mode of the update, the k1 penalty inside the
 reward, the score on the last action, V = 0 after it, advantages whitened over the rollout, the clipped ratio, a fixed
-score for answers that never end.
+score for responses that never end.
 Left out: whitening of rewards, dropout, top-k and top-p (the policy that samples must be the policy that is trained).
 """
 
-import math
 from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
 
 import torch
 
+from rlhf import evaluate
 from rlhf.advantages import explained_variance, gae
-from rlhf.checkpoints import load_policy, load_reward_model
-from rlhf.cli import arg, check_not_negative, check_positive, run
-from rlhf.common import (
-    InputError, Progress, autocast, check_finite, check_tokenizer, csv_path, digests, make_generator, make_scaler,
-    pick_amp, pick_device, resume, save_checkpoint, write_csv,
-)
-from rlhf.data import batch_indices, find_tokenizer, load_prompts, pad_rows
-from rlhf.evaluate import Setting, answer, compare, mean_gold
-from rlhf.judge import load_judge
-from rlhf.lora import trained_and_frozen
+from rlhf.data import batch_indices, load_prompts, pad_rows
+from rlhf.extras.lora import trained_and_frozen
+from rlhf.extras.ptx import PretrainingMix
 from rlhf.losses import entropy, policy_loss, value_loss
 from rlhf.masked import masked_mean, masked_whiten, token_logprobs
 from rlhf.model import PolicyWithValue
-from rlhf.optim import linear_schedule, make_optimizer, optimizer_step, set_lr
-from rlhf.ptx import PretrainingMix
-from rlhf.report import print_answers, print_pairs, print_table, sample_rows
 from rlhf.rewards import adapt_kl_coef, kl_k1, kl_k3, shape_rewards
-from rlhf.rollout import Rollout, collect, has_ended
+from rlhf.rollout import Frozen, collect, has_ended
+from rlhf.support import checkpoints, cli, judge, runtime, tables
+from rlhf.tokenizer import find_tokenizer
 
 
 @dataclass(frozen=True)
-class PPOConfig:
+class PPOConfig(cli.TrainConfig):
     """Train the policy with PPO against the reward model (stage three of three)."""
 
-    # data
-    data: str = arg("data/tiny_assistant", "data set folder")
-    out: str = arg("runs", "folder for the checkpoint and the metrics")
-    sft: str = arg("", "starting policy and frozen reference; empty: sft.pt in --out")
-    reward: str = arg("", "frozen reward model; empty: reward.pt in --out")
-    # reward
-    max_new_tokens: int = arg(40, "longest response in tokens, end-of-text included")
-    missing_eos_score: float = arg(-3.0, "replaces the score of a response without end-of-text")
-    temperature: float = arg(1.0, "divides the logits of policy and reference, in sampling and training alike")
-    kl_coef: float = arg(0.07, "price of a nat of KL to the reference, in units of score")
-    kl_target: float = arg(0.0, "adapt kl_coef, from the one given, towards this many nats per response; 0: keep it")
-    kl_horizon: float = arg(10_000, "episodes in which the adaptation takes effect")
-    # PPO
-    batch_size: int = arg(128, "episodes a step")
-    minibatch_size: int = arg(32, "episodes a gradient step")
-    micro_batch_size: int = arg(0, "of these, how many at once when scored and updated (sampling takes the batch); the "
-                                "same gradient in less memory; 0: all")
-    inner_epochs: int = arg(2, "passes over each rollout")
-    max_kl_old: float = arg(math.inf, "no further pass over a rollout once the policy, before the last gradient step "
-                            "of a pass, is this many nats per token from the one that made it")
-    gamma: float = arg(1.0, "discount")
-    lam: float = arg(0.95, "GAE's lambda")
-    clip_eps: float = arg(0.2, "the ratio earns nothing beyond 1 - eps and 1 + eps")
-    value_clip_eps: float = arg(math.inf, "to move the value further than this from the rollout's earns nothing; inf: "
-                                "no clipping")
-    value_coef: float = arg(0.5, "weight of the value loss")
-    entropy_coef: float = arg(0.0, "weight of the entropy bonus")
-    ptx_coef: float = arg(0.0, "weight of the imitation of demonstrations (rlhf/ptx.py)")
-    value_network: str = arg("reward", "reward: a network of its own, started from the reward model; shared: a head "
-                             "on the policy, in less time and memory", ("reward", "shared"))
-    lora_rank: int = arg(0, "train adapters of this rank instead of the weights (rlhf/lora.py); 0: the weights")
-    # optimisation
-    steps: int = arg(112, "rollout-and-update steps")
-    lr: float = arg(6e-4, "peak learning rate")
-    warmup: int = arg(20, "steps of linear warm-up, then linear decay towards 0")
-    max_grad_norm: float = arg(1.0, "gradients are clipped to this norm")
-    # run
-    eval_prompts: int = arg(500, "held-out prompts of the closing evaluation")
-    optimum_prompts: int = arg(48, "of these, how many the best possible policy is estimated on")
-    optimum_samples: int = arg(256, "reference samples for each of them")
-    device: str = arg("auto", "where to run; auto takes a GPU where there is one", ("auto", "cpu", "cuda"))
-    amp: str = arg("off", "mixed precision; auto is bf16 on a GPU that has it", ("auto", "off", "bf16", "fp16"))
-    seed: int = arg(0, "of the order of the prompts, the samples and the minibatches")
-    eval_every: int = arg(25, "steps between sample answers and checkpoints")
-    resume: bool = arg(False, "go on from the checkpoint in --out")
+    steps: int = 112
+    batch_size: int = 128
+    lr: float = 6e-4
+    warmup: int = 20
+    eval_every: int = 25
+    sft: str = cli.arg("", "starting policy and reference (empty: OUT/sft.pt)", group="rollout")
+    reward: str = cli.arg("", "reward model (empty: OUT/reward.pt)")
+    value_network: str = cli.arg("reward", "copy of the reward model, or shared with the policy", ("reward", "shared"))
+    max_new_tokens: int = cli.arg(40, "longest response, end-of-text included")
+    missing_eos_score: float = cli.arg(-3.0, "score of a response without end-of-text")
+    temperature: float = cli.arg(1.0, "sampling temperature of policy and reference")
+    eval_prompts: int = cli.arg(500, "held-out prompts of the closing evaluation")
+    kl_coef: float = cli.arg(0.07, "KL penalty coefficient", group="reward")
+    kl_target: float = cli.arg(0.0, "adapt kl_coef towards this KL, nats/response (0: off)")
+    kl_horizon: float = cli.arg(10_000, "episodes in which kl_coef adapts")
+    minibatch_size: int = cli.arg(32, "minibatch size", group="PPO")
+    inner_epochs: int = cli.arg(2, "epochs over each rollout")
+    max_kl_old: float = cli.arg(float("inf"), "stop the inner epochs when KL(old, new) exceeds this")
+    gamma: float = cli.arg(1.0, "discount")
+    lam: float = cli.arg(0.95, "GAE lambda")
+    clip_eps: float = cli.arg(0.2, "PPO clip range")
+    value_clip_eps: float = cli.arg(float("inf"), "value clip range (inf: off)")
+    value_coef: float = cli.arg(0.5, "value loss coefficient")
+    entropy_coef: float = cli.arg(0.0, "entropy bonus coefficient")
+    ptx_coef: float = cli.arg(0.0, "coefficient of the loss on demonstrations (0: off)")
 
     def __post_init__(self):
-        check_positive(self, "max_new_tokens", "batch_size", "minibatch_size", "inner_epochs", "clip_eps", "steps",
-                       "temperature", "kl_horizon", "lr", "max_grad_norm", "eval_prompts", "optimum_prompts",
-                       "eval_every")
-        check_not_negative(self, "kl_coef", "kl_target", "value_coef", "entropy_coef", "ptx_coef", "micro_batch_size",
-                           "lora_rank", "warmup")
-        if self.batch_size % self.minibatch_size:
-            raise ValueError(f"--batch-size ({self.batch_size}) must be a multiple of --minibatch-size "
-                             f"({self.minibatch_size})")
-        if self.optimum_samples < 4 or self.optimum_samples % 2:
-            raise ValueError(f"--optimum-samples is {self.optimum_samples}: give an even number, 4 or more")
-        if not (self.value_clip_eps > 0 and self.max_kl_old > 0):
-            raise ValueError("--value-clip-eps and --max-kl-old must be above 0; inf turns them off")
-        if self.kl_target and self.kl_horizon < self.batch_size:
-            raise ValueError(f"--kl-horizon ({self.kl_horizon:g}) counts episodes: give --batch-size "
-                             f"({self.batch_size}) or more")
-        if self.kl_target and not self.kl_coef:
-            raise ValueError("--kl-target multiplies --kl-coef step by step, so it needs one above 0 to start from")
-        if not abs(self.missing_eos_score) <= 1e6:
-            raise ValueError("--missing-eos-score must lie between -1e6 and 1e6")
-        if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
-            raise ValueError("--gamma and --lam must lie between 0 and 1")
+        super().__post_init__()
+        cli.check_positive(self, "max_new_tokens", "minibatch_size", "inner_epochs", "clip_eps", "temperature",
+                           "kl_horizon", "eval_prompts")
+        cli.check_not_negative(self, "kl_coef", "kl_target", "value_coef", "entropy_coef", "ptx_coef")
+        for broken, message in (
+            (self.batch_size % self.minibatch_size, "--batch-size must be a multiple of --minibatch-size"),
+            (min(self.value_clip_eps, self.max_kl_old) <= 0, "--value-clip-eps and --max-kl-old must be above 0"),
+            (self.kl_target and self.kl_horizon < self.batch_size,
+             "--kl-horizon counts episodes: give --batch-size or more"),
+            (self.kl_target and not self.kl_coef, "--kl-target multiplies --kl-coef, which must start above 0"),
+            (not abs(self.missing_eos_score) <= 1e6, "--missing-eos-score must lie between -1e6 and 1e6"),
+            (not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1), "--gamma and --lam must lie between 0 and 1"),
+        ):
+            if broken:
+                raise ValueError(message)
 
 
-def batch_losses(policy, rollout: Rollout, advantages, returns, rows, cfg: PPOConfig, amp, stats: list):
-    """Part 5 of a step: the loss of some rows of the rollout, in parts that fit in memory (--micro-batch-size). A part
-    weighs as much as it has actions, so the parts sum to the mean over all of them. Appends its figures to stats.
+def main(cfg: PPOConfig) -> None:
+    device, amp, scaler = runtime.setup(cfg.device, cfg.amp)
+    policy, frozen, inputs = load_models(cfg, device, amp)
+    tokenizer, gold_judge = frozen.tokenizer, judge.load_judge(cfg.data)
+    limit = min(policy.gpt.config.block_size, frozen.reward_model.gpt.config.block_size) - cfg.max_new_tokens
+    if limit < 1:
+        raise cli.InputError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a prompt in a context of "
+                             f"{limit + cfg.max_new_tokens} tokens; lower it")
+    prompts = load_prompts(cfg.data, tokenizer, limit)
+    heldout = load_prompts(cfg.data, tokenizer, limit, heldout=True)[: cfg.eval_prompts]
+    ptx = PretrainingMix(cfg, tokenizer, policy.gpt.config.block_size, device, amp) if cfg.ptx_coef else None
 
-    A generator: nothing runs until optimizer_step takes the parts, one by one."""
-    actions = rollout.mask[rows].sum()
-    for part in rows.split(cfg.micro_batch_size or len(rows)):
-        mb = rollout.take(part)
-        with autocast(mb.tokens.device, amp):
-            logits, values = policy(mb.tokens)  # (B, T, V), (B, T)
-        new_logprobs = token_logprobs(logits, mb.tokens, mb.mask)  # (B, T-1)
+    # No decay: it would pull the policy away from its reference. eps is that of OpenAI's PPO code (baselines).
+    optimizer = runtime.make_optimizer(policy, cfg.lr, weight_decay=0.0, eps=1e-5)
+    path, start, kl_coef = cfg.checkpoint("ppo"), 0, cfg.kl_coef
+    if cfg.resume:
+        checkpoint = checkpoints.resume(path, cfg, tokenizer, inputs, policy, optimizer, scaler)
+        start, kl_coef = checkpoint["step"], checkpoint["kl_coef"]
+    print(f"{len(prompts):,} prompts ({len(heldout):,} held out), {cfg.steps * cfg.batch_size:,} episodes, "
+          f"on {device}, amp {cfg.amp}, seed {cfg.seed}")
 
-        # ---- 5 losses ----
-        mb_advantages, mb_returns = (x[part, : mb.mask.size(1)] for x in (advantages, returns))
-        pg_loss, clip_fraction = policy_loss(new_logprobs, mb.logprobs, mb_advantages, mb.mask, cfg.clip_eps)
-        v_loss, v_clip_fraction = value_loss(values[:, :-1], mb.values, mb_returns, mb.mask, cfg.value_clip_eps)
-        mb_entropy = entropy(logits if cfg.entropy_coef else logits.detach(), mb.mask)  # often a figure alone
-        loss = pg_loss + cfg.value_coef * v_loss - cfg.entropy_coef * mb_entropy
+    progress = tables.Progress(path.with_suffix(".csv"), cfg.steps, start, (
+        "score", "gold", "kl_ref", "value_loss", "entropy", "clip_fraction", "eos_rate"), cfg.tensorboard)
+    for step in range(start, cfg.steps):
+        batch = [prompts[i] for i in batch_indices(len(prompts), cfg.batch_size, step, cfg.seed)]
+        tokens, prompt_lens = pad_rows([prompt.tokens for prompt in batch], tokenizer.pad_id, device)  # (B, P), (B,)
 
-        share = mb.mask.sum() / actions
-        kl_old = masked_mean(kl_k3(mb.logprobs, new_logprobs.detach()), mb.mask)  # nats per token
-        figures = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": mb_entropy, "clip_fraction": clip_fraction,
-                   "value_clip_fraction": v_clip_fraction, "kl_old": kl_old}
-        stats.append({**{name: share * figure.detach() for name, figure in figures.items()},
-                      "max_log_ratio": (new_logprobs - mb.logprobs).detach().abs().max()})
-        yield share * loss
+        # ---- 1 generate, 2 score ----
+        generator = runtime.make_generator(device, cfg.seed, "rollout", step)
+        rollout = collect(policy, frozen, tokens, prompt_lens, generator)
+        # ---- 3 shape ----
+        rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef)
+        # ---- 4 credit ----
+        advantages, returns = gae(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
+        # Subtracting the mean is one more baseline; the division makes --lr independent of the scale of the scores.
+        advantages = masked_whiten(advantages, rollout.mask)
+        # ---- 5 losses, 6 update ----
+        lr = runtime.set_lr(optimizer, cfg.lr * runtime.linear_schedule(step, cfg.steps, cfg.warmup))
+        learned = update(policy, optimizer, scaler, rollout, advantages, returns, cfg, amp, step, ptx)
+
+        runtime.check_finite(policy, step + 1)
+        score = rollout.scores.mean().item()
+        kl_ref = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1).mean().item()  # nats per response
+        check_first_step(step, kl_ref, learned["first_log_ratio"], amp)
+        progress.tokens += int(rollout.mask.sum())
+        progress.log(  # every column of ppo.csv; docs/metrics.md explains them
+            step + 1,
+            score=score,
+            gold=evaluate.mean_gold(gold_judge, batch, rollout, tokenizer),
+            kl_ref=kl_ref,
+            objective=score - kl_coef * kl_ref,
+            kl_coef=kl_coef,
+            **learned,  # policy_loss to first_log_ratio, see update
+            explained_variance=explained_variance(rollout.values, returns, rollout.mask).item(),
+            length=rollout.mask.sum(dim=1).float().mean().item(),
+            eos_rate=has_ended(rollout.tokens, rollout.mask, tokenizer.eos_id).float().mean().item(),
+            lr=lr,
+        )
+        if cfg.kl_target:
+            kl_coef = adapt_kl_coef(kl_coef, kl_ref, cfg.kl_target, cfg.kl_horizon, cfg.batch_size)
+        done = step + 1
+        if done % cfg.eval_every == 0 or done == cfg.steps:
+            tables.print_responses(evaluate.respond(policy.gpt, heldout[:3], frozen, gold_judge))
+            checkpoints.save(path, "ppo", policy, cfg, done, tokenizer, optimizer, scaler, inputs, kl_coef=kl_coef)
+
+    print("\nbefore and after, on held-out prompts:")
+    frozen = frozen._replace(rows=cfg.micro_batch_size or 128)
+    table, before, after = evaluate.compare(policy.gpt, heldout, frozen, gold_judge, kl_coef, cfg.seed)
+    tables.write_csv(path.with_name("evaluation.csv"), table)
+    tables.write_csv(path.with_name("ppo_samples.csv"), tables.sample_rows(before, after))
+    tables.print_pairs(before, after, 3)
+    print(f"\nwrote {path}, evaluation.csv and ppo_samples.csv; next: python -m rlhf.tools.optimality\n")
+    tables.print_table(table)
 
 
-def update(
-    policy, optimizer, scaler, rollout: Rollout, advantages, returns, cfg: PPOConfig, amp, step: int, ptx=None
-) -> dict:
-    """Parts 5 and 6 of a step: several passes over one rollout, each in random minibatches. Returns means
-    over the gradient steps. ptx: see rlhf/ptx.py."""
-    stats, grad_norms, first_log_ratio = [], [], None
+def update(policy, optimizer, scaler, rollout, advantages, returns, cfg: PPOConfig, amp, step, ptx=None) -> dict:
+    """Parts 5 and 6: several epochs over one rollout, in random minibatches.
+
+    A rollout is expensive, so it is used for many gradient steps. From the second on, the policy is not the one that
+    sampled: that is what the ratio and the clip in policy_loss are for.
+
+    Args: advantages, returns: (B, T-1).  Returns: means over the gradient steps.
+    """
+    means, grad_norms, first_log_ratio = tables.Means(), [], 0.0
     for epoch in range(cfg.inner_epochs):
-        order = torch.randperm(len(rollout.tokens), generator=make_generator("cpu", cfg.seed, "update", step, epoch))
-        minibatches = order.to(rollout.tokens.device).split(cfg.minibatch_size)
-        for i, rows in enumerate(minibatches):
-            begun = len(stats)
-            losses = batch_losses(policy, rollout, advantages, returns, rows, cfg, amp, stats)
+        generator = runtime.make_generator("cpu", cfg.seed, "update", step, epoch)
+        order = torch.randperm(len(rollout.tokens), generator=generator).to(rollout.tokens.device)
+        for rows in order.split(cfg.minibatch_size):
+            optimizer.zero_grad()
+            actions, minibatch_kl_old = rollout.mask[rows].sum(), 0.0
+            # Micro-batches save memory: their gradients sum to the minibatch's, each weighted by its share of actions.
+            for part in rows.split(cfg.micro_batch_size or len(rows)):
+                mb = rollout.take(part)
+                mb_advantages, mb_returns = (x[part, : mb.mask.size(1)] for x in (advantages, returns))  # (b, t-1)
+                share = mb.mask.sum() / actions
+                with runtime.autocast(mb.tokens.device, amp):
+                    logits, new_values = policy(mb.tokens)  # (b, t, V), (b, t)
+                new_logprobs = token_logprobs(logits, mb.tokens, mb.mask)  # (b, t-1)
+
+                # ---- 5 losses ----
+                pg_loss, clip_fraction = policy_loss(new_logprobs, mb.logprobs, mb_advantages, mb.mask, cfg.clip_eps)
+                v_loss, v_clip_fraction = value_loss(
+                    new_values[:, :-1], mb.values, mb_returns, mb.mask, cfg.value_clip_eps)
+                mb_entropy = entropy(logits if cfg.entropy_coef else logits.detach(), mb.mask)
+                loss = pg_loss + cfg.value_coef * v_loss - cfg.entropy_coef * mb_entropy
+
+                # ---- 6 update ----
+                scaler.scale(share * loss).backward()
+
+                kl_old = masked_mean(kl_k3(mb.logprobs, new_logprobs.detach()), mb.mask)  # nats per token
+                minibatch_kl_old += share * kl_old
+                if not grad_norms:  # the first minibatch, in which old and new policy are the same
+                    first_log_ratio = max(first_log_ratio, (new_logprobs - mb.logprobs).abs().max().item())
+                means.add(share, policy_loss=pg_loss, value_loss=v_loss, entropy=mb_entropy,
+                          clip_fraction=clip_fraction, value_clip_fraction=v_clip_fraction, kl_old=kl_old)
             if ptx is not None:
-                losses = chain(losses, ptx(policy.gpt, (step * cfg.inner_epochs + epoch) * len(minibatches) + i))
-
-            # ---- 6 update ----
-            _, grad_norm = optimizer_step(losses, policy, optimizer, scaler, cfg.max_grad_norm)
-            grad_norms.append(grad_norm)
-            if first_log_ratio is None:  # all parts of the first minibatch, where old and new policy are the same
-                first_log_ratio = torch.stack([one["max_log_ratio"] for one in stats]).max().item()
-        if sum(one["kl_old"].item() for one in stats[begun:]) > cfg.max_kl_old:  # of the last minibatch
-            break  # far enough from the policy that made the rollout; its advantages say little about this one
-    means = {name: sum(one[name] for one in stats).item() / len(grad_norms) for name in stats[0]
-             if name != "max_log_ratio"}
+                ptx.backward(policy.gpt, scaler, step, len(grad_norms))
+            grad_norms.append(runtime.optimizer_step(policy, optimizer, scaler, cfg.max_grad_norm))
+        if minibatch_kl_old > cfg.max_kl_old:  # of the epoch's last minibatch
+            break  # the policy is far from the one that made the rollout, whose advantages say little about it
     norms = torch.stack(grad_norms)  # in float16 one may be infinite: the scaler has left that step out
-    return {**means, "grad_norm": norms[norms.isfinite()].mean().item(), "gradient_steps": len(grad_norms),
-            "first_log_ratio": first_log_ratio}
+    return {**means.over(len(grad_norms)), "grad_norm": norms[norms.isfinite()].mean().item(),
+            "gradient_steps": len(grad_norms), "first_log_ratio": first_log_ratio}
 
 
-def check_beginning(step: int, kl_ref: float, first_log_ratio: float, amp) -> None:
-    """Facts that hold whatever the data, and whose failure means that two of the passes disagree."""
+def load_models(cfg: PPOConfig, device, amp):
+    """The policy with its value estimate; what is frozen; and the digests of what the run is made from."""
+    sft_path, reward_path = cfg.checkpoint("sft"), cfg.checkpoint("reward")
+    gpt, sft = checkpoints.load_policy(sft_path, "sft")
+    reward_model, reward = checkpoints.load_reward_model(reward_path)
+    tokenizer = find_tokenizer(cfg.data, sft["config"]["tokenizer"])
+    checkpoints.check_tokenizer(sft_path, sft, tokenizer)
+    checkpoints.check_tokenizer(reward_path, reward, tokenizer)
+
+    gpt.temperature = cfg.temperature
+    generator = runtime.make_generator("cpu", cfg.seed, "adapters")
+    policy_gpt, reference = trained_and_frozen(gpt, cfg.lora_rank, generator)
+    value_gpt = None
+    if cfg.value_network == "reward":
+        if reward_model.gpt.config.n_embd != gpt.config.n_embd:
+            raise cli.InputError("--value-network reward needs a reward model as wide (n_embd) as the policy")
+        # What tells good responses from bad ones has been learned there already.
+        value_gpt, reward_model.gpt = trained_and_frozen(reward_model.gpt, cfg.lora_rank, generator)
+    policy = PolicyWithValue(policy_gpt, value_gpt)
+    files = {"sft": sft_path, "reward": reward_path, "prompts": tables.csv_path(cfg.data, "prompts")}
+    if cfg.ptx_coef:
+        files["demonstrations"] = tables.csv_path(cfg.data, "demonstrations")
+    frozen = Frozen(reference.to(device), reward_model.to(device), tokenizer, cfg.max_new_tokens,
+                    cfg.missing_eos_score, cfg.micro_batch_size or cfg.minibatch_size, amp)
+    return policy.to(device), frozen, checkpoints.digests(**files)
+
+
+def check_first_step(step: int, kl_ref: float, first_log_ratio: float, amp) -> None:
+    """Facts that hold whatever the data, and whose failure means that two of the forward passes disagree."""
     faults = []
     tolerance = 1e-4 if amp is None else 0.1
     if step == 0 and not abs(kl_ref) <= tolerance:  # `not <=`, so that NaN fails too
@@ -196,117 +255,5 @@ def check_beginning(step: int, kl_ref: float, first_log_ratio: float, amp) -> No
         print(f"warning: kl_ref is {kl_ref:.2f} nats; a KL this negative means that sampler and scorer disagree")
 
 
-def load_models(cfg: PPOConfig, device):
-    """The policy and its value estimate, the frozen reference, the frozen reward model, the tokenizer; and the digests
-    of what the run is made from."""
-    sft_path = Path(cfg.sft or Path(cfg.out) / "sft.pt")
-    reward_path = Path(cfg.reward or Path(cfg.out) / "reward.pt")
-    gpt, sft = load_policy(sft_path, "sft")
-    reward_model, reward = load_reward_model(reward_path)
-    tokenizer = find_tokenizer(cfg.data, sft["config"]["tokenizer"])
-    check_tokenizer(sft_path, sft, tokenizer)
-    check_tokenizer(reward_path, reward, tokenizer)
-
-    gpt.temperature = cfg.temperature
-    generator = make_generator("cpu", cfg.seed, "adapters")
-    policy_gpt, reference = trained_and_frozen(gpt, cfg.lora_rank, generator)
-    value_gpt = None
-    if cfg.value_network == "reward":
-        if reward_model.gpt.config.n_embd != gpt.config.n_embd:
-            raise InputError("--value-network reward needs a reward model as wide (n_embd) as the policy")
-        # What tells good answers from bad ones has been learned there already.
-        value_gpt, reward_model.gpt = trained_and_frozen(reward_model.gpt, cfg.lora_rank, generator)
-    policy = PolicyWithValue(policy_gpt, value_gpt)
-    files = {"sft": sft_path, "reward": reward_path, "prompts": csv_path(cfg.data, "prompts")}
-    if cfg.ptx_coef:
-        files["demonstrations"] = csv_path(cfg.data, "demonstrations")
-    inputs = digests(**files)
-    return policy.to(device), reference.to(device), reward_model.to(device), tokenizer, inputs
-
-
-def main(cfg: PPOConfig) -> None:
-    device = pick_device(cfg.device)
-    amp = pick_amp(cfg.amp, device)
-    policy, reference, reward_model, tokenizer, inputs = load_models(cfg, device)
-    limit = min(reference.config.block_size, reward_model.gpt.config.block_size) - cfg.max_new_tokens
-    if limit < 1:
-        raise InputError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a prompt in a context of "
-                         f"{limit + cfg.max_new_tokens} tokens; lower it")
-    prompts = load_prompts(cfg.data, tokenizer, limit)
-    heldout = load_prompts(cfg.data, tokenizer, limit, heldout=True)[: cfg.eval_prompts]
-    judge = load_judge(cfg.data)
-
-    # No decay: it would pull the policy away from its reference. eps is that of OpenAI's PPO code (baselines).
-    optimizer = make_optimizer(policy, cfg.lr, weight_decay=0.0, eps=1e-5)
-    scaler = make_scaler(device, amp)
-    path, start, kl_coef = Path(cfg.out) / "ppo.pt", 0, cfg.kl_coef
-    if cfg.resume:
-        checkpoint = resume(path, "ppo", cfg, tokenizer, inputs, policy, optimizer, scaler)
-        start, kl_coef = checkpoint["step"], checkpoint["kl_coef"]
-    ptx = PretrainingMix(cfg.ptx_coef, cfg.data, tokenizer, reference.config.block_size, cfg.minibatch_size,
-                         cfg.micro_batch_size, cfg.seed, device, amp)
-    print(f"{len(prompts):,} prompts ({len(heldout):,} held out), {cfg.steps * cfg.batch_size:,} episodes, "
-          f"on {device}, amp {cfg.amp}, seed {cfg.seed}")
-
-    chunk_size = cfg.micro_batch_size or cfg.minibatch_size  # rows at once when a rollout is scored
-    setting = Setting(reference, reward_model, tokenizer, judge, cfg.max_new_tokens, cfg.missing_eos_score,
-                      cfg.micro_batch_size or 128, amp)
-    progress = Progress(Path(cfg.out) / "ppo.csv", cfg.steps, start, csv_only=(
-        "objective", "kl_coef", "value_clip_fraction", "kl_old", "grad_norm", "gradient_steps", "first_log_ratio",
-        "lr"))
-    for step in range(start, cfg.steps):
-        batch = [prompts[i] for i in batch_indices(len(prompts), cfg.batch_size, step, cfg.seed)]
-        tokens, prompt_lens = pad_rows([prompt.tokens for prompt in batch], tokenizer.pad_id, device)  # (B, P), (B,)
-
-        # ---- 1 generate, 2 score ----
-        generator = make_generator(device, cfg.seed, "rollout", step)
-        rollout = collect(policy, reference, reward_model, tokens, prompt_lens, cfg.max_new_tokens, tokenizer.eos_id,
-                          cfg.missing_eos_score, chunk_size, amp, generator)
-        # ---- 3 shape ----
-        rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef)
-        # ---- 4 credit ----
-        advantages, returns = gae(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
-        # The mean taken away is one more baseline; the division frees --lr from the unit of the scores.
-        advantages = masked_whiten(advantages, rollout.mask)
-        # ---- 5 losses, 6 update ----
-        lr = cfg.lr * linear_schedule(step, cfg.steps, cfg.warmup)
-        set_lr(optimizer, lr)
-        stats = update(policy, optimizer, scaler, rollout, advantages, returns, cfg, amp, step, ptx)
-        check_finite(policy, step + 1)
-
-        kl_ref = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1).mean().item()  # nats per response
-        check_beginning(step, kl_ref, stats["first_log_ratio"], amp)
-        progress.tokens += int(rollout.mask.sum())
-        progress.log(
-            step + 1,
-            score=rollout.scores.mean().item(),
-            gold=mean_gold(judge, batch, rollout, tokenizer),
-            kl_ref=kl_ref,
-            objective=rollout.scores.mean().item() - kl_coef * kl_ref,
-            kl_coef=kl_coef,
-            **stats,
-            explained_variance=explained_variance(rollout.values, returns, rollout.mask).item(),
-            length=rollout.mask.sum(dim=1).float().mean().item(),
-            eos_rate=has_ended(rollout.tokens, rollout.mask, tokenizer.eos_id).float().mean().item(),
-            lr=lr,
-        )
-        if cfg.kl_target:
-            kl_coef = adapt_kl_coef(kl_coef, kl_ref, cfg.kl_target, cfg.kl_horizon, cfg.batch_size)
-        done = step + 1
-        if done % cfg.eval_every == 0 or done == cfg.steps:
-            print_answers(answer(policy.gpt, heldout[:3], setting))
-            save_checkpoint(path, "ppo", policy, cfg, done, tokenizer, optimizer, scaler, inputs, kl_coef=kl_coef)
-
-    print(f"\nheld out: {len(heldout)} prompts, one sampled response each")
-    table, before, after, trust = compare(
-        policy.gpt, heldout, setting, kl_coef, cfg.optimum_prompts, cfg.optimum_samples, cfg.seed)
-    print_table(table)
-    print(trust)
-    print_pairs(before, after, 3)
-    write_csv(Path(cfg.out) / "evaluation.csv", table)
-    write_csv(Path(cfg.out) / "ppo_samples.csv", sample_rows(before, after))
-    print(f"\nwrote {path}, {Path(cfg.out) / 'evaluation.csv'} and {Path(cfg.out) / 'ppo_samples.csv'}")
-
-
 if __name__ == "__main__":
-    run(main, PPOConfig)
+    cli.run(main, PPOConfig)

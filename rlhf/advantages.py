@@ -1,4 +1,13 @@
-"""Credit: how much better was each action than what the value estimate expected?"""
+"""Credit assignment: how much better was each action than the value network expected?
+
+Why an advantage. The policy gradient makes each action likelier in proportion to what followed it. A response of 20
+tokens has one score at its end, so without more every token gets the same credit, and if all scores are positive even
+the worst response becomes likelier.
+
+Why a baseline. Subtract from what followed an action anything that does not depend on the action, such as V(t), the
+return expected before it. The expected gradient stays the same, because E[grad log pi(a)] = grad sum_a pi(a) = 0: the
+baseline adds no bias. The variance falls, because what is left is only the surprise.
+"""
 
 import torch
 from torch import Tensor
@@ -7,16 +16,20 @@ from rlhf.masked import check_same_shape, masked_mean
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation over the action slots.
+    """Advantages by generalised advantage estimation (GAE), and the returns that V is trained towards.
 
-        delta[t] = r[t] + gamma * V[t+1] - V[t]              V after the last action is 0: the response is over
+        delta[t] = r[t] + gamma * V[t+1] - V[t]              the TD error; V after the last action is 0
         A[t]     = delta[t] + gamma * lam * A[t+1]
                  = delta[t] + (gamma lam) delta[t+1] + (gamma lam)^2 delta[t+2] + ...
-        R[t]     = A[t] + V[t]                               what the value estimate is trained towards
+        R[t]     = A[t] + V[t]
 
-    Schulman et al. 2016, equation 16; the cases that follow are 17 and 18. lam = 0 trusts the value estimate (A =
-    delta); lam = 1 trusts the rewards alone (with gamma = 1, A is the sum of all that follow, less V). gamma = 1 is
-    right for responses: the score comes once, at the end, and a discount would pay the first words less of it.
+    Schulman et al. 2016, equation 16; the two cases below are its equations 17 and 18.
+
+    delta is how much one action changed the expected return: what it was paid, plus what is expected after it, minus
+    what was expected before it. lam chooses how many deltas count, and trades bias for variance. lam = 0 is the TD
+    error by itself: little noise, but as wrong as V is. lam = 1 with gamma = 1 is all rewards that followed, minus
+    V[t]: right on average whatever V is, but with the noise of all later actions. gamma = 1 suits responses: the
+    score comes once, at the end, and a discount would pay early tokens less of it.
 
     Args: rewards, values, mask: (B, T-1); the True slots of a row are consecutive.
     Returns: advantages and returns, (B, T-1), 0 where the mask is False; not whitened.
@@ -34,9 +47,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over the True slots: 1 perfect, 0 no better than a constant.
+    """How well V predicts the returns: 1 - Var(returns - values) / Var(returns) over the True slots.
 
-    Args: all (B, T-1).  Returns: scalar; -inf or NaN where all the returns are equal.
+    1: perfectly; 0: no better than a constant.
+
+    Args: all (B, T-1).  Returns: scalar; -inf or NaN if all returns are equal.
     """
     check_same_shape(values=values, returns=returns, mask=mask)
     errors = returns - values

@@ -1,12 +1,12 @@
-"""The three data sets, read with pandas, and the rectangles of tokens made from them.
+"""The three data sets, read with pandas, and the batches of tokens made from them.
 
-A data set is a folder; each CSV has a twin *_heldout.csv whose prompts no training file holds:
+A data set is a folder. Each CSV has a twin *_heldout.csv, whose prompts are in no training file:
 
-    prompts.csv         Prompt                       what PPO answers
+    prompts.csv         Prompt                       what PPO responds to
     demonstrations.csv  Prompt, Response             what fine-tuning imitates
     comparisons.csv     Prompt, Chosen, Rejected     what the reward model learns from
     tokenizer.tiktoken  byte-pair ranks; without it, GPT-2's
-    judge.py            score(prompts, responses): a gold score that no training step learns from; optional
+    judge.py            optional: score(prompts, responses), a gold score that no training step learns from
 """
 
 from pathlib import Path
@@ -15,8 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.common import InputError, check_lengths, csv_path, make_generator, read_csv
-from rlhf.tokenizer import Tokenizer, load_tokenizer
+from rlhf.support.cli import InputError
+from rlhf.support.runtime import make_generator
+from rlhf.support.tables import check_lengths, csv_path, read_csv
+from rlhf.tokenizer import Tokenizer
 
 
 class Prompt(NamedTuple):
@@ -49,16 +51,16 @@ class Comparison(NamedTuple):
 
 
 def encode_response(tokenizer: Tokenizer, response: str) -> list[int]:
-    """The one way from a response's text to its tokens, for fine-tuning, the reward model and PPO alike: one space,
-    the text, end-of-text. (A prompt ends in "Assistant:", and a word's token holds the space before it.)
+    """Tokens of a response: one space, the text, end-of-text. The only such function, for all three stages.
 
-    Prompt and response are encoded apart, so that a prompt has the same tokens whatever follows it.
+    (A prompt ends in "Assistant:", and a word's token holds the space before it.) Prompt and response are encoded
+    separately, so that a prompt has the same tokens whatever follows it.
     """
     return tokenizer.encode(" " + response.strip()) + [tokenizer.eos_id]
 
 
 def load_prompts(folder: str, tokenizer: Tokenizer, limit: int, heldout: bool = False) -> list[Prompt]:
-    """limit: the most tokens that a prompt may take, the model's context less the response."""
+    """limit: the most tokens that a prompt may take, the model's context minus the response."""
     path = csv_path(folder, "prompts", heldout)
     prompts = [Prompt(text, tokenizer.encode(text)) for text in read_csv(path, ("Prompt",))["Prompt"]]
     check_lengths(path, [len(prompt.tokens) for prompt in prompts], limit, "the prompt",
@@ -73,20 +75,18 @@ def load_demonstrations(folder: str, tokenizer: Tokenizer, limit: int, heldout: 
     for prompt, response in read_csv(path, ("Prompt", "Response")).itertuples(index=False):
         ids = tokenizer.encode(prompt)
         rows.append(Demonstration(ids + encode_response(tokenizer, response), len(ids)))
-    check_lengths(path, [len(row.tokens) for row in rows], limit, "prompt and response together")
+    check_lengths(path, [len(row.tokens) for row in rows], limit, "the prompt with its response")
     return rows
 
 
-def load_comparisons(
-    folder: str, tokenizer: Tokenizer, limit: int, heldout: bool = False, files: tuple[str, ...] = ()
-) -> list[Comparison]:
-    """The data set's comparisons or, in their place, those of other files one after another.
+def load_comparisons(paths: list[Path], tokenizer: Tokenizer, limit: int) -> list[Comparison]:
+    """The comparisons of one or more files.
 
     Pairs whose two sides have the same tokens teach nothing, and neither do those that an optional column Answer calls
-    a tie or a skip (rlhf/label.py): they are dropped, and the count is printed.
+    a tie or a skip (rlhf/tools/label.py): they are dropped, and the count is printed.
     """
     kept = []
-    for path in map(Path, files or [csv_path(folder, "comparisons", heldout)]):
+    for path in paths:
         rows, undecided = [], 0
         frame = read_csv(path, ("Prompt", "Chosen", "Rejected"), optional=("Answer",))
         for row, (prompt, chosen, rejected, *answer) in enumerate(frame.itertuples(index=False), start=1):
@@ -98,7 +98,7 @@ def load_comparisons(
                 undecided += 1
                 rows[-1] = rows[-1]._replace(rejected=rows[-1].chosen)
         longest = [len(row.prompt.tokens) + max(len(row.chosen), len(row.rejected)) for row in rows]
-        check_lengths(path, longest, limit, "prompt and longer side together")
+        check_lengths(path, longest, limit, "the prompt with its longer side")
         different = [row for row in rows if row.chosen != row.rejected]
         if len(different) < len(rows):
             print(f"{path}: {len(rows) - len(different)} of {len(rows)} pairs dropped, chosen and rejected are the "
@@ -110,23 +110,13 @@ def load_comparisons(
     return kept
 
 
-def find_tokenizer(folder: str, choice: str = "auto") -> Tokenizer:
-    """auto: the data set's own ranks where it has some, else GPT-2's."""
-    if not Path(folder).is_dir():
-        raise InputError(f"--data {folder}: there is no such folder here")
-    own = Path(folder) / "tokenizer.tiktoken"
-    if choice == "auto":
-        choice = str(own) if own.is_file() else "gpt2"
-    return load_tokenizer(choice)
-
-
 # ---- batches ----
 
 
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Row numbers of batch `step`: through the whole set in a fresh order, then again in another.
+    """Row numbers of batch `step`: through the whole set in random order, then again in another order.
 
-    They follow from (seed, step) alone, so a resumed run sees the rows that the uninterrupted one saw.
+    They follow from (seed, step) only, so a resumed run sees the rows that the uninterrupted run saw.
     """
     rows = []
     for at in range(step * batch_size, (step + 1) * batch_size):
@@ -138,8 +128,8 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int
 
 
 def chunks(rows: list, size: int) -> list[list]:
-    """A batch in pieces of `size` rows, the last one smaller where it must be; 0: in one piece. Shorter rows come
-    first, so that fewer are padded to the length of a longer one."""
+    """A batch cut into micro-batches of `size` rows, the last one smaller if it must be; 0: one micro-batch. Shorter
+    rows come first, so that less is padded."""
     if not size:
         return [rows]
     rows = sorted(rows, key=lambda row: row.size)

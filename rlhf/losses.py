@@ -14,10 +14,12 @@ from rlhf.masked import action_logprobs, check_same_shape, masked_mean, token_lo
 
 
 def sft_loss(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy of the response tokens: -mean over True slots of log pi(token t+1 | tokens 0..t).
+    """Cross-entropy of the response tokens.
+
+        -mean over True slots of log pi(token t+1 | tokens 0..t)
 
     Args: logits (B, T, V); tokens (B, T); mask (B, T-1), True on the response, end-of-text included.
-    Returns: scalar, nats per token. A model that knows nothing starts at ln V.
+    Returns: scalar, nats per token. An untrained model starts near ln V.
     """
     return -masked_mean(token_logprobs(logits, tokens, mask), mask)
 
@@ -26,13 +28,15 @@ def sft_loss(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
-    """-mean log sigmoid(r_chosen - r_rejected): how surprised the scores are by the annotators' votes.
+    """Negative log-likelihood of the votes, if P(chosen beats rejected) = sigmoid(r_chosen - r_rejected).
+
+        -mean log sigmoid(r_chosen - r_rejected)
 
     Bradley and Terry 1952; Ouyang et al. 2022 (InstructGPT), equation 1 with K = 2. `logsigmoid` stays finite where
-    log(sigmoid(x)) is log 0. The derivative by a chosen score is -(1 - sigmoid(margin)) / N: a pair that is ordered
-    well already pulls no more.
+    log(sigmoid(x)) is log 0. The derivative by a chosen score is -(1 - sigmoid(margin)) / N: a pair that is already
+    ordered well contributes almost no gradient.
 
-    Args: both (N,).  Returns: scalar, nats per pair; ln 2 where the scores say nothing.
+    Args: both (N,).  Returns: scalar, nats per pair; ln 2 if all scores are equal.
 
     >>> bradley_terry_loss(torch.tensor([0.]), torch.tensor([0.]))
     tensor(0.6931)
@@ -46,15 +50,16 @@ def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor
 def ranking_loss(scores: Tensor, ranks: Tensor) -> Tensor:
     """Bradley-Terry over all pairs of K ranked responses: mean over a prompt's pairs, then over the prompts.
 
-    Ouyang et al. 2022 (InstructGPT), equation 1: -1/C(K,2) * sum over pairs of log sigmoid(r_better - r_worse); with
-    ties, the number of pairs that are left takes the place of C(K,2). The pairs of one prompt are one element: they
-    share K forward passes, and a prompt with many pairs weighs no more.
+        -1/C(K,2) * sum over pairs of log sigmoid(r_better - r_worse)
+
+    Ouyang et al. 2022 (InstructGPT), equation 1. With ties, the number of pairs that are left replaces C(K,2). The
+    pairs of one prompt are one element: they share K forward passes, and a prompt with many pairs weighs no more.
 
     Args:
         scores (N, K).
-        ranks (N, K), integers: the lower the better; equal ranks are ties, which say nothing and are dropped; -1
-            marks a place that holds no response. A prompt without a pair (all tied, or fewer than two) is left out.
-    Returns: scalar. Raises ValueError where no prompt has a pair.
+        ranks (N, K), integers: the lower the better; equal ranks are ties, which are dropped; -1 marks a place that
+            holds no response. A prompt without a pair (all tied, or fewer than two) is left out.
+    Returns: scalar. Raises ValueError if no prompt has a pair.
     """
     if scores.dim() != 2:
         raise ValueError(f"scores must be (N, K), got {tuple(scores.shape)}")
@@ -74,21 +79,33 @@ def ranking_loss(scores: Tensor, ranks: Tensor) -> Tensor:
 def policy_loss(
     new_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The clipped surrogate of PPO, as a loss.
+    """PPO's clipped surrogate objective, as a loss.
 
         ratio = exp(new_logprobs - old_logprobs)
         mean over True slots of max(-A * ratio, -A * clip(ratio, 1 - eps, 1 + eps))
 
-    Schulman et al. 2017, equation 7. The max makes it pessimistic: once the ratio has moved beyond eps in the
-    direction that the advantage asks for, the gradient of that slot is exactly zero; a move in the wrong direction is
-    never clipped.
+    Schulman et al. 2017, equation 7. The paper maximises min(A * ratio, A * clip(ratio)); a loss is its negative, and
+    -min(x, y) = max(-x, -y).
 
-    The policy gradient is a sum over the slots of each response, a mean over responses. Here the sum over all slots is
-    divided by one number for all rows given, which only rescales it; to divide each response by its own length would
-    change its direction, and pay for length.
+    Why a ratio. Sampling a rollout is expensive, so it is used for several gradient steps. After the first one the
+    policy is no longer the one that sampled. The ratio is the importance weight that corrects for it: E_old[ratio * A]
+    is the advantage under the new policy. At ratio 1 its gradient is the plain policy gradient, A * grad log pi.
+
+    Why a clip. The correction holds only near the old policy. So once the ratio has moved beyond eps in the direction
+    that the advantage asks for (up for A > 0, down for A < 0), the max picks the constant branch, and the gradient of
+    that slot is exactly zero: the step may go on elsewhere, but this action has moved enough. A ratio that has moved in
+    the wrong direction is never clipped, so it can come back.
+
+    Why one mean. The policy gradient is a sum over the slots of each response and a mean over responses. Here the sum
+    over all slots is divided by their number. That rescales the gradient, and nothing else; dividing each response by
+    its own length would change its direction and pay for length. A micro-batch's loss is weighted by its share of the
+    minibatch's slots, so that micro-batches sum to the minibatch's mean. Each minibatch divides by its own number of
+    slots, and the advantages have been whitened once, over the rollout.
 
     Args: new_logprobs (with gradient), old_logprobs, advantages, mask: (B, T-1).
-    Returns: the loss; the share of True slots where the clipped branch is the larger loss.
+    Returns: the loss; the clip fraction, the share of True slots where the clipped branch is the larger loss. That is
+        less than the share with |ratio - 1| > eps, which also counts ratios that moved in the wrong direction and are
+        not clipped.
     """
     check_same_shape(new_logprobs=new_logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
     ratio = torch.exp(torch.where(mask, new_logprobs - old_logprobs, 0.0))  # (B, T-1)
@@ -102,13 +119,13 @@ def policy_loss(
 def value_loss(
     new_values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Half the squared error of the value estimate, clipped around the estimate that made the advantages.
+    """Half the squared error of V against the returns, clipped around the V of the rollout.
 
         V_clipped = V_old + clip(V - V_old, -eps, eps)
         mean over True slots of 1/2 max((V - R)^2, (V_clipped - R)^2)
 
-    OpenAI's baselines and lm-human-preferences (Ziegler et al. 2019); not in the PPO paper. clip_eps = inf turns the
-    clipping off.
+    From OpenAI's baselines and lm-human-preferences (Ziegler et al. 2019); not in the PPO paper. It keeps V near the
+    estimate that the advantages were computed with. clip_eps = inf turns the clipping off.
 
     Args: new_values (with gradient), old_values, returns, mask: (B, T-1).
     Returns: the loss; the share of True slots where V has moved beyond eps and the clipped branch is the larger loss.
@@ -119,12 +136,12 @@ def value_loss(
     unclipped = (new_values - returns) ** 2
     clipped = (clipped_values - returns) ** 2
     loss = 0.5 * masked_mean(torch.maximum(unclipped, clipped), mask)
-    beyond = (new_values - old_values).abs() > clip_eps  # within eps, V_clipped differs from V by rounding alone
+    beyond = (new_values - old_values).abs() > clip_eps  # within eps, V_clipped differs from V only by rounding
     return loss, masked_mean((beyond & (clipped > unclipped)).float(), mask)
 
 
 def entropy(logits: Tensor, mask: Tensor) -> Tensor:
-    """Mean over True slots of -sum over the vocabulary of p log p: how undecided the policy is.
+    """How undecided the policy is: mean over True slots of -sum over the vocabulary of p log p.
 
     Args: logits (B, T, V); mask (B, T-1).  Returns: scalar, nats per slot; at most ln V.
     """

@@ -1,7 +1,7 @@
 """The only means over tokens, and the only shift between logits and tokens, in the project.
 
-Masks are bool and True counts. Masked entries are taken out with `where` and never multiplied by zero: what stands
-in a pad may be NaN or infinite, and NaN * 0 is NaN.
+Masks are bool, and True counts. Masked entries are removed with `where` and never multiplied by zero: a pad may hold
+NaN or infinity, and NaN * 0 is NaN.
 """
 
 import torch
@@ -24,7 +24,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
     Every token weighs the same. (The mean of each row's mean would weigh tokens of short responses more.)
 
-    Args: x, mask: the same shape, any.  Returns: scalar.  Raises ValueError where no entry is True.
+    Args: x, mask: the same shape, any.  Returns: scalar.  Raises ValueError if no entry is True.
 
     >>> masked_mean(torch.tensor([[1., 1., 1.], [5., 0., 0.]]),
     ...             torch.tensor([[True, True, True], [True, False, False]]))
@@ -78,7 +78,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -
 
         out[:, t] = log softmax(logits[:, t])[tokens[:, t+1]]
 
-    Args: logits: (B, T, V); tokens: (B, T); mask: (B, T-1), the slots to compute, all where it is not given. The
+    Args: logits: (B, T, V); tokens: (B, T); mask: (B, T-1), the slots to compute, all if it is not given. The
         others are left out of the softmax and its gradient, and hold 0.
     Returns: (B, T-1), nats.
     """

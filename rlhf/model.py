@@ -1,16 +1,14 @@
 """The networks: a GPT, the same GPT with a value head, the same GPT with a score head.
 
 The architecture is GPT-2's (Radford et al. 2019): pre-LayerNorm, learned positions, tanh GELU, output matrix tied to
-the token embedding. There is no dropout: PPO compares the probabilities of two forward passes, and noise in either
-would show up as a ratio that no change of the policy explains.
+the token embedding. There is no dropout: PPO compares the probabilities of two forward passes, and dropout would make
+the ratio differ from 1 although the policy has not changed.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,26 +29,6 @@ class GPTConfig:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-
-
-# The published GPT-2s: layers, heads, channels. All know 50,257 tokens and read 1,024.
-PRETRAINED = {
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-    "distilgpt2": (6, 12, 768),
-}
-
-
-def published_name(name: str) -> tuple[str, bool]:
-    """What GPT-2's published files call one of our weights, and whether they hold it transposed: they keep the matrices
-    of linear layers as (in, out).
-
-    >>> published_name("blocks.0.mlp.c_fc.weight")
-    ('h.0.mlp.c_fc.weight', True)
-    """
-    return name.replace("blocks.", "h.", 1), ".c_" in name and name.endswith("weight")
 
 
 class KVCache:
@@ -89,7 +67,7 @@ class Attention(nn.Module):
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))  # (B, H, T, C/H)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, H, tokens so far, C/H)
-        # A single new token may look at everything before it; only several at once need the causal mask.
+        # A single new token may read everything before it; only several at once need the causal mask.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, H, T, C/H)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
@@ -118,10 +96,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. `hidden` gives what the heads read, `forward` the logits of the next token.
+    """GPT-2. `hidden` returns what the heads read, `forward` the logits of the next token.
 
-    temperature divides the logits, here and so everywhere: what is sampled, scored, trained and compared with is one
-    and the same distribution.
+    temperature divides the logits in one place, so that sampling, scoring and training use the same distribution.
     """
 
     temperature = 1.0
@@ -136,41 +113,8 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                # Each block adds two of these to the residual stream; 1/sqrt of their number keeps its variance.
+                # Each block adds two of these to the residual stream; 1/sqrt(number of them) keeps its variance.
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str) -> GPT:
-        """GPT-2's weights: a name of PRETRAINED, fetched once and kept in torch.hub's cache, or a folder that holds
-        config.json and pytorch_model.bin (Hugging Face's transformers writes the weights as model.safetensors unless
-        told otherwise; torch.save(model.state_dict(), "pytorch_model.bin") adds the file that is read here).
-
-        Raises OSError where they cannot be fetched or read, ValueError where they are of another architecture, and
-        KeyError or RuntimeError where weights are missing or of another shape than the config says.
-        """
-        folder = Path(name_or_path)
-        if folder.is_dir():
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            for name, ours in (("model_type", "gpt2"), ("activation_function", "gelu_new"), ("n_inner", None),
-                               ("layer_norm_epsilon", 1e-5), ("tie_word_embeddings", True),
-                               ("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
-                if config.get(name, ours) != ours:
-                    raise ValueError(f"{folder / 'config.json'}: {name} is {config[name]!r}; GPT-2 has {ours!r}")
-            config = GPTConfig(*(config[name] for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")))
-            state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        elif name_or_path in PRETRAINED:
-            config = GPTConfig(50257, 1024, *PRETRAINED[name_or_path])
-            owner = "distilbert" if name_or_path == "distilgpt2" else "openai-community"
-            state = torch.hub.load_state_dict_from_url(
-                f"https://huggingface.co/{owner}/{name_or_path}/resolve/main/pytorch_model.bin",
-                map_location="cpu", file_name=f"{name_or_path}.bin", weights_only=True)
-        else:
-            raise ValueError(f"{name_or_path!r} is no folder and none of {', '.join(PRETRAINED)}")
-        gpt, state = cls(config), {name.removeprefix("transformer."): weight for name, weight in state.items()}
-        theirs = {name: published_name(name) for name in gpt.state_dict()}
-        gpt.load_state_dict({name: state[other].t() if turned else state[other]
-                             for name, (other, turned) in theirs.items()})
-        return gpt
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -211,8 +155,8 @@ class GPT(nn.Module):
 class ScalarHead(nn.Linear):
     """One number from each hidden state: (..., C) -> (...).
 
-    It starts at zero, so that at first it says nothing instead of something random, and it computes in the precision
-    of its weights even under autocast: a score in bfloat16 would be known to two digits.
+    It starts at zero, so that the first scores and values are 0 and not random. It computes in the precision of its
+    weights even under autocast: a score in bfloat16 would have only two digits.
     """
 
     def __init__(self, n_embd: int):
@@ -226,9 +170,9 @@ class ScalarHead(nn.Linear):
 
 
 class PolicyWithValue(nn.Module):
-    """The policy, and an estimate of the reward still to come after reading tokens 0..t.
+    """The policy, and V: an estimate of the rewards still to come after reading tokens 0..t.
 
-    The value head reads the policy's own last hidden state, or that of `value_gpt`, a network of its own.
+    The value head reads the policy's last hidden state or, if it is given, that of a separate network `value_gpt`.
     """
 
     def __init__(self, gpt: GPT, value_gpt: GPT | None = None):
@@ -245,7 +189,7 @@ class PolicyWithValue(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """One number for a prompt and its response, read where the response ends.
+    """The score of a prompt and its response, read at the last real token.
 
         score = (head(hidden at the last real token) - mean) / scale
 

@@ -1,7 +1,11 @@
 """From one score for a response to one reward for each action.
 
-scores (B,) are the reward model's judgement; rewards (B, T-1) are what reinforcement learning maximises. The two are
-never called by the same name here.
+scores (B,) come from the reward model; rewards (B, T-1) are what reinforcement learning maximises. The two never share
+a name here.
+
+Why a KL penalty. The reward model has only seen text like the reference's. Far from it, its scores mean little, and a
+policy that is free to go anywhere finds text with a high score and no sense. So each token is charged for how much
+likelier the policy makes it than the reference does.
 """
 
 import torch
@@ -16,6 +20,10 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     Its expectation over actions sampled from pi is the KL; a single one may be negative. Schulman, "Approximating KL
     divergence" (2020), k1.
 
+    Why k1 in the reward, although it is the noisier estimator. A policy gradient holds the reward constant and
+    differentiates only the probability of the action, E[k * grad log pi]. For k1 that is the gradient of the KL: the
+    part that is left out, E[grad k1] = E[grad log pi], is zero.
+
     Args: both (B, T-1), nats.  Returns: (B, T-1), nats per token; summed over a response, nats per response.
     """
     check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
@@ -25,10 +33,14 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """(pi_ref/pi - 1) - log(pi_ref/pi) = expm1(-d) + d, with d = log pi - log pi_ref.
 
-    Schulman 2020, k3: unbiased as well and never negative. While the two are close, as the old and the new policy are
-    within a step (`kl_old`), it is much less noisy than k1; far apart, where pi_ref/pi can be large, it is the noisier
-    one. Mind the side: with the roles of pi and pi_ref exchanged under the same samples it estimates another quantity,
-    and is still positive.
+    Schulman 2020, k3: unbiased as well, and never negative. While the two are close, as the old and the new policy are
+    within a step (`kl_old`), it is much less noisy than k1. Far apart, where pi_ref/pi can be large, it is noisier.
+
+    It does not belong in the reward. Held constant there, E[k3 * grad log pi] is not the gradient of the KL: the part
+    left out, E[grad k3], is not zero. It can even have the wrong sign (test_k3_in_the_reward_has_another_gradient).
+    Here k3 is only logged.
+
+    Argument order matters: exchanged, under the same samples, they estimate another quantity that is positive too.
 
     Args: both (B, T-1), nats.  Returns: (B, T-1), nats per token.
     """
@@ -39,7 +51,7 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def shape_rewards(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
 ) -> Tensor:
-    """Every action pays for leaving the reference; the last one is paid the score.
+    """Per-token KL penalty, plus the score on the last action.
 
         rewards[t] = -kl_coef * (log pi - log pi_ref)[t]  + (score if t is the response's last action)
 
@@ -47,7 +59,7 @@ def shape_rewards(
     score - kl_coef * log(pi/pi_ref), whose expectation is the objective J = E[score] - kl_coef * KL(pi || pi_ref).
 
     Args: scores (B,); logprobs, ref_logprobs, mask: (B, T-1); kl_coef: score units per nat.
-    Returns: rewards (B, T-1), 0 where the mask is False. Raises ValueError where a row has no action.
+    Returns: rewards (B, T-1), 0 where the mask is False. Raises ValueError if a row has no action.
     """
     check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
     if scores.shape != mask.shape[:1]:
@@ -61,13 +73,13 @@ def shape_rewards(
 
 
 def adapt_kl_coef(kl_coef: float, kl_ref: float, target: float, horizon: float, batch_size: int) -> float:
-    """The adaptive KL controller: the next step's kl_coef, raised where kl_ref is above its target, lowered below it.
+    """The next step's kl_coef, from an adaptive KL controller: raised if kl_ref is above its target, lowered below it.
 
         error = clip(kl_ref / target - 1, -0.2, 0.2)
         kl_coef * (1 + error * batch_size / horizon)
 
     Ziegler et al. 2019, section 2.2, where the factor is 0.1 * error a step; batch_size / horizon is their code's form
-    of it. A change of the price of KL moves KL only slowly: too short a horizon makes it swing.
+    of it. A change of kl_coef moves the KL only slowly: too short a horizon makes it swing.
 
     Args: kl_ref, target: nats per response; horizon, batch_size: in episodes.
     """

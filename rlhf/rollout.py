@@ -5,10 +5,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlhf.common import autocast
 from rlhf.data import response_mask
 from rlhf.masked import token_logprobs
-from rlhf.model import PolicyWithValue, RewardModel
+from rlhf.model import GPT, PolicyWithValue, RewardModel
+from rlhf.support.runtime import autocast
+from rlhf.tokenizer import Tokenizer
+
+
+class Frozen(NamedTuple):
+    """What does not change while the policy trains: the two frozen models and how responses are sampled and scored."""
+
+    reference: GPT
+    reward_model: RewardModel
+    tokenizer: Tokenizer
+    max_new_tokens: int = 40
+    missing_eos_score: float = -3.0
+    rows: int = 128  # how many at once, so that logits (rows, T, V) fit in memory
+    amp: torch.dtype | None = None
 
 
 class Rollout(NamedTuple):
@@ -30,10 +43,11 @@ class Rollout(NamedTuple):
 def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One token from softmax(logits) for each row: (B, V) -> (B,).
 
-    Lay the probabilities end to end: a uniform number falls into a token's stretch as often as the token is likely.
-    (torch.multinomial draws V random numbers where this draws one.)
+    Inverse-CDF sampling: the cumulative probabilities cut [0, 1) into one interval per token, and a uniform number
+    falls into a token's interval as often as the token is likely. (torch.multinomial draws V random numbers where this
+    draws one.)
     """
-    ends = torch.softmax(logits.double(), dim=1).cumsum(dim=1)  # (B, V): where each token's stretch ends
+    ends = torch.softmax(logits.double(), dim=1).cumsum(dim=1)  # (B, V): where each token's interval ends
     at = torch.rand(len(logits), 1, generator=generator, dtype=ends.dtype, device=ends.device) * ends[:, -1:]  # (B, 1)
     return torch.searchsorted(ends, at, right=True).squeeze(1).clamp(max=logits.size(1) - 1)
 
@@ -78,7 +92,7 @@ def generate(
         if cache is None:
             output = model(tokens[:, :t])
             logits = (output[0] if isinstance(output, tuple) else output)[:, -1]  # (B, V), of column t
-        else:  # the prompts' common part, then a column at a time; logits of the last column alone, for V may be large
+        else:  # the prompts' common part, then a column at a time; only the last column's logits, since V may be large
             logits = model.logits(model.hidden(tokens[:, cache.length : t], cache)[:, -1])  # (B, C) -> (B, V)
         sampled = sample(logits, generator)  # (B,)
         writing = (t >= prompt_lens) & ~done  # (B,): past its prompt, not at its end
@@ -97,47 +111,37 @@ def has_ended(tokens: Tensor, mask: Tensor, eos_id: int) -> Tensor:
 
 
 @torch.no_grad()
-def score_responses(
-    reward_model: RewardModel, tokens: Tensor, mask: Tensor, prompt_lens: Tensor, eos_id: int, missing_eos_score: float
-) -> Tensor:
+def score_responses(frozen: Frozen, tokens: Tensor, mask: Tensor, prompt_lens: Tensor) -> Tensor:
     """tokens (B, T), mask (B, T-1), prompt_lens (B,) -> scores (B,).
 
-    A response without end-of-text is no answer: its score is *replaced* by the fixed missing_eos_score, whatever the
-    reward model thinks of the fragment (Ziegler et al. 2019).
+    The score of a response without end-of-text is *replaced* by the fixed missing_eos_score, whatever the reward model
+    makes of the fragment (Ziegler et al. 2019).
     """
-    scores = reward_model(tokens, prompt_lens + mask.sum(dim=1))  # (B,)
-    return torch.where(has_ended(tokens, mask, eos_id), scores, missing_eos_score)
+    scores = frozen.reward_model(tokens, prompt_lens + mask.sum(dim=1))  # (B,)
+    return torch.where(has_ended(tokens, mask, frozen.tokenizer.eos_id), scores, frozen.missing_eos_score)
 
 
 @torch.no_grad()
 def collect(
-    policy: PolicyWithValue,
-    reference: nn.Module,
-    reward_model: RewardModel,
-    prompts: Tensor,
-    prompt_lens: Tensor,
-    max_new_tokens: int,
-    eos_id: int,
-    missing_eos_score: float = -3.0,
-    chunk_size: int = 64,
-    amp: torch.dtype | None = None,
-    generator: torch.Generator | None = None,
+    policy: PolicyWithValue, frozen: Frozen, prompts: Tensor, prompt_lens: Tensor, generator: torch.Generator
 ) -> Rollout:
-    """Sample responses, then score them with the policy, the reference and the reward model.
+    """Parts 1 and 2 of a PPO step: sample a response to each prompt, score it with all models.
 
     Old and reference log-probabilities come from a forward pass over the finished sequences, in the same mode as the
     update will make, and not from sampling: the two agree on paper but not to the last bit, and the ratio of the
-    first update must be 1. The pass goes in chunks of rows, so that logits (rows, T, V) fit in memory.
+    first update must be 1.
+
+    Args: prompts (B, P), prompt_lens (B,); generator: on the device of prompts.
     """
-    with autocast(prompts.device, amp):
-        tokens, mask = generate(policy.gpt, prompts, prompt_lens, max_new_tokens, eos_id, generator)
+    with autocast(prompts.device, frozen.amp):
+        tokens, mask = generate(
+            policy.gpt, prompts, prompt_lens, frozen.max_new_tokens, frozen.tokenizer.eos_id, generator)
     parts = []
-    for rows in torch.arange(len(tokens), device=tokens.device).split(chunk_size):
-        with autocast(prompts.device, amp):
+    for rows in torch.arange(len(tokens), device=tokens.device).split(frozen.rows):
+        with autocast(prompts.device, frozen.amp):
             logits, values = policy(tokens[rows])  # (rows, T, V), (rows, T)
-            ref_logits = reference(tokens[rows])
-            scores = score_responses(
-                reward_model, tokens[rows], mask[rows], prompt_lens[rows], eos_id, missing_eos_score)
+            ref_logits = frozen.reference(tokens[rows])
+            scores = score_responses(frozen, tokens[rows], mask[rows], prompt_lens[rows])
         logprobs, ref_logprobs = (token_logprobs(x, tokens[rows], mask[rows]) for x in (logits, ref_logits))
         parts.append((logprobs, ref_logprobs, values[:, :-1], scores))
     logprobs, ref_logprobs, values, scores = (torch.cat(part) for part in zip(*parts))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tiktoken
 
-from rlhf.common import InputError
+from rlhf.support.cli import InputError
 
 # GPT-2's pattern (Radford et al. 2019): contractions, words, numbers and signs, each with the space before it.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -15,9 +15,9 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 class Tokenizer:
     """encode, decode, and the two ids that are not text.
 
-    eos_id ends a response and is learned like any token. pad_id only fills the rectangle behind a row of data: no mask
-    is ever made by looking for it, so it needs to be a valid id and different from eos_id, and nothing else. (The
-    sampler, which knows no tokenizer, fills with 0, which does as well.)
+    eos_id ends a response and is learned like any token. pad_id only fills the rectangle after a row of data. No mask
+    is made by looking for it, so it may be any valid id except eos_id. (The sampler knows no tokenizer and fills with
+    0, which works as well.)
     """
 
     def __init__(self, name: str, encoding: tiktoken.Encoding, eos_id: int, pad_id: int):
@@ -26,7 +26,7 @@ class Tokenizer:
         self.name = name  # what load_tokenizer was given
         self.encoding, self.eos_id, self.pad_id = encoding, eos_id, pad_id
         self.vocab_size = encoding.n_vocab
-        # Two vocabularies of one size are told apart by this; a checkpoint keeps it.
+        # Tells vocabularies of the same size apart; a checkpoint keeps it.
         ranks = repr(sorted(encoding._mergeable_ranks.items()))
         self.fingerprint = hashlib.sha256(ranks.encode()).hexdigest()[:16]
 
@@ -40,9 +40,9 @@ class Tokenizer:
 
 
 def load_tokenizer(path_or_name: str) -> Tokenizer:
-    """"gpt2" for tiktoken's own, or the path of a ranks file (base64 token, space, rank; one a line).
+    """A tokenizer from its name or file: "gpt2", or the path of a ranks file (base64 token, space, rank; one per line).
 
-    Raises InputError where the file is missing or garbled, or GPT-2's ranks can be neither found nor fetched.
+    Raises InputError if the file is missing or garbled, or GPT-2's ranks can be neither found nor fetched.
     """
     if path_or_name == "gpt2":
         try:
@@ -63,8 +63,18 @@ def load_tokenizer(path_or_name: str) -> Tokenizer:
     return Tokenizer(path_or_name, encoding, eos_id=len(ranks), pad_id=len(ranks) + 1)
 
 
+def find_tokenizer(folder: str, choice: str = "auto") -> Tokenizer:
+    """The tokenizer of a data set. auto: the folder's tokenizer.tiktoken if it has one, else GPT-2's."""
+    if not Path(folder).is_dir():
+        raise InputError(f"--data {folder}: there is no such folder here")
+    own = Path(folder) / "tokenizer.tiktoken"
+    if choice == "auto":
+        choice = str(own) if own.is_file() else "gpt2"
+    return load_tokenizer(choice)
+
+
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    # tiktoken's own reader keeps a copy under the path's name, and would go on using it after the file has changed.
+    # tiktoken's reader caches a copy under the path's name and would use it after the file has changed.
     if not path.is_file():
         raise InputError(f'{path}: no such tokenizer file; give a .tiktoken file, or "gpt2"')
     ranks = {}

@@ -21,11 +21,22 @@ import torch  # noqa: F401  (so that no child has to import it)
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("masked", "losses", "rewards", "advantages")
-TESTS = {name: [f"tests/test_{name}.py"] for name in (*FILES, "optimum")}
-TESTS["lora"] = ["tests/test_lora.py", "-k", "not (scripts or resumed or another_network or folder or all_weights)"]
-TESTS["train_ppo"] = ["tests/test_updates.py", "tests/test_wiring.py"]
-TESTS["rollout"] = ["tests/test_rollout.py", "tests/test_wiring.py"]
-TESTS["train_reward"] = TESTS["train_sft"] = ["tests/test_wiring.py"]
+PATHS = {**{name: f"rlhf/{name}.py" for name in (*FILES, "rollout")},
+         **{name: f"rlhf/extras/{name}.py" for name in ("optimum", "lora", "ptx")},
+         "checkpoints": "rlhf/support/checkpoints.py",
+         **{name: f"{name}.py" for name in ("train_sft", "train_reward", "train_ppo")}}
+UPDATES, WIRING = "tests/scripts/test_updates.py", "tests/scripts/test_wiring.py"
+TESTS = {
+    **{name: [f"tests/core/test_{name}.py"] for name in FILES},
+    "optimum": ["tests/extras/test_optimum.py"],
+    "lora": ["tests/extras/test_lora.py", "-k", "LORA_UNIT"],
+    "ptx": ["tests/extras/test_ptx.py"],
+    "checkpoints": ["tests/extras/test_lora.py", "-k", "LORA_UNIT"],
+    "rollout": ["tests/core/test_rollout.py", WIRING],
+    "train_ppo": [UPDATES, WIRING],
+    "train_reward": [UPDATES, WIRING],
+    "train_sft": [UPDATES, WIRING],
+}
 
 HAND = [
     ("masked", "whiten keeps the mean", "(x - mean) * torch.rsqrt", "x * torch.rsqrt"),
@@ -57,11 +68,10 @@ HAND = [
     ("optimum", "KL to nothing", "weights * (log_weights + log_n)", "weights * log_weights"),
     ("optimum", "best-of-n takes the worst", "scores.argsort(dim=1, stable=True)", "(-scores).argsort(dim=1, stable=True)"),
     ("optimum", "KL of best-of-n without its second term", "math.log(n) - (n - 1) / n", "math.log(n)"),
-    ("lora", "scale without the rank", "linear, ALPHA / rank, True", "linear, ALPHA, True"),
-    ("lora", "merged without the scale", "+= self.scale * self.B @ self.A", "+= self.B @ self.A"),
+    ("lora", "scale without the rank", "torch.tensor(ALPHA / rank)", "torch.tensor(ALPHA)"),
+    ("checkpoints", "merged without the scale", "+ scale * B @ A", "+ B @ A"),
     ("lora", "B does not start at zero", "torch.zeros(linear.out_features, rank)", "torch.ones(linear.out_features, rank)"),
     ("lora", "frozen network is trained too", "        gpt.requires_grad_(False)\n", ""),
-    ("lora", "merged stays frozen", "return gpt.requires_grad_(True)", "return gpt"),
     ("lora", "reference with its adapters on", "adapter.on = False", "adapter.on = True"),
     ("lora", "adapters stay off", "finally:\n        for adapter in adapters:\n            adapter.on = True", "finally:\n        pass"),
     ("train_ppo", "entropy sign", "- cfg.entropy_coef * mb_entropy", "+ cfg.entropy_coef * mb_entropy"),
@@ -72,30 +82,35 @@ HAND = [
     ("train_ppo", "kl_old the wrong way round", "kl_k3(mb.logprobs, new_logprobs.detach())", "kl_k3(new_logprobs.detach(), mb.logprobs)"),
     ("train_ppo", "the same order in each inner epoch", '"update", step, epoch)', '"update", step)'),
     ("train_ppo", "the same order in each step", '"update", step, epoch)', '"update", epoch)'),
-    ("train_ppo", "figures divided by the parts", ".item() / len(grad_norms) for", ".item() / len(stats) for"),
-    ("train_ppo", "the same demonstrations in each step", "(step * cfg.inner_epochs + epoch) * len(minibatches) + i", "0"),
+    ("train_ppo", "metrics weighted by one instead of the share", "means.add(share,", "means.add(1.0,"),
+    ("ptx", "the same demonstrations in each step", "cfg.minibatch_size) + gradient_step", "cfg.minibatch_size) * 0"),
+    ("ptx", "no coefficient", "cfg.ptx_coef * sft_loss", "sft_loss"),
+    ("train_ppo", "micro-batches not weighted", "scaler.scale(share * loss)", "scaler.scale(loss)"),
+    ("train_ppo", "gradient not cleared between minibatches", "            optimizer.zero_grad()\n", ""),
     ("train_ppo", "gamma and lambda swapped", "rollout.mask, cfg.gamma, cfg.lam)", "rollout.mask, cfg.lam, cfg.gamma)"),
     ("train_ppo", "KL rewarded", "rollout.ref_logprobs, rollout.mask, kl_coef)", "rollout.ref_logprobs, rollout.mask, -kl_coef)"),
     ("train_ppo", "score negated", "shape_rewards(rollout.scores,", "shape_rewards(-rollout.scores,"),
     ("train_ppo", "advantages negated", "advantages = masked_whiten(", "advantages = -masked_whiten("),
     ("train_ppo", "advantages not whitened", "advantages = masked_whiten(advantages, rollout.mask)", "pass"),
     ("train_ppo", "kl_coef not adapted", "kl_coef = adapt_kl_coef(", "adapt_kl_coef("),
-    ("train_ppo", "rate not scheduled", "lr = cfg.lr * linear_schedule(step, cfg.steps, cfg.warmup)", "lr = cfg.lr"),
+    ("train_ppo", "rate not scheduled", "cfg.lr * runtime.linear_schedule(step, cfg.steps, cfg.warmup)", "cfg.lr"),
     ("train_ppo", "policy decays", "weight_decay=0.0, eps=1e-5", "weight_decay=0.1, eps=1e-5"),
-    ("train_ppo", "--missing-eos-score ignored", "cfg.missing_eos_score, chunk_size", "-3.0, chunk_size"),
+    ("train_ppo", "--missing-eos-score ignored", "cfg.missing_eos_score, cfg.micro", "-3.0, cfg.micro"),
     ("train_ppo", "--temperature ignored", "gpt.temperature = cfg.temperature", "pass"),
-    ("train_ppo", "first ratio not looked at", "        check_beginning(step, kl_ref", "        (lambda *a: 0)(step, kl_ref"),
+    ("train_ppo", "first ratio not looked at", "        check_first_step(step, kl_ref", "        (lambda *a: 0)(step, kl_ref"),
     ("train_ppo", "reference is the policy", "policy_gpt, reference = trained_and_frozen(gpt, cfg.lora_rank, generator)", "policy_gpt = reference = gpt"),
     ("train_ppo", "value network is the reward model", "value_gpt, reward_model.gpt = trained_and_frozen(reward_model.gpt, cfg.lora_rank, generator)", "value_gpt = reward_model.gpt"),
     ("train_ppo", "the reward model's network is trained", "value_gpt, reward_model.gpt = trained_and_frozen(", "reward_model.gpt, value_gpt = trained_and_frozen("),
-    ("rollout", "the reference answers", "generate(policy.gpt,", "generate(reference,"),
-    ("rollout", "reference scored by the policy", "ref_logits = reference(tokens[rows])", "ref_logits = logits"),
+    ("rollout", "the reference responds", "policy.gpt, prompts, prompt_lens, frozen", "frozen.reference, prompts, prompt_lens, frozen"),
+    ("rollout", "reference scored by the policy", "ref_logits = frozen.reference(tokens[rows])", "ref_logits = logits"),
     ("train_reward", "accuracy reversed", "share_positive(chosen - rejected)", "share_positive(rejected - chosen)"),
-    ("train_reward", "not started from the fine-tuned model", "RewardModel(add_adapters(gpt,", "RewardModel(add_adapters(type(gpt)(gpt.config),"),
+    ("train_reward", "not started from the fine-tuned model", "gpt = add_adapters(gpt,", "gpt = add_adapters(type(gpt)(gpt.config),"),
     ("train_reward", "swapped prompts are not", "row._replace(prompt=prompts[i])", "row"),
-    ("train_reward", "evaluated on the training rows", "heldout_rows = load_comparisons(cfg.data, tokenizer, limit, heldout=True)", "heldout_rows = load_comparisons(cfg.data, tokenizer, limit)"),
-    ("train_sft", "validated on the training rows", "limit, heldout=True)", "limit)"),
-    ("train_sft", "rate not scheduled", "lr = cfg.lr * cosine_schedule(step, cfg.steps, cfg.warmup)", "lr = cfg.lr"),
+    ("train_reward", "evaluated on the training rows", "\"comparisons\", heldout=True)", "\"comparisons\")"),
+    ("train_sft", "validated on the training rows", "gpt.config.block_size, heldout=True)", "gpt.config.block_size)"),
+    ("train_sft", "micro-batches not weighted", "* (mask.sum() / actions)\n            scaler", "\n            scaler"),
+    ("train_reward", "micro-batches not weighted", "part_loss * (len(part) / len(rows))", "part_loss * 1"),
+    ("train_sft", "rate not scheduled", "cfg.lr * runtime.cosine_schedule(step, cfg.steps, cfg.warmup)", "cfg.lr"),
 ]  # fmt: skip
 
 SWAPS = {
@@ -129,7 +144,7 @@ def machine_mutants(source: str):
 
 
 def file_of(copy: Path, name: str) -> Path:
-    return copy / ("" if name.startswith("train_") else "rlhf") / f"{name}.py"
+    return copy / PATHS[name]
 
 
 def killed(copy: Path, name: str, source: str) -> bool:
@@ -154,11 +169,10 @@ def killed(copy: Path, name: str, source: str) -> bool:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("rlhf", "tests"):
+        for name in ("rlhf", "tests", "data"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         for path in ROOT.glob("train_*.py"):
             shutil.copy(path, copy)
-        shutil.copytree(ROOT / "data" / "tiny_assistant", copy / "data" / "tiny_assistant")
         os.chdir(copy)
         sys.path.insert(0, str(copy))
         sys.dont_write_bytecode = True

@@ -23,11 +23,11 @@ import pandas
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # where rlhf/ is
-from rlhf.bpe import train_bpe, write_ranks
-from rlhf.cli import arg, check_not_negative, check_positive, run
-from rlhf.common import InputError, csv_path, write_csv
+from data.bpe import train_bpe, write_ranks
+from rlhf.support.cli import InputError, arg, check_not_negative, check_positive, run
+from rlhf.support.tables import csv_path, write_csv
 from rlhf.data import encode_response
-from rlhf.download import fetch
+from data.download import fetch
 from rlhf.tokenizer import Tokenizer, load_tokenizer
 
 URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/{subset}/{split}.jsonl.gz"
@@ -98,7 +98,7 @@ def read_row(line: bytes) -> tuple[str, str, str] | str:
 
 
 def find_split(cfg: PrepareConfig, split: str) -> Path:
-    """The file of a split, "train" or "test"; downloaded where there is no --source."""
+    """The file of a split, "train" or "test"; downloaded if there is no --source."""
     if not cfg.source:
         return fetch(URL.format(subset=cfg.subset, split=split), HERE / "downloads" / cfg.subset)
     for path in (Path(cfg.source) / f"{split}.jsonl.gz", Path(cfg.source) / f"{split}.jsonl"):
@@ -142,7 +142,7 @@ def train_tokenizer(train: pandas.DataFrame, vocab_size: int) -> tuple[Tokenizer
 
 
 def shorten(prompt: str, tokenizer: Tokenizer, limit: int) -> str:
-    """The prompt from the first human's turn after which at most `limit` tokens are left; "" where there is none.
+    """The prompt from the first human's turn after which at most `limit` tokens are left; "" if there is none.
 
     A human's turn goes together with the answer to it, so what stays begins with a human again.
     """

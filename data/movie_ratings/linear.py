@@ -24,8 +24,8 @@ sys.path += [str(FOLDER), str(FOLDER.parents[1])]  # this folder's judge.py, and
 
 from judge import features
 
-from rlhf.cli import arg, check_not_negative, run
-from rlhf.common import InputError, csv_path, read_csv
+from rlhf.support.cli import InputError, arg, check_not_negative, run
+from rlhf.support.tables import csv_path, read_csv
 from rlhf.losses import bradley_terry_loss
 
 

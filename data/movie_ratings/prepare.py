@@ -31,10 +31,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # where rlhf/ is
 from judge import features, score_text
 
-from rlhf.bpe import train_bpe, write_ranks
-from rlhf.cli import arg, check_positive, run
-from rlhf.common import InputError, write_csv
-from rlhf.download import check_sha256, fetch
+from data.bpe import train_bpe, write_ranks
+from rlhf.support.cli import InputError, arg, check_positive, run
+from rlhf.support.tables import write_csv
+from data.download import check_sha256, fetch
 from rlhf.tokenizer import load_tokenizer
 
 RATINGS_URL = ("https://raw.githubusercontent.com/cjhutto/vaderSentiment/master/additional_resources/"
@@ -131,7 +131,7 @@ def one_form(text: str) -> str:
 
 
 def letters(text: str) -> str:
-    """Letters and digits alone: texts that agree in them count as the same.
+    """Only letters and digits: texts that agree in them count as the same.
 
     >>> letters("a mess...")
     'amess'
@@ -371,7 +371,7 @@ def agreement(read, heldout: list[Sentence], pairs: list[tuple[Sentence, Sentenc
 
 
 def main(cfg: PrepareConfig) -> None:
-    def rng(part: str) -> random.Random:  # one stream for each part, so that a flag changes its own part alone
+    def rng(part: str) -> random.Random:  # one stream for each part, so that a flag changes only its own part
         return random.Random(f"{cfg.seed} {part}")
 
     def texts_of(some: list[Sentence]) -> list[str]:

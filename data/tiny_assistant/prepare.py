@@ -14,9 +14,9 @@ from pathlib import Path
 from judge import KIND, RAMBLING, RUDE, TOPICS, preference_probability, score_one
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where rlhf/ is
-from rlhf.bpe import train_bpe, write_ranks
-from rlhf.cli import arg, run
-from rlhf.common import write_csv
+from data.bpe import train_bpe, write_ranks
+from rlhf.support.cli import arg, run
+from rlhf.support.tables import write_csv
 
 # ---- questions: every greeting x every form x every topic, 7 x 12 x 20 = 1,680 of them ----
 GREETINGS = ("", "Hello. ", "Hi. ", "Help me. ", "Excuse me. ", "Good day. ", "Sorry. ")

@@ -1,0 +1,111 @@
+"""What any training program needs besides its loss: device, precision, random numbers, the optimizer and its step."""
+
+import contextlib
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.support.cli import InputError
+
+# ---- device, precision, random numbers ----
+
+
+def setup(device: str, amp: str) -> tuple[torch.device, torch.dtype | None, torch.amp.GradScaler]:
+    """Device, the dtype of autocast (None: float32 throughout) and the gradient scaler, from --device and --amp.
+
+    The scaler multiplies the loss in float16, whose small gradients would round to zero. Otherwise it does nothing.
+    """
+    where = pick_device(device)
+    dtype = pick_amp(amp, where)
+    return where, dtype, torch.amp.GradScaler(where.type, enabled=dtype == torch.float16)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu or cuda. auto takes a CUDA GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but torch sees no CUDA GPU here; use --device cpu")
+    return torch.device(name)
+
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of matrix products under autocast; None for float32 throughout.
+
+    auto: bfloat16 on a CUDA GPU that has it, else off.
+    """
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def autocast(device: torch.device, amp: torch.dtype | None):
+    """Context for forward passes. Losses are computed outside of it, in float32."""
+    return torch.autocast(device.type, dtype=amp) if amp else contextlib.nullcontext()
+
+
+def make_generator(device: torch.device | str, *key: int | str) -> torch.Generator:
+    """A stream of random numbers that follows from its key only, such as (seed, "rollout", step).
+
+    Nothing random carries over from one step to the next. A run that resumes at step 40 draws what the uninterrupted
+    run drew there, and no generator's state needs saving.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+# ---- the optimizer ----
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) with weight decay on matrices only, not on biases and LayerNorm gains.
+
+    beta2 is 0.95 instead of 0.999, as for GPT-3: runs of a few hundred steps are too short for an average over a
+    thousand.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps)
+
+
+def cosine_schedule(step: int, steps: int, warmup: int) -> float:
+    """Factor of the peak learning rate: linear warm-up over `warmup` steps, then half a cosine down to a tenth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / (steps - warmup)  # warmup <= step < steps
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+def linear_schedule(step: int, steps: int, warmup: int) -> float:
+    """Factor of the peak learning rate: linear warm-up over `warmup` steps, then linear decay towards 0."""
+    return min((step + 1) / warmup if warmup else 1.0, (steps - step) / max(1, steps - warmup))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler, max_grad_norm: float) -> Tensor:
+    """Clip the gradient, step. Returns the norm of the gradient before clipping.
+
+    In float16 the gradient has been multiplied by the scaler, so it is divided again before its norm is taken.
+    """
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    return grad_norm
+
+
+def check_finite(model: nn.Module, step: int) -> None:
+    """Raise InputError if a weight is NaN or infinite: nothing that follows would mean anything."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise InputError(f"the weights are no longer finite after step {step}: the run has diverged. Lower --lr, or "
+                         f"use --amp bf16 instead of fp16; the last checkpoint, if there is one, is from before")

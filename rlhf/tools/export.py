@@ -1,0 +1,39 @@
+"""Write a checkpoint in the format of GPT-2's published files, for Hugging Face's transformers.
+
+    python -m rlhf.tools.export --checkpoint runs/ppo.pt --out my_model        # sft.pt or ppo.pt
+
+    my_model/config.json, my_model/pytorch_model.bin
+    then: transformers.GPT2LMHeadModel.from_pretrained("my_model"), or train_sft.py --init my_model
+
+The logits are the same. The tokenizer is not part of it: with GPT-2's, use GPT-2's; the data set's own is in
+tokenizer.tiktoken, which transformers does not read.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.extras.pretrained import save_gpt2
+from rlhf.support.checkpoints import load_policy, tokenizer_of
+from rlhf.support.cli import arg, run
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write sft.pt or ppo.pt as a folder that transformers reads."""
+
+    checkpoint: str = arg("runs/ppo.pt", "sft.pt or ppo.pt")
+    out: str = arg("runs/exported", "folder to write to")
+    data: str = arg("", "data set folder (empty: the one it was trained on)")
+
+
+def main(cfg: ExportConfig) -> None:
+    path = Path(cfg.checkpoint)
+    gpt, checkpoint = load_policy(path, "sft", "ppo")
+    tokenizer = tokenizer_of(path, checkpoint, cfg.data or checkpoint["config"]["data"])
+    save_gpt2(gpt, Path(cfg.out), tokenizer.eos_id)
+    print(f"wrote {cfg.out}/config.json and {cfg.out}/pytorch_model.bin: {sum(p.numel() for p in gpt.parameters()):,} "
+          f"parameters")
+
+
+if __name__ == "__main__":
+    run(main, ExportConfig)

@@ -1,0 +1,183 @@
+"""Talk to what was trained.
+
+    python -m rlhf.tools.sample --checkpoint runs/ppo.pt --prompt "What should I do about a bee sting?"
+    python -m rlhf.tools.sample --checkpoint runs/sft.pt runs/ppo.pt    # a dialogue, side by side
+
+Each response comes with the reward model's score and the judge's gold, if there are any. Top-k and top-p are only here:
+PPO must train the distribution that it samples from.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf.data import pad_rows
+from rlhf.evaluate import decode_responses
+from rlhf.model import GPT, KVCache, RewardModel
+from rlhf.rollout import generate, has_ended
+from rlhf.support.checkpoints import check_tokenizer, load_policy, load_reward_model, tokenizer_of
+from rlhf.support.cli import InputError, arg, check_not_negative, check_positive, run
+from rlhf.support.judge import gold_scores, load_judge
+from rlhf.support.runtime import make_generator, pick_device
+from rlhf.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Respond to a prompt, or to a dialogue typed at the terminal."""
+
+    checkpoint: tuple[str, ...] = arg(("runs/ppo.pt",), "sft.pt or ppo.pt; several respond side by side")
+    prompt: str = arg("", "the prompt (empty: typed at the terminal)")
+    plain: bool = arg(False, "no Human: and Assistant: around the prompt")
+    data: str = arg("", "data set folder (empty: the first checkpoint's)")
+    reward: str = arg("", "reward model (empty: reward.pt beside the first checkpoint)")
+    temperature: float = arg(1.0, "sampling temperature")
+    top_k: int = arg(0, "sample among the k likeliest tokens (0: all)")
+    top_p: float = arg(1.0, "sample among the likeliest tokens of this total probability")
+    max_new_tokens: int = arg(0, "longest response (0: half the context, at most 200)")
+    samples: int = arg(1, "responses to each prompt")
+    device: str = arg("auto", "auto: a CUDA GPU if there is one", ("auto", "cpu", "cuda"))
+    seed: int = arg(0, "random seed")
+
+    def __post_init__(self):
+        check_positive(self, "temperature", "top_p", "samples")
+        check_not_negative(self, "top_k", "max_new_tokens")
+        if self.top_p > 1:
+            raise ValueError(f"--top-p is {self.top_p}: it must be at most 1")
+
+
+def filter_top_k_top_p(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """-inf for all but the likeliest tokens: (B, V) -> (B, V). The single likeliest always stays.
+
+    top_k: the k likeliest. top_p: of those, likeliest first, as many as it takes to reach the probability top_p
+    (nucleus sampling, Holtzman et al. 2020).
+    """
+    if not top_k and top_p == 1:
+        return logits
+    ordered, order = logits.sort(dim=1, descending=True, stable=True)  # (B, V)
+    drop = torch.zeros_like(ordered, dtype=torch.bool)
+    if top_p < 1:
+        ahead = ordered.double().softmax(dim=1).cumsum(dim=1)[:, :-1]  # (B, V-1): probability of all that are likelier
+        drop[:, 1:] = ahead >= top_p
+    if top_k:
+        drop[:, top_k:] = True
+    return logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -math.inf)
+
+
+class Sampler:
+    """A GPT with temperature, top-k and top-p; `generate` uses it like a GPT."""
+
+    def __init__(self, gpt: GPT, temperature: float, top_k: int, top_p: float):
+        self.gpt, self.temperature, self.top_k, self.top_p = gpt, temperature, top_k, top_p
+
+    def make_cache(self, batch_size: int, max_length: int) -> KVCache:
+        return self.gpt.make_cache(batch_size, max_length)
+
+    def hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        return self.gpt.hidden(tokens, cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return filter_top_k_top_p(self.gpt.logits(hidden) / self.temperature, self.top_k, self.top_p)  # (B, V)
+
+
+def find_reward_model(given: str, beside: Path, tokenizer: Tokenizer) -> RewardModel | None:
+    """The reward model named by a flag or, without the flag, reward.pt beside a policy, if it can be used."""
+    path = Path(given or beside.with_name("reward.pt"))
+    if not given and not path.is_file():
+        return None
+    try:
+        model, checkpoint = load_reward_model(path)
+        check_tokenizer(path, checkpoint, tokenizer)
+    except InputError as error:
+        if given:
+            raise
+        print(f"going on without a reward model: {error}")
+        return None
+    return model
+
+
+def shorten(prompt: str, tokenizer, limit: int) -> tuple[str, list[int]]:
+    """The dialogue without its first turns, so that it fits. Raises InputError if the last turn does not fit."""
+    ids = tokenizer.encode(prompt)
+    while len(ids) > limit:
+        at = prompt.find("\n\nHuman:", 1)
+        if at < 0:
+            raise InputError(f"the prompt takes {len(ids)} tokens and there is room for {limit}; shorten it, or give a "
+                             f"smaller --max-new-tokens")
+        prompt = prompt[at:]
+        ids = tokenizer.encode(prompt)
+    return prompt, ids
+
+
+@torch.no_grad()
+def reply(gpt: GPT, prompt: str, tokenizer, reward_model: RewardModel | None, judge, cfg, turn: int) -> list[dict]:
+    """cfg.samples responses to one prompt, each with its score and gold, None if they are not known."""
+    device = next(gpt.parameters()).device
+    room = cfg.max_new_tokens or min(200, gpt.config.block_size // 2)
+    prompt, ids = shorten(prompt, tokenizer, gpt.config.block_size - room)
+    tokens, prompt_lens = pad_rows([ids] * cfg.samples, tokenizer.pad_id, device)
+    sampler = Sampler(gpt, cfg.temperature, cfg.top_k, cfg.top_p)
+    tokens, mask = generate(sampler, tokens, prompt_lens, room, tokenizer.eos_id,
+                            make_generator(device, cfg.seed, "sample", turn))
+    texts = decode_responses(tokenizer, tokens, mask)
+    scores = golds = [None] * cfg.samples
+    if reward_model is not None and tokens.size(1) <= reward_model.gpt.config.block_size:
+        scores = reward_model(tokens, prompt_lens + mask.sum(dim=1)).tolist()
+    if judge is not None:
+        golds = gold_scores(judge, [prompt] * cfg.samples, texts)
+    ended = has_ended(tokens, mask, tokenizer.eos_id).tolist()
+    return [{"response": text, "score": score, "gold": gold, "ended": end}
+            for text, score, gold, end in zip(texts, scores, golds, ended)]
+
+
+def turns(cfg: SampleConfig):
+    """The prompts: the flag, or the lines typed until an empty one."""
+    if cfg.prompt:
+        yield cfg.prompt
+        return
+    print("type a question; an empty line ends")
+    while True:
+        try:
+            line = input("\n> ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
+
+
+def main(cfg: SampleConfig) -> None:
+    device = pick_device(cfg.device)
+    paths = [Path(name) for name in cfg.checkpoint]
+    loaded = [load_policy(path, "sft", "ppo") for path in paths]
+    data = cfg.data or loaded[0][1]["config"]["data"]
+    tokenizers = [tokenizer_of(path, checkpoint, data) for path, (_, checkpoint) in zip(paths, loaded)]
+    policies = [gpt.to(device) for gpt, _ in loaded]
+    judge, reward_model = load_judge(data), find_reward_model(cfg.reward, paths[0], tokenizers[0])
+    if reward_model is not None:
+        reward_model.to(device)
+
+    dialogues = [""] * len(policies)  # each policy continues from its own responses
+    for turn, text in enumerate(turns(cfg)):
+        for i, (path, gpt, tokenizer) in enumerate(zip(paths, policies, tokenizers)):
+            prompt = text if cfg.plain else f"{dialogues[i]}\n\nHuman: {text}\n\nAssistant:"
+            reads_it = tokenizer.fingerprint == tokenizers[0].fingerprint  # the reward model's tokens
+            try:
+                answers = reply(gpt, prompt, tokenizer, reward_model if reads_it else None, judge, cfg, turn)
+            except InputError as error:  # a prompt that is too long does not end a dialogue
+                if cfg.prompt:
+                    raise
+                print(f"{path}: {error}", flush=True)
+                continue
+            for one in answers:
+                known = [f"{name} {one[name]:+.2f}" for name in ("score", "gold") if one[name] is not None]
+                known += [] if one["ended"] else ["cut off"]
+                print(f"{path}: {one['response']}" + (f"   ({', '.join(known)})" if known else ""), flush=True)
+            dialogues[i] = f"{prompt} {answers[0]['response']}"
+
+
+if __name__ == "__main__":
+    run(main, SampleConfig)

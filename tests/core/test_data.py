@@ -1,0 +1,413 @@
+"""Tokenizer, reading of data sets, masks and batches; a data set's judge; and the bundled data set itself."""
+
+import base64
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlhf.data import (
+    Comparison,
+    Demonstration,
+    Prompt,
+    batch_indices,
+    chunks,
+    comparison_batch,
+    demonstration_batch,
+    encode_response,
+    load_comparisons,
+    load_demonstrations,
+    load_prompts,
+    pad_rows,
+    response_mask,
+)
+from rlhf.support.cli import InputError
+from rlhf.support.judge import load_judge, vote_probabilities
+from rlhf.support.tables import csv_path, read_csv
+from rlhf.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from tests.helpers import rows
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tokenizer(bundled):
+    return load_tokenizer(str(bundled / "tokenizer.tiktoken"))
+
+
+# ---- tokenizer ----
+
+
+def test_tokenizer_rejects_equal_pad_and_end_of_text(tokenizer):
+    with pytest.raises(ValueError, match="never learns to stop"):
+        Tokenizer("x", tokenizer.encoding, eos_id=3, pad_id=3)
+
+
+@pytest.mark.parametrize(
+    "text", ["\n\nHuman: Tell me about a wet tent.\n\nAssistant:", "naïve 漢字 \x00 <|endoftext|>", ""])
+def test_tokenizer_decodes_what_it_encoded(tokenizer, text):
+    """No text becomes one of the two special ids."""
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {tokenizer.eos_id, tokenizer.pad_id} & set(ids) and all(i < tokenizer.vocab_size for i in ids)
+
+
+def test_tokenizer_special_ids_are_the_last_two(tokenizer):
+    assert tokenizer.vocab_size <= 1024
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (tokenizer.vocab_size - 2, tokenizer.vocab_size - 1)
+    assert tokenizer.decode([tokenizer.eos_id, tokenizer.pad_id]) == "<|endoftext|><|pad|>"
+
+
+def test_tokenizer_merges_the_lowest_rank_first(tmp_path):
+    """Ranks "ab" 256, "abc" 257, "bc" 258. "abcbc" becomes ab c bc, then abc bc."""
+    tokens = [bytes([b]) for b in range(256)] + [b"ab", b"abc", b"bc"]
+    path = tmp_path / "x.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
+    assert load_tokenizer(str(path)).encode("abcbc") == [257, 258]
+
+
+def test_load_tokenizer_reads_a_changed_file_again(tmp_path, bundled):
+    """tiktoken's own reader would return its cached copy of the first file. The two fingerprints differ."""
+    path = tmp_path / "x.tiktoken"
+    path.write_bytes((bundled / "tokenizer.tiktoken").read_bytes())
+    first = load_tokenizer(str(path))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:300]))
+    second = load_tokenizer(str(path))
+    assert second.vocab_size == 302 and first.fingerprint != second.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("IQ== zero\n", "line 1"), ("no base64! 0\n", "line 1"), ("IQ== 0\n", "256 single"), ("", "256 single")],
+)
+def test_load_tokenizer_rejects_garbled_ranks(tmp_path, content, message):
+    path = tmp_path / "x.tiktoken"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(str(path))
+
+
+def test_load_tokenizer_rejects_missing_file(tmp_path):
+    with pytest.raises(InputError, match="no such tokenizer file"):
+        load_tokenizer(str(tmp_path / "x.tiktoken"))
+
+
+def test_load_tokenizer_gpt2_has_the_ids_of_gpt2(root):
+    """50,257 tokens, end-of-text 50256. "Hello world" is 15496 995 in GPT-2's own vocabulary."""
+    cache = root.parent / "shared" / "data" / "gpt2_bpe"
+    if not cache.is_dir() and "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("GPT-2's ranks are not here; set TIKTOKEN_CACHE_DIR to a folder that holds them")
+    code = ("from rlhf.tokenizer import load_tokenizer; t = load_tokenizer('gpt2');"
+            "print(t.vocab_size, t.eos_id, t.pad_id != t.eos_id, t.encode('Hello world'),"
+            "t.eos_id in t.encode('<|endoftext|>'))")
+    env = {"TIKTOKEN_CACHE_DIR": str(cache), **os.environ}
+    got = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
+    assert got.stdout.split(maxsplit=3)[:3] == ["50257", "50256", "True"], got.stderr
+    assert got.stdout.split("True ")[1] == "[15496, 995] False\n"
+
+
+def test_find_tokenizer_takes_the_folders_own_or_gpt2s(small_data, monkeypatch):
+    assert find_tokenizer(str(small_data)).vocab_size <= 1024
+    (small_data / "tokenizer.tiktoken").unlink()
+    monkeypatch.setattr("rlhf.tokenizer.load_tokenizer", lambda name: name)
+    assert find_tokenizer(str(small_data)) == "gpt2"
+
+
+def test_find_tokenizer_takes_the_one_that_is_named(small_data, monkeypatch):
+    monkeypatch.setattr("rlhf.tokenizer.load_tokenizer", lambda name: name)
+    assert find_tokenizer(str(small_data), "gpt2") == "gpt2"
+
+
+def test_find_tokenizer_rejects_missing_folder(tmp_path):
+    with pytest.raises(InputError, match="there is no such folder"):
+        find_tokenizer(str(tmp_path / "missing"))
+
+
+# ---- reading ----
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def long_row(small_data, tokenizer):
+    """The first of the longest prompts, its length, and a limit that is one token too small for it."""
+    lengths = [len(tokenizer.encode(text)) for text in read_csv(small_data / "prompts.csv", ("Prompt",))["Prompt"]]
+    return SimpleNamespace(row=lengths.index(max(lengths)) + 1, length=max(lengths), limit=max(lengths) - 1)
+
+
+def test_load_prompts_names_the_first_row_that_does_not_fit(small_data, tokenizer, long_row):
+    with pytest.raises(InputError, match=f"row {long_row.row}: the prompt takes {long_row.length} tokens and there is "
+                                         f"room for {long_row.limit} .*larger --block-size"):
+        load_prompts(str(small_data), tokenizer, long_row.limit)
+    assert load_prompts(str(small_data), tokenizer, long_row.length)
+
+
+def test_load_demonstrations_rejects_rows_that_do_not_fit(small_data, tokenizer):
+    with pytest.raises(InputError, match="the prompt with its response"):
+        load_demonstrations(str(small_data), tokenizer, 10)
+
+
+def test_load_comparisons_rejects_rows_that_do_not_fit(small_data, tokenizer):
+    with pytest.raises(InputError, match="prompt with its longer side"):
+        load_comparisons([csv_path(small_data, "comparisons")], tokenizer, 10)
+
+
+def test_load_comparisons_drops_and_counts_identical_pairs(tmp_path, tokenizer, capsys):
+    """" yes" and "yes " are the same response after trimming."""
+    path = write(tmp_path / "comparisons.csv", "Prompt,Chosen,Rejected\np,yes,no\np, yes,yes \n")
+    assert len(load_comparisons([path], tokenizer, 50)) == 1
+    assert "1 of 2 pairs dropped" in capsys.readouterr().out
+
+
+def test_load_comparisons_rejects_a_file_of_identical_pairs(tmp_path, tokenizer):
+    path = write(tmp_path / "comparisons.csv", "Prompt,Chosen,Rejected\np,yes,yes\n")
+    with pytest.raises(InputError, match="every row"):
+        load_comparisons([path], tokenizer, 50)
+
+
+def test_load_comparisons_reads_several_files_in_order(tmp_path, tokenizer):
+    paths = [write(tmp_path / f"{name}.csv", f"Prompt,Chosen,Rejected\n{name},yes,no\n") for name in ("b", "a")]
+    assert [row.prompt.text for row in load_comparisons(paths, tokenizer, 50)] == ["b", "a"]
+
+
+def test_responses_have_the_same_tokens_in_all_stages(tmp_path, tokenizer):
+    """One space, the trimmed text, end-of-text: in demonstrations and in comparisons."""
+    write(tmp_path / "demonstrations.csv", "Prompt,Response\nAsk:,  Of course. \n")
+    path = write(tmp_path / "comparisons.csv", "Prompt,Chosen,Rejected\nAsk:,Of course.,no\n")
+    expected = tokenizer.encode(" Of course.") + [tokenizer.eos_id]
+    demonstration = load_demonstrations(str(tmp_path), tokenizer, 50)[0]
+    assert demonstration.tokens[demonstration.prompt_len :] == expected
+    assert demonstration.tokens[: demonstration.prompt_len] == tokenizer.encode("Ask:")
+    assert load_comparisons([path], tokenizer, 50)[0].chosen == expected
+    assert encode_response(tokenizer, "Of course.") == expected
+
+
+# ---- batches ----
+
+
+def test_response_mask_matches_hand_computation():
+    """Prompts of 3 and 1, lengths 6 and 2, width 7: slot t is True if prompt <= t+1 < length."""
+    mask = response_mask(torch.tensor([3, 1]), torch.tensor([6, 2]), 7)
+    assert mask.int().tolist() == [[0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]]
+
+
+def test_demonstration_batch_mask_covers_only_the_response():
+    """5 6 | 7 9 and 5 | 9, with 9 the end-of-text: the actions under the mask are 7 9 and 9."""
+    tokens, mask = demonstration_batch([Demonstration([5, 6, 7, 9], 2), Demonstration([5, 9], 1)], 0, CPU)
+    assert tokens.tolist() == [[5, 6, 7, 9], [5, 9, 0, 0]]
+    assert mask.int().tolist() == [[0, 1, 1], [1, 0, 0]]
+    assert tokens[:, 1:][mask].tolist() == [7, 9, 9]
+
+
+def test_comparison_batch_holds_chosen_then_rejected():
+    rows = [Comparison(Prompt("", [1]), [2, 9], [3, 4, 9]), Comparison(Prompt("", [5, 6]), [7, 9], [8, 9])]
+    tokens, lengths = comparison_batch(rows, 0, CPU)
+    assert tokens.tolist() == [[1, 2, 9, 0], [5, 6, 7, 9], [1, 3, 4, 9], [5, 6, 8, 9]]
+    assert lengths.tolist() == [3, 4, 4, 4]
+
+
+def test_pad_rows_pads_on_the_right():
+    tokens, lengths = pad_rows([[1], [2, 3]], 7, CPU)
+    assert tokens.tolist() == [[1, 7], [2, 3]] and lengths.tolist() == [1, 2]
+
+
+def test_batch_indices_go_through_every_epoch_in_another_order():
+    """7 rows in batches of 3: each run of 7 positions is a permutation, and neighbouring epochs differ."""
+    flat = [i for step in range(7) for i in batch_indices(7, 3, step, seed=0)]
+    epochs = [flat[0:7], flat[7:14], flat[14:21]]
+    assert len(flat) == 21 and all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_batch_indices_follow_from_step_and_seed():
+    flat = [i for step in range(7) for i in batch_indices(7, 3, step, seed=0)]
+    assert batch_indices(7, 3, 4, 0) == flat[12:15]
+    assert batch_indices(7, 7, 0, 0) != batch_indices(7, 7, 0, 1)
+
+
+def test_batch_indices_allow_a_batch_larger_than_the_set():
+    assert sorted(batch_indices(2, 5, 0, 0)) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])
+
+
+def test_chunks_sort_rows_by_length_and_leave_the_batch_unchanged():
+    batch = [Demonstration([0] * size, 1) for size in (3, 7, 4, 9, 4)]
+    assert [[row.size for row in part] for part in chunks(batch, 2)] == [[3, 4], [4, 7], [9]]
+    assert [row.size for row in batch] == [3, 7, 4, 9, 4]
+    assert chunks(batch, 0) == [batch]
+
+
+def test_size_of_a_comparison_counts_the_prompt_twice():
+    """The model reads the prompt with each side: 3 + 2 + 3 + 4."""
+    assert Comparison(Prompt("", [1, 2, 3]), [4, 9], [5, 6, 7, 9]).size == 12
+
+
+# ---- the bundled data set ----
+
+
+def test_prepare_makes_the_bundled_data_set_byte_for_byte(bundled, tmp_path):
+    subprocess.run([sys.executable, "-B", str(bundled / "prepare.py"), "--out", str(tmp_path)], check=True,
+                   capture_output=True)
+    made = sorted(path.name for path in tmp_path.iterdir())
+    assert len(made) == 7
+    for name in made:
+        assert (tmp_path / name).read_bytes() == (bundled / name).read_bytes(), name
+    assert sum(path.stat().st_size for path in bundled.iterdir() if path.is_file()) <= 3_000_000
+
+
+def test_heldout_prompts_are_disjoint_from_training_prompts(bundled):
+    train = {row["Prompt"] for row in rows(bundled / "prompts.csv")}
+    heldout = {row["Prompt"] for row in rows(bundled / "prompts_heldout.csv")}
+    assert not train & heldout and len(heldout) >= 500
+    for name in ("demonstrations", "comparisons"):
+        assert {row["Prompt"] for row in rows(bundled / f"{name}.csv")} <= train
+        assert {row["Prompt"] for row in rows(bundled / f"{name}_heldout.csv")} <= heldout
+
+
+def test_heldout_prompts_hold_unseen_combinations_of_topic_and_question(bundled):
+    """Three for each topic."""
+    judge = load_judge(str(bundled))
+
+    def combination(prompt):
+        topic = judge.topic_of(prompt)
+        return topic, prompt.replace(topic, "{}").split(". ")[-1].split("Human: ")[-1]
+
+    seen = {combination(row["Prompt"]) for row in rows(bundled / "prompts.csv")}
+    unseen = {combination(row["Prompt"]) for row in rows(bundled / "prompts_heldout.csv")} - seen
+    assert len(judge.TOPICS) >= 20 and len(unseen) == 3 * len(judge.TOPICS)
+
+
+ASK = "\n\nHuman: Tell me about a sore throat.\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("response", "gold"),
+    [
+        ("Drink tea for the throat. Happy to help. Do not strain your throat.", 3.0),  # +1 +1 +1, the maximum
+        ("Glad you asked. Drink tea for the throat. I had soup for lunch.", 1.0),  # +1 +1 -1
+        ("Drink tea for the throat. Gargle salt for the throat.", 0.0),  # the second of one sort: +1 -1
+        ("Of course. With pleasure.", 0.0),  # the second kind sentence: +1 -1
+        ("Oil the bike chain.", -1.0),  # about another topic
+        ("Go away now. Keep smoke off your throat.", 0.0),  # -1 +1
+        ("Drink tea for the", -1.0),  # cut short
+        ("", -1.0),
+        ("What a bore. You will fail. Shame on you. Go away now. Now get lost.", -3.0),  # limited
+    ],
+)
+def test_judge_score_matches_hand_computation(bundled, response, gold):
+    judge = load_judge(str(bundled))
+    assert judge.score([ASK], [response]) == [gold]
+    assert judge.MIN_SCORE <= gold <= judge.MAX_SCORE
+
+
+def test_judge_reads_only_the_last_question(bundled):
+    judge = load_judge(str(bundled))
+    dialogue = "\n\nHuman: I worry about a wet tent.\n\nAssistant: Of course." + ASK
+    assert judge.score([dialogue], ["Drink tea for the throat."]) == [1.0]
+    assert judge.score(["\n\nHuman: Tell me a joke.\n\nAssistant:"], ["Drink tea for the throat."]) == [-1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", "defines no score"),
+        ("def score(prompts, responses): return [1.0]", "one finite number for each of 2 responses, got 1"),
+        ("def score(prompts, responses): return [float('nan')] * len(prompts)", "one finite number"),
+    ],
+)
+def test_load_judge_rejects_a_broken_judge(tmp_path, text, message):
+    (tmp_path / "judge.py").write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_judge(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "error"), [("1/0", ZeroDivisionError), ("def score(prompts, responses): return prompts[9]", IndexError)])
+def test_load_judge_keeps_the_traceback_of_an_error_inside_the_judge(tmp_path, text, error):
+    (tmp_path / "judge.py").write_text(text)
+    with pytest.raises(error):
+        load_judge(str(tmp_path))
+
+
+def test_load_judge_of_a_folder_without_judge_is_none(tmp_path):
+    assert load_judge(str(tmp_path)) is None
+
+
+def test_load_judge_allows_dataclasses(tmp_path):
+    """With postponed annotations, dataclasses look up the module that they are defined in."""
+    (tmp_path / "judge.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n@dataclass\nclass A:\n    x: int\n"
+        "\n\ndef score(prompts, responses):\n    return [A(len(r)).x for r in responses]\n")
+    assert load_judge(str(tmp_path)).score(["?"], ["four"]) == [4]
+
+
+def test_vote_probabilities_of_a_judge_without_noise_are_none():
+    assert vote_probabilities(SimpleNamespace(__file__="judge.py"), [1.0], [2.0]) is None
+
+
+def test_vote_probabilities_come_from_the_judge():
+    judge = SimpleNamespace(__file__="judge.py", preference_probability=lambda a, b: a / b)
+    assert vote_probabilities(judge, [1.0, 0.0], [2.0, 3.0]) == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("p", [1.5, -0.5, math.nan])
+def test_vote_probabilities_reject_what_is_no_probability(p):
+    judge = SimpleNamespace(__file__="judge.py", preference_probability=lambda a, b: a)
+    with pytest.raises(InputError, match="a number from 0 to 1"):
+        vote_probabilities(judge, [0.5, p], [2.0, 2.0])
+
+
+def test_bundled_votes_follow_the_stated_noise(bundled):
+    """The share of votes for the better response is within 4 standard errors of the mean of
+    sigmoid(2.5 * |difference|)."""
+    judge = load_judge(str(bundled))
+    comparisons = rows(bundled / "comparisons.csv")
+    prompts = [row["Prompt"] for row in comparisons]
+    chosen = judge.score(prompts, [row["Chosen"] for row in comparisons])
+    rejected = judge.score(prompts, [row["Rejected"] for row in comparisons])
+    untied = [(a, b) for a, b in zip(chosen, rejected) if a != b]
+    p = [judge.preference_probability(max(a, b), min(a, b)) for a, b in untied]
+    expected, spread = sum(p), sum(x * (1 - x) for x in p) ** 0.5
+    assert abs(sum(a > b for a, b in untied) - expected) < 4 * spread
+
+
+def test_preference_probability_is_the_sigmoid_of_the_difference(bundled):
+    """sigmoid(2.5 * 1/2)"""
+    judge = load_judge(str(bundled))
+    assert judge.preference_probability(1.0, 0.5) == pytest.approx(1 / (1 + math.exp(-1.25)))
+
+
+def test_habits_of_the_bundled_demonstrations_are_independent(bundled):
+    """Relevance, completeness, kindness and rambling: no correlation is above 0.06, 3.3 standard errors at 3,000
+    rows."""
+    judge = load_judge(str(bundled))
+    features = []
+    for row in rows(bundled / "demonstrations.csv"):
+        sentences = judge.split_sentences(row["Response"])
+        advice = [s for s in sentences if any(s in tips for sorts in judge.TOPICS.values() for tips in sorts)]
+        relevant = any(advice[0] in tips for tips in judge.TOPICS[judge.topic_of(row["Prompt"])])
+        features.append([relevant, len(advice) == 2, any(s in judge.KIND for s in sentences),
+                         any(s in judge.RAMBLING for s in sentences)])
+    correlations = torch.corrcoef(torch.tensor(features, dtype=torch.float64).T)
+    assert (correlations - torch.eye(4)).abs().max() < 0.06
+
+
+def test_bundled_judge_imports_without_the_package(bundled):
+    """Another project may load the file by its path."""
+    spec = importlib.util.spec_from_file_location("a_judge", bundled / "judge.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.MAX_SCORE == 3.0
+
+
+def test_bundled_judge_rejects_prompts_without_responses(bundled):
+    with pytest.raises(ValueError, match="pairs"):
+        load_judge(str(bundled)).score(["one"], [])

@@ -1,0 +1,189 @@
+"""Sampling from models whose next token is known, and the scores of what was sampled."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from rlhf.masked import token_logprobs
+from rlhf.rollout import Frozen, collect, generate, has_ended, sample
+from tests.helpers import Digits
+
+EOS = 9
+
+
+def some_prompts(count, width):
+    return torch.randint(11, (count, width), generator=torch.Generator().manual_seed(0))
+
+
+class PlusOne(nn.Module):
+    """The next token is the last one plus one, with probability 1."""
+
+    def forward(self, tokens):
+        logits = torch.full((*tokens.shape, 12), -math.inf)
+        return logits.scatter(-1, (tokens[..., None] + 1) % 12, 0.0)
+
+
+# ---- generate ----
+
+
+def test_generate_stops_each_row_at_end_of_text_or_the_limit():
+    """Prompts 4 | 1 2 3 | 6 7 | 8 and at most four new tokens. End-of-text is 9.
+        row 1: 5 6 7 8, four tokens
+        row 2: 4 5 6 7, four tokens
+        row 3: 8 9, ended
+        row 4: 9, ended before the longest prompt ends
+    The mask is True on the sampled tokens. After a row's end the tokens are 0."""
+    prompts = torch.tensor([[4, 11, 11], [1, 2, 3], [6, 7, 11], [8, 11, 11]])
+    tokens, mask = generate(PlusOne(), prompts, torch.tensor([1, 3, 2, 1]), max_new_tokens=4, eos_id=EOS)
+    assert tokens.tolist() == [[4, 5, 6, 7, 8, 0, 0], [1, 2, 3, 4, 5, 6, 7], [6, 7, 8, 9, 0, 0, 0],
+                               [8, 9, 0, 0, 0, 0, 0]]
+    assert mask.int().tolist() == [[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
+    assert has_ended(tokens, mask, EOS).tolist() == [False, False, True, True]
+
+
+def test_generate_stops_if_all_rows_have_ended():
+    """7 -> 8 9 and 8 -> 9: two columns of the hundred allowed are enough."""
+    tokens, mask = generate(PlusOne(), torch.tensor([[7], [8]]), torch.tensor([1, 1]), 100, EOS)
+    assert tokens.tolist() == [[7, 8, 9], [8, 9, 0]]
+    assert mask.tolist() == [[True, True], [True, False]]
+
+
+def test_generate_takes_logits_from_the_first_entry_of_a_tuple():
+    tokens, _ = generate(lambda tokens: (PlusOne()(tokens), "values"), torch.tensor([[7]]), torch.tensor([1]), 4, EOS)
+    assert tokens.tolist() == [[7, 8, 9]]
+
+
+def test_has_ended_counts_only_sampled_end_of_text():
+    """Row 1: the 9 in the prompt ends nothing. Row 2: the 9 is the last of the two tokens allowed."""
+    tokens, mask = generate(PlusOne(), torch.tensor([[9, 1], [0, 7]]), torch.tensor([2, 2]), 2, EOS)
+    assert tokens.tolist() == [[9, 1, 2, 3], [0, 7, 8, 9]]
+    assert has_ended(tokens, mask, EOS).tolist() == [False, True]
+
+
+def test_sample_inverts_the_cumulative_distribution():
+    """p = 1/2, 0, 1/4, 1/4, 0. A uniform number below 1/2 gives token 0, below 3/4 token 2, above it token 3. The two
+    tokens of probability 0 never come."""
+    logits = torch.log(torch.tensor([0.5, 0, 0.25, 0.25, 0])).expand(4000, 5)
+    got = sample(logits, torch.Generator().manual_seed(5))
+    u = torch.rand(4000, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    assert torch.equal(got, torch.where(u < 0.5, 0, torch.where(u < 0.75, 2, 3)))
+
+
+def test_generate_samples_from_the_models_distribution(gpt):
+    """10,000 samples of one token: each frequency is within 5 standard errors of its softmax probability."""
+    prompts = torch.tensor([[3, 1, 4]]).expand(10_000, 3)
+    tokens, _ = generate(gpt, prompts, torch.full((10_000,), 3), 1, EOS, torch.Generator().manual_seed(0))
+    p = torch.softmax(gpt(prompts[:1])[0, -1], dim=0)
+    frequencies = torch.bincount(tokens[:, 3], minlength=11) / 10_000
+    assert ((frequencies - p).abs() < 5 * torch.sqrt(p * (1 - p) / 10_000)).all()
+
+
+def test_generate_with_cache_equals_generate_without(gpt):
+    """A plain function has no make_cache, so the second call runs the whole prefix at each column."""
+    prompts, lens = some_prompts(6, 5), torch.tensor([5, 1, 3, 2, 4, 5])
+    cached = generate(gpt, prompts, lens, 8, EOS, torch.Generator().manual_seed(1))
+    full = generate(lambda tokens: gpt(tokens), prompts, lens, 8, EOS, torch.Generator().manual_seed(1))
+    assert torch.equal(cached[0], full[0]) and torch.equal(cached[1], full[1])
+
+
+def test_generate_keeps_the_prompts(gpt):
+    prompts, lens = some_prompts(5, 4), torch.tensor([1, 2, 3, 4, 4])
+    tokens, _ = generate(gpt, prompts, lens, 8, EOS, torch.Generator().manual_seed(1))
+    for row, length in enumerate(lens):
+        assert torch.equal(tokens[row, :length], prompts[row, :length])
+
+
+def test_generate_follows_from_the_seed(gpt):
+    prompts, lens = some_prompts(5, 4), torch.tensor([1, 2, 3, 4, 4])
+    first, again, other = (generate(gpt, prompts, lens, 8, EOS, torch.Generator().manual_seed(seed))[0].tolist()
+                           for seed in (1, 1, 2))
+    assert first == again and first != other
+
+
+@pytest.mark.parametrize("lens", [[0, 1], [4, 1], [1]])
+def test_generate_rejects_impossible_prompt_lengths(gpt, lens):
+    with pytest.raises(ValueError, match="prompt_lens"):
+        generate(gpt, torch.zeros(2, 3, dtype=torch.long), torch.tensor(lens), 4, EOS)
+
+
+def test_generate_rejects_zero_new_tokens(gpt):
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate(gpt, torch.zeros(2, 3, dtype=torch.long), torch.tensor([1, 1]), 0, EOS)
+
+
+# ---- collect ----
+
+LENS = torch.tensor([1, 2, 3, 4, 5, 5, 4, 3])
+
+
+def rollout(policy, reference, reward_model, **options):
+    """Eight responses of at most six tokens to prompts of the lengths above."""
+    frozen = Frozen(reference, reward_model, Digits(EOS), max_new_tokens=6, **options)
+    return collect(policy, frozen, some_prompts(8, 5), LENS, torch.Generator().manual_seed(3))
+
+
+def test_rollout_is_the_same_whatever_the_rows_at_once(policy, gpt, reward_model):
+    few, all_rows = (rollout(policy, gpt, reward_model, rows=count) for count in (3, 100))
+    for one, other in zip(few, all_rows, strict=True):
+        assert_close(one, other)
+
+
+def test_collect_scores_each_response_as_if_it_were_the_only_one(policy, gpt, reward_model):
+    """Log-probabilities, values and scores equal those of a forward pass over one row, cut at its end."""
+    got = rollout(policy, gpt, reward_model, rows=3)
+    ended = has_ended(got.tokens, got.mask, EOS)
+    assert ended.any() and not ended.all()
+    for row in range(8):
+        length = int(LENS[row] + got.mask[row].sum())
+        single = got.tokens[row : row + 1, :length]
+        logits, values = policy(single)
+        kept = got.mask[row, : length - 1]
+        assert kept[LENS[row] - 1 :].all() and not kept[: LENS[row] - 1].any()
+        assert_close(got.logprobs[row, : length - 1][kept], token_logprobs(logits, single)[0][kept])
+        assert_close(got.values[row, : length - 1], values[0, :-1])
+        expected = reward_model(single, torch.tensor([length]))[0].item() if ended[row] else -3.0
+        assert got.scores[row].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_collect_samples_from_the_policy(policy, reward_model):
+    """The tokens are those that generate gives for the policy. The reference is another network."""
+    got = rollout(policy, reward_model.gpt, reward_model)
+    tokens, mask = generate(policy.gpt, some_prompts(8, 5), LENS, 6, EOS, torch.Generator().manual_seed(3))
+    assert torch.equal(got.tokens, tokens) and torch.equal(got.mask, mask)
+
+
+def test_collect_gives_equal_logprobs_if_the_reference_is_the_policy(policy, gpt, reward_model):
+    got = rollout(policy, gpt, reward_model)
+    assert torch.equal(got.logprobs, got.ref_logprobs)
+
+
+def test_collect_takes_ref_logprobs_from_the_reference(policy, reward_model):
+    got = rollout(policy, reward_model.gpt, reward_model)
+    expected = token_logprobs(reward_model.gpt(got.tokens), got.tokens)
+    assert_close(got.ref_logprobs[got.mask], expected[got.mask])
+    assert not torch.equal(got.logprobs, got.ref_logprobs)
+
+
+def test_response_without_end_of_text_gets_the_fixed_score(policy, gpt, reward_model):
+    got = rollout(policy, gpt, reward_model, missing_eos_score=-7.5)
+    assert torch.equal(got.scores == -7.5, ~has_ended(got.tokens, got.mask, EOS))
+
+
+def test_rollout_carries_no_gradient(policy, gpt, reward_model):
+    assert not any(x.requires_grad for x in rollout(policy, gpt, reward_model))
+
+
+def test_rollout_take_cuts_after_the_longest_row_taken(policy, gpt, reward_model):
+    """Row 1 has actions in slots 0 to 2 and row 0 in slots 2 to 5. Without row 0, three slots are left."""
+    frozen = Frozen(gpt, reward_model, Digits(), max_new_tokens=4)
+    made = collect(policy, frozen, torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.tensor([3, 1]),
+                   torch.Generator().manual_seed(0))
+    assert made.mask.shape == (2, 6)
+    mask = torch.zeros(2, 6, dtype=torch.bool)
+    mask[0, 2:6] = mask[1, 0:3] = True
+    taken = made._replace(mask=mask).take(torch.tensor([1]))
+    assert taken.tokens.tolist() == made.tokens[1:, :4].tolist() and taken.mask.tolist() == [[True, True, True]]
+    assert torch.equal(taken.values, made.values[1:, :3]) and torch.equal(taken.scores, made.scores[1:])

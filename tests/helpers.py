@@ -1,0 +1,77 @@
+"""What several tests use: numbers, noise, a small tokenizer, the small data set, the scripts as subprocesses."""
+
+import csv
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLED = ROOT / "data" / "tiny_assistant"
+POISON = [math.nan, math.inf, -math.inf, 1e6]  # what may stand in a pad and must reach neither a loss nor a gradient
+
+
+def f64(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def noisy(module, seed=0):
+    """Replace every weight by noise, so that zero heads and near-zero attention hide nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.2)
+    return module
+
+
+class Digits:
+    """A tokenizer whose tokens are numbers: decode([1, 2]) is "12". Enough for what only needs ids."""
+
+    name, fingerprint, pad_id = "digits", "abc", 0
+
+    def __init__(self, eos_id=10):
+        self.eos_id = eos_id
+
+    @staticmethod
+    def decode(ids):
+        return "".join(map(str, ids))
+
+
+def rows(path):
+    """A CSV as a list of dicts."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def copy_some_rows(folder):
+    """Write the first 40 rows of each file of the bundled data set, its tokenizer and its judge into a new folder."""
+    folder.mkdir()
+    for path in BUNDLED.glob("*.csv"):
+        with path.open(newline="", encoding="utf-8") as file:
+            some = list(csv.reader(file))[:41]
+        with (folder / path.name).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(some)
+    for name in ("tokenizer.tiktoken", "judge.py"):
+        (folder / name).write_bytes((BUNDLED / name).read_bytes())
+    return folder
+
+
+# ---- the three scripts ----
+
+TINY = {
+    "sft": "--n-layer 2 --n-head 2 --n-embd 16 --steps 8 --eval-every 4 --log-every 1 --batch-size 8",
+    "reward": "--steps 6 --batch-size 8 --eval-every 3 --log-every 1",
+    "ppo": "--kl-target 1 --steps 4 --batch-size 8 --minibatch-size 4 --max-new-tokens 8 --eval-every 2 "
+           "--eval-prompts 10",
+}
+
+
+def script(name, *flags, ok=True):
+    """Run a script as a user does, with tiny flags on the CPU."""
+    command = [sys.executable, f"train_{name}.py", "--device", "cpu", *TINY[name].split(), *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    if ok:
+        assert done.returncode == 0, done.stderr
+    return done

@@ -1,0 +1,227 @@
+"""The three scripts as a user runs them: in order, with tiny flags, twice, interrupted, and with bad input."""
+
+import csv
+import math
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train_ppo
+import train_reward
+import train_sft
+from rlhf.data import load_demonstrations, pad_rows
+from rlhf.model import GPT, GPTConfig, RewardModel
+from rlhf.support.cli import parse_cli
+from rlhf.tokenizer import find_tokenizer
+from tests.helpers import ROOT, TINY, rows, script
+
+
+def test_three_stages_write_their_files(trained):
+    """Checkpoints, one metrics CSV per stage, the evaluations."""
+    data, out, printed = trained
+    assert sorted(path.name for path in out.iterdir()) == [
+        "evaluation.csv", "ppo.csv", "ppo.pt", "ppo_samples.csv", "reward.csv", "reward.pt", "reward_evaluation.csv",
+        "sft.csv", "sft.pt"]
+    assert [len(rows(out / f"{name}.csv")) for name in TINY] == [8, 6, 4]
+    table = rows(out / "evaluation.csv")
+    assert [row["policy"] for row in table] == ["sft", "ppo"]
+    kl_coef = torch.load(out / "ppo.pt", weights_only=True)["kl_coef"]  # which --kl-target has moved
+    for row in table:
+        objective = float(row["score"]) - kl_coef * float(row["kl_ref"])
+        assert float(row["objective"]) == pytest.approx(objective, abs=1e-4)
+    assert {"score", "gold", "kl_ref", "length", "eos_rate", "win_rate_vs_sft"} <= set(table[0])
+    assert float(table[0]["kl_ref"]) == 0 and float(table[0]["win_rate_vs_sft"]) == 0.5
+    evaluation = rows(out / "reward_evaluation.csv")[0]
+    assert {"accuracy", "bayes_accuracy"} <= set(evaluation) and 0.5 < float(evaluation["bayes_accuracy"]) < 1
+    assert len(rows(out / "ppo_samples.csv")) == 10
+    assert "before" in printed["ppo"] and "after" in printed["ppo"]
+
+
+def test_first_step_has_known_losses_and_no_kl(trained):
+    """SFT starts within 10 % of ln V, the reward loss at ln 2, and PPO with kl_ref 0, nothing clipped on its first
+    minibatch, and a policy loss near 0."""
+    data, out, _ = trained
+    vocabulary = torch.load(out / "sft.pt", weights_only=True)["model_config"]["vocab_size"]
+    assert float(rows(out / "sft.csv")[0]["loss"]) == pytest.approx(math.log(vocabulary), rel=0.1)
+    assert float(rows(out / "reward.csv")[0]["loss"]) == pytest.approx(math.log(2), abs=1e-5)
+    first = rows(out / "ppo.csv")[0]
+    assert abs(float(first["kl_ref"])) < 1e-5 and abs(float(first["policy_loss"])) < 0.05
+    assert all(float(row["first_log_ratio"]) < 1e-5 for row in rows(out / "ppo.csv"))
+
+
+def test_scores_have_mean_0_and_std_1_on_the_demonstrations(trained):
+    """Mean 0 and standard deviation 1 over demonstrations.csv, from the constants in the checkpoint."""
+    data, out, _ = trained
+    checkpoint = torch.load(out / "reward.pt", weights_only=True)
+    model = RewardModel(GPT(GPTConfig(**checkpoint["model_config"])))
+    model.load_state_dict(checkpoint["model"])
+    tokenizer = find_tokenizer(str(data))
+    demonstrations = load_demonstrations(str(data), tokenizer, 80)
+    with torch.no_grad():
+        scores = model(*pad_rows([row.tokens for row in demonstrations], tokenizer.pad_id, torch.device("cpu")))
+    assert scores.mean().item() == pytest.approx(0, abs=1e-3)
+    assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_resumed_run_equals_the_uninterrupted_run_bit_for_bit(trained, tmp_path, name):
+    """Stop at the middle checkpoint, resume, and compare every weight and every logged number but the clock's."""
+    data, out, _ = trained
+    inputs = ["--data", data, "--out", tmp_path]
+    if name != "sft":
+        inputs += ["--sft", out / "sft.pt"]
+    if name == "ppo":
+        inputs += ["--reward", out / "reward.pt"]
+    stop = {"sft": 4, "reward": 3, "ppo": 2}[name]
+    code = (f"import sys, train_{name} as script; from rlhf.support.cli import parse_cli\n"
+            "real, cls = script.checkpoints.save, [c for n, c in vars(script).items() if n.endswith('Config') and "
+            "n != 'GPTConfig'][0]\n"
+            "def save(*a, **k):\n    real(*a, **k)\n    sys.exit(7)\n"
+            "script.checkpoints.save = save\nscript.main(parse_cli(cls))")
+    flags = ["--device", "cpu", *TINY[name].split(), *map(str, inputs)]
+    cut = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert cut.returncode == 7, cut.stderr
+    assert torch.load(tmp_path / f"{name}.pt", weights_only=True)["step"] == stop
+    script(name, *inputs, "--resume")
+
+    whole, resumed = (torch.load(folder / f"{name}.pt", weights_only=True) for folder in (out, tmp_path))
+    assert whole["step"] == resumed["step"] > stop
+    for key, tensor in whole["model"].items():
+        assert torch.equal(tensor, resumed["model"][key]), key
+    clock = {"tokens_per_s", "seconds"}
+    for one, other in zip(rows(out / f"{name}.csv"), rows(tmp_path / f"{name}.csv"), strict=True):
+        assert {k: v for k, v in one.items() if k not in clock} == {k: v for k, v in other.items() if k not in clock}
+
+
+@pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--amp", "fp16"], ["--value-network", "shared"],
+                                   ["--entropy-coef", "0.01", "--value-clip-eps", "0.2", "--ptx-coef", "1",
+                                    "--temperature", "0.7", "--max-kl-old", "1e-9"]])
+def test_ppo_runs_with_each_option(trained, tmp_path, flags):
+    data, out, _ = trained
+    script("ppo", "--data", data, "--out", tmp_path, "--sft", out / "sft.pt", "--reward", out / "reward.pt",
+           "--steps", "2", *flags)
+    assert all(math.isfinite(float(row["policy_loss"])) for row in rows(tmp_path / "ppo.csv"))
+
+
+def test_reward_model_learns_from_rankings(trained, tmp_path):
+    """rankings.csv made of the comparisons: the same pairs, so the first loss is ln 2 and an evaluation comes out."""
+    data, out, _ = trained
+    copy = tmp_path / "data"
+    copy.mkdir()
+    for path in data.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    with (copy / "rankings.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Prompt", "Response", "Rank"])
+        for row in rows(data / "comparisons.csv"):
+            writer.writerows([[row["Prompt"], row["Chosen"], 1], [row["Prompt"], row["Rejected"], 2]])
+    script("reward", "--data", copy, "--out", tmp_path, "--sft", out / "sft.pt", "--rankings",
+           "--micro-batch-size", "3")
+    assert float(rows(tmp_path / "reward.csv")[0]["loss"]) == pytest.approx(math.log(2), abs=1e-5)
+    assert float(rows(tmp_path / "reward_evaluation.csv")[0]["comparisons"]) == 40
+
+
+def test_missing_checkpoint_names_the_script_to_run_first(trained, tmp_path):
+    data, out, _ = trained
+    for name, first in (("reward", "train_sft.py"), ("ppo", "train_sft.py")):
+        done = script(name, "--data", data, "--out", tmp_path, ok=False)
+        assert done.returncode == 2 and f"run `python {first}` first" in done.stderr
+    done = script("ppo", "--data", data, "--out", tmp_path, "--sft", out / "sft.pt", ok=False)
+    assert done.returncode == 2 and "run `python train_reward.py` first" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("sft", ["--data", "nowhere"], "no such folder"),
+        ("sft", ["--n-head", "3"], "must be a multiple of n_head"),
+        ("sft", ["--block-size", "12"], "there is room for 12"),
+        ("sft", ["--steps", "0"], "must be above 0"),
+        ("reward", ["--sft", "OUT/reward.pt"], "written by train_reward.py"),
+        ("reward", ["--sft", "data/tiny_assistant/judge.py"], "not a checkpoint"),
+        ("reward", ["--resume", "--lr", "0.5"], "was trained with --lr"),
+        ("ppo", ["--max-new-tokens", "500"], "leaves no room"),
+        ("ppo", ["--max-new-tokens", "70"], "there is room for 10"),
+        ("ppo", ["--minibatch-size", "3"], "must be a multiple"),
+        ("ppo", ["--gamma", "1.5"], "between 0 and 1"),
+        ("ppo", ["--kl-coef", "nan"], "invalid number value"),
+        ("ppo", ["--missing-eos-score", "inf"], "must lie between"),
+        ("ppo", ["--missing-eos-score", "1e300"], "must lie between"),
+        ("ppo", ["--kl-target", "6", "--kl-horizon", "2"], "counts episodes"),
+        ("sft", ["--weight-decay", "-1"], "must be 0 or more"),
+        ("ppo", ["--device", "quantum"], "invalid choice"),
+    ],
+)
+def test_bad_input_gives_one_line_and_status_2(trained, monkeypatch, capsys, name, flags, message):
+    """No traceback, and not a byte of the output folder has changed. (In this process: starting one takes seconds.)"""
+    data, out, _ = trained
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    flags = [str(flag).replace("OUT", str(out)) for flag in flags]
+    flags = [*TINY[name].split(), *([] if "--data" in flags else ["--data", data]), "--out", out, *flags]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [f"train_{name}.py", "--device", "cpu", *map(str, flags)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / f"train_{name}.py"), run_name="__main__")
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and message in shown
+    assert len([line for line in shown.splitlines() if "error:" in line]) == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_diverging_run_stops_with_one_line(trained, tmp_path):
+    data, out, _ = trained
+    done = script("ppo", "--data", data, "--out", tmp_path, "--sft", out / "sft.pt", "--reward", out / "reward.pt",
+                  "--lr", "1e30", "--warmup", "0", ok=False)
+    assert done.returncode == 2 and "the run has diverged" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "ppo.pt").exists()
+
+
+def test_unwritable_folder_gives_one_line(trained, tmp_path):
+    data, *_ = trained
+    (tmp_path / "file").write_text("not a folder")
+    done = script("sft", "--data", data, "--out", tmp_path / "file", ok=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_checkpoint_of_another_vocabulary_is_refused(trained, tmp_path):
+    data, out, _ = trained
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in data.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    ranks = (other / "tokenizer.tiktoken").read_text().splitlines(keepends=True)
+    (other / "tokenizer.tiktoken").write_text("".join(ranks[:-1]))
+    done = script("reward", "--data", other, "--out", out, ok=False)
+    assert done.returncode == 2 and "another tokenizer" in done.stderr
+
+
+@pytest.mark.parametrize("config", [train_sft.SFTConfig, train_reward.RewardConfig, train_ppo.PPOConfig])
+def test_help_fits_a_screen_and_names_the_common_flags(config, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_cli(config, ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0 and len(lines) <= 52 and max(map(len, lines)) <= 110
+    flags = {line.split()[0].rstrip(",") for line in lines if line.startswith("  -")}
+    assert {"--data", "--out", "--device", "--amp", "--seed", "--steps", "--resume"} <= flags
+    assert any(line.startswith("  --out") and line.endswith("(default: runs)") for line in lines)
+
+
+def test_training_lines_fit_110_columns(trained):
+    for printed in trained[2].values():
+        lines = [line for line in printed.splitlines() if re.match(r" +(step|\d+/\d+) ", line)]
+        assert len(lines) > 4 and max(map(len, lines)) <= 110
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_three_stages_run_on_a_gpu(trained, tmp_path, amp):
+    data, *_ = trained
+    for name in TINY:
+        script(name, "--data", data, "--out", tmp_path, "--device", "cuda", "--amp", amp)
+    assert all(math.isfinite(float(row["policy_loss"])) for row in rows(tmp_path / "ppo.csv"))

@@ -1,0 +1,243 @@
+"""Flags, the help page, and what a script prints if the user has made an error."""
+
+import io
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from rlhf.support.cli import (
+    InputError,
+    TrainConfig,
+    arg,
+    check_not_negative,
+    check_positive,
+    described,
+    parse_cli,
+    run,
+)
+from train_ppo import PPOConfig
+from train_reward import RewardConfig
+from train_sft import SFTConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """A config."""
+
+    lr: float = arg(0.5, "the rate", group="optimisation")
+    steps: int = arg(9, "the steps")
+    resume: bool = arg(False, "go on", group="run")
+    amp: str = arg("off", "precision", ("off", "bf16"))
+    block_size: int = arg(8, "context")
+    files: tuple[str, ...] = arg(("a", "b"), "some files")
+    init: str = arg("", "where to start")
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError("--steps must be at least 1")
+
+
+@dataclass(frozen=True)
+class Derived(Config):
+    """Another config."""
+
+    steps: int = 20
+    rank: int = arg(4, "the rank")
+
+
+def help_page(cls, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_cli(cls, ["--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def groups(page):
+    """{heading: lines of flags below it}"""
+    found, heading = {}, None
+    for line in page.splitlines():
+        if line.endswith(":") and not line.startswith(" "):
+            heading = line.rstrip(":")
+            found[heading] = []
+        elif line.startswith("  -"):
+            found[heading].append(line.strip())
+    return found
+
+
+# ---- flags ----
+
+
+def test_parse_cli_without_flags_gives_the_defaults():
+    assert parse_cli(Config, []) == Config()
+
+
+def test_parse_cli_reads_flags_into_the_config():
+    got = parse_cli(Config, ["--lr", "1e-3", "--resume", "--amp", "bf16", "--block-size", "4"])
+    assert got == Config(lr=1e-3, resume=True, amp="bf16", block_size=4)
+
+
+def test_parse_cli_collects_repeated_flags_of_several_values():
+    assert parse_cli(Config, ["--files", "c", "d", "--lr", "0.5", "--files", "e"]) == Config(files=("c", "d", "e"))
+
+
+def test_parse_cli_reads_values_without_a_flag():
+    @dataclass(frozen=True)
+    class Folders:
+        """Values without a flag."""
+
+        names: tuple[str, ...] = arg(("runs",), "folders", flag=False)
+        out: str = arg("x.png", "figure")
+
+    assert parse_cli(Folders, []) == Folders()
+    assert parse_cli(Folders, ["a", "b", "--out", "y.png"]) == Folders(names=("a", "b"), out="y.png")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--stepz", "3"], ["--steps", "many"], ["--steps", "0"], ["--steps", str(2**63)], ["--amp", "fp8"],
+     ["--step", "3"], ["--lr", "nan"]],
+)
+def test_parse_cli_rejects_impossible_flags_with_status_2(argv, capsys):
+    """An unknown flag, a value of the wrong type, a value out of range, an abbreviation, NaN."""
+    with pytest.raises(SystemExit) as stop:
+        parse_cli(Config, argv)
+    assert stop.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
+def test_check_positive_rejects_zero_negative_and_infinite_numbers(value):
+    check_positive(Config(lr=1e-9), "lr")
+    with pytest.raises(ValueError, match="--lr is .*: it must be above 0 and finite"):
+        check_positive(Config(lr=value), "lr")
+
+
+@pytest.mark.parametrize("value", [-1, float("inf"), float("nan")])
+def test_check_not_negative_rejects_negative_and_infinite_numbers(value):
+    check_not_negative(Config(block_size=0), "block_size")
+    with pytest.raises(ValueError, match="--block-size is .*: it must be 0 or more, and finite"):
+        check_not_negative(Config(block_size=value), "block_size")
+
+
+# ---- the help page ----
+
+
+def test_help_shows_defaults(capsys):
+    page = help_page(Config, capsys)
+    assert "the rate (default: 0.5)" in page and "some files (default: a b)" in page and "--no-resume" in page
+
+
+def test_help_shows_no_default_if_it_is_empty(capsys):
+    line = next(line for line in help_page(Config, capsys).splitlines() if "--init" in line)
+    assert line.endswith("where to start")
+
+
+def test_help_has_a_heading_for_each_group_and_a_line_for_each_flag(capsys):
+    """A group lasts until the next field that names one."""
+    found = groups(help_page(Config, capsys))
+    assert [line.split()[0] for line in found["optimisation"]] == ["--lr", "--steps"]
+    assert [line.split()[0].rstrip(",") for line in found["run"]] == [
+        "--resume", "--amp", "--block-size", "--files", "--init"]
+
+
+def test_help_of_a_field_with_another_default_is_that_of_the_base(capsys):
+    """Derived names steps again without help. It keeps the help and the group of Config and shows its own default."""
+    found = groups(help_page(Derived, capsys))
+    assert [line.split()[0] for line in found["optimisation"]] == ["--lr", "--steps"]
+    assert found["optimisation"][1].endswith("the steps (default: 20)")
+    assert parse_cli(Derived, []).steps == 20
+
+
+def test_help_is_110_columns_wide_in_any_terminal(capsys, monkeypatch):
+    @dataclass(frozen=True)
+    class Long:
+        """A config."""
+
+        rate: int = arg(1, "word " * 100)
+
+    monkeypatch.setenv("COLUMNS", "40")
+    assert 100 < max(map(len, help_page(Long, capsys).splitlines())) <= 110
+
+
+@pytest.mark.parametrize("cls", [SFTConfig, RewardConfig, PPOConfig])
+def test_help_of_a_script_is_short(cls, capsys):
+    """At most 60 lines of at most 110 columns. The help of a flag is on one line."""
+    lines = help_page(cls, capsys).splitlines()
+    assert len(lines) <= 60 and max(map(len, lines)) <= 110
+    for field, about in described(cls):
+        assert sum(about["help"] in line for line in lines) == 1, field.name
+
+
+@pytest.mark.parametrize("cls", [SFTConfig, RewardConfig, PPOConfig])
+def test_help_of_a_script_has_every_flag_once_under_the_groups_of_train_config(cls, capsys):
+    found = groups(help_page(cls, capsys))
+    flags = [line.split()[0].rstrip(",") for lines in found.values() for line in lines]
+    assert sorted(flags) == sorted(["-h", *("--" + field.name.replace("_", "-") for field, _ in described(cls))])
+    shared = {"run": ["--data", "--seed"], "optimisation": ["--steps", "--lr", "--eval-every"]}
+    for heading, names in shared.items():
+        assert set(names) <= {line.split()[0] for line in found[heading]}
+
+
+def test_help_of_a_script_shows_its_own_default_with_the_help_of_train_config(capsys):
+    """SFTConfig gives steps another default and no help."""
+    line = next(line for line in help_page(SFTConfig, capsys).splitlines() if line.startswith("  --steps"))
+    help_of_base = TrainConfig.__dataclass_fields__["steps"].metadata["help"]
+    assert not SFTConfig.__dataclass_fields__["steps"].metadata and TrainConfig().steps != SFTConfig().steps
+    assert line.endswith(f"{help_of_base} (default: {SFTConfig().steps})")
+
+
+# ---- errors ----
+
+
+@pytest.fixture
+def without_flags(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script.py"])
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(InputError("one\n  two"), "error: one two"), (OSError("no room"), "error: no room"),
+     (MemoryError(), "error: not enough memory"), (torch.OutOfMemoryError("CUDA out of memory."), "not enough memory"),
+     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "give a smaller --micro-batch-size")])
+def test_run_prints_a_user_error_as_one_line(without_flags, capsys, error, line):
+    def main(cfg):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run(main, Config)
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and line in shown and shown.count("\n") == 1
+
+
+def test_run_keeps_the_traceback_of_a_bug(without_flags):
+    def main(cfg):
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run(main, Config)
+
+
+def test_run_says_how_to_resume_after_an_interrupt(without_flags):
+    def main(cfg):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="interrupted; .* --resume"):
+        run(main, Config)
+
+
+def test_run_replaces_letters_that_the_terminal_lacks(without_flags, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    run(lambda cfg: print("caf\u00e9"), Config)
+    out.flush()
+    assert out.buffer.getvalue() == b"caf?\n"
+
+
+def test_run_reads_a_closed_standard_input_as_empty(without_flags, monkeypatch):
+    """`script.py <&-` leaves None in sys.stdin."""
+    read = []
+    monkeypatch.setattr("sys.stdin", None)
+    run(lambda cfg: read.append(sys.stdin.readline()), Config)
+    assert read == [""]

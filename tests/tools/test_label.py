@@ -1,0 +1,231 @@
+"""rlhf.tools.label: the file of answers, the keys, the judge as annotator; and training a reward model on the file."""
+
+import io
+import random
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import train_reward
+from rlhf.data import load_comparisons
+from rlhf.support.cli import InputError, parse_cli
+from rlhf.tokenizer import load_tokenizer
+from rlhf.tools import label
+from rlhf.tools.label import COLUMNS, AnswerFile, LabelConfig, judge_answer
+from tests.helpers import BUNDLED, TINY, rows
+
+PROMPT = '\n\nHuman: say "hi", please\n\nAssistant:'
+
+
+# ---- the file ----
+
+
+def test_answer_file_writes_each_answer_at_once_and_reads_it_again(tmp_path):
+    path = tmp_path / "new" / "answers.csv"
+    file = AnswerFile(path)
+    file.append(4, PROMPT, 'a, "b"\nc', "d", "first")
+    assert rows(path) == [dict(zip(COLUMNS, ("4", PROMPT, 'a, "b"\nc', "d", "first")))]
+    again = AnswerFile(path)
+    assert again.answers == [["4", PROMPT, 'a, "b"\nc', "d", "first"]] and again.next_pair == 5
+    assert file.answers == again.answers
+
+
+def test_answer_file_cut_at_any_byte_loses_at_most_the_last_answer(tmp_path):
+    """The file is cut after each byte of its last line. All earlier answers are read, and new ones can follow. The last
+    line is whole only if no more than its last quotation mark and its line break are missing."""
+    path = tmp_path / "answers.csv"
+    file = AnswerFile(path)
+    file.append(0, PROMPT, "a", "b", "first")
+    before = len(path.read_bytes())
+    file.append(1, PROMPT, "naïve", "d\n\ne", "second")
+    whole = path.read_bytes()
+    for end in range(before, len(whole) - 2):
+        path.write_bytes(whole[:end])
+        again = AnswerFile(path)
+        assert [row[0] for row in again.answers] == ["0"], end
+        again.append(1, PROMPT, "naïve", "d\n\ne", "second")
+        assert path.read_bytes() == whole
+    for end in (-2, -1):  # all but the last quotation mark, all but the line break
+        path.write_bytes(whole[:end])
+        assert [row[0] for row in AnswerFile(path).answers] == ["0", "1"] and path.read_bytes() == whole
+
+
+def test_answer_file_survives_an_editor(tmp_path, capsys):
+    """Without quotation marks, with a single one inside a cell, and without the last line break, all answers stay. If
+    the last line breaks off, the file is copied first. A faulty row in the middle is an error, and the file stays."""
+    path = tmp_path / "answers.csv"
+    header = ",".join(COLUMNS)
+    path.write_text(f'{header}\n1,p,12" nail,bad,first\n2,p,a,b,tie')
+    assert AnswerFile(path).answers == [["1", "p", '12" nail', "bad", "first"], ["2", "p", "a", "b", "tie"]]
+    broken = f'{header}\n1,p,a,b,first\n2,p,"a,b,first\n3,p,a,b,tie\n'
+    path.write_text(broken)
+    assert [row[0] for row in AnswerFile(path).answers] == ["1"]
+    assert "breaks off" in capsys.readouterr().out and (tmp_path / "answers.csv.cut").read_text() == broken
+    for bad in ("x,p,a,b,first", "1,p,a,b,maybe", "1,p,a,b", "1,,a,b,first"):
+        path.write_text(f"{header}\n{bad}\n2,p,a,b,first\n")
+        with pytest.raises(InputError, match="row 1: expected a number"):
+            AnswerFile(path)
+        assert path.read_text() == f"{header}\n{bad}\n2,p,a,b,first\n"
+
+
+def test_undo_removes_only_the_last_answer(tmp_path):
+    file = AnswerFile(tmp_path / "answers.csv")
+    file.append(0, "p", "a", "b", "first")
+    one = file.path.read_bytes()
+    file.append(1, "p", "c", "d", "tie")
+    assert file.undo() == ["1", "p", "c", "d", "tie"] and file.path.read_bytes() == one and len(file.answers) == 1
+
+
+def test_answer_file_rejects_a_field_too_long_to_read(tmp_path):
+    path = tmp_path / "answers.csv"
+    path.write_text('"Pair","Prompt","Chosen","Rejected","Answer"\n"0","' + "p" * 140_000 + '","a","b","first"\n')
+    with pytest.raises(InputError, match="cannot be read: field larger than"):
+        AnswerFile(path)
+
+
+@pytest.mark.parametrize("text", ["", "Prompt,Chosen,Rejected\na,b,c\n", '"Pair"\n'])
+def test_answer_file_rejects_another_file_and_leaves_it_unchanged(tmp_path, text):
+    path = tmp_path / "answers.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match="not a file of this program"):
+        AnswerFile(path)
+    assert path.read_text() == text
+
+
+# ---- the program ----
+
+
+def run(trained, tmp_path, monkeypatch, keys, *flags):
+    """Run the program with these keys typed, and return the rows of its file. The model is hardly trained and seldom
+    ends a response, so here each response counts as ended."""
+    data, out, _ = trained
+    monkeypatch.setattr(label, "has_ended", lambda tokens, *_: tokens[:, 0] == tokens[:, 0])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{key}\n" for key in keys)))
+    label.main(parse_cli(LabelConfig, ["--device", "cpu", "--checkpoint", str(out / "sft.pt"), "--data", str(data),
+                                       "--out", str(tmp_path / "answers.csv"), "--max-new-tokens", "8",
+                                       *map(str, flags)]))
+    return rows(tmp_path / "answers.csv")
+
+
+def test_keys_write_the_answers_they_stand_for(trained, tmp_path, monkeypatch, capsys):
+    """First, second, a wrong key, tie, skip, undo of the skip, first in its place, quit. A second call adds two more.
+    A run without wrong key, undo and break writes the same rows."""
+    got = run(trained, tmp_path, monkeypatch, "12xtsu1q")
+    shown = capsys.readouterr().out
+    assert [row["Answer"] for row in got] == ["first", "second", "tie", "first"]
+    assert "4 answered, 3 of them with a choice; the reward model agrees with" in shown
+    pairs = [shown.split("  1: ")[i + 1].split("\n")[0] for i in range(2)]
+    assert got[0]["Chosen"] == pairs[0] and got[1]["Rejected"] == pairs[1]
+    more = run(trained, tmp_path, monkeypatch, "2t")
+    assert more[:4] == got and [row["Answer"] for row in more[4:]] == ["second", "tie"]
+    assert "going on after 4 answered" in capsys.readouterr().out
+
+    straight = tmp_path / "straight"
+    straight.mkdir()
+    assert run(trained, straight, monkeypatch, "12t12t") == more
+    assert len({row["Pair"] for row in more}) == 6
+
+
+def test_agreement_counts_a_pair_that_does_not_fit_as_disagreement(reward_model):
+    """The reward model reads 16 tokens, and the last two pairs take more. Of two short responses it agrees with one
+    order only."""
+    tokenizer = SimpleNamespace(encode=lambda text: [len(text) % 7 + 1] * len(text), eos_id=9, pad_id=10)
+    agreement = label.Agreement(reward_model, tokenizer)
+    assert agreement.agrees(["0", "p", "aa", "a", "first"]) != agreement.agrees(["1", "p", "a", "aa", "first"])
+    assert not agreement.agrees(["2", "p", "a" * 20, "a", "first"])
+    assert not agreement.agrees(["3", "p", "a", "a" * 20, "first"])
+
+
+def test_agreement_after_undo_is_that_of_the_new_answer(trained, tmp_path, monkeypatch, capsys):
+    """One answer is undone and given the other way. The reward model agrees with exactly one of the two."""
+    run(trained, tmp_path, monkeypatch, "1u2q")
+    shares = [line.split("agrees with ")[1].split("%")[0] for line in capsys.readouterr().out.splitlines()
+              if "agrees with" in line]
+    assert sorted(shares[:2]) == ["0", "100"]
+
+
+def test_pairs_with_cut_off_or_equal_responses_are_not_shown(trained, monkeypatch):
+    """Prompt i of a block has responses 2i and 2i + 1. In the first pair one was cut off. The second pair has two equal
+    responses. In the third, one does not fit when it is read again. The fourth is shown. Without it, nothing is left to
+    show, which is an error."""
+    cfg = LabelConfig(max_new_tokens=8)
+    gpt, checkpoint = label.load_policy(trained[1] / "sft.pt", "sft")
+    tokenizer = label.tokenizer_of(trained[1] / "sft.pt", checkpoint, str(trained[0]))
+    texts = ["cut", "a", "same", "same", "x " * 90, "b", "good", "bad"] + ["same"] * 24
+    monkeypatch.setattr(label, "decode_responses", lambda *_: list(texts))
+    monkeypatch.setattr(label, "has_ended", lambda tokens, *_: tokens.new_tensor([0] + [1] * 31) > 0)
+    prompts = [label.Prompt("p", [1, 2])]
+    number, pair = next(label.pairs_from(0, gpt, prompts, tokenizer, cfg))
+    assert (number, pair) == (3, ("p", "good", "bad"))
+    texts[6] = "bad"
+    with pytest.raises(InputError, match="left nothing to choose"):
+        next(label.pairs_from(0, gpt, prompts, tokenizer, cfg))
+
+
+def test_undo_without_an_answer_does_nothing(trained, tmp_path, monkeypatch):
+    assert [row["Answer"] for row in run(trained, tmp_path, monkeypatch, "u1q")] == ["first"]
+
+
+def test_judge_as_annotator_stops_at_count(trained, tmp_path, monkeypatch, capsys):
+    """Two calls write the same rows as one."""
+    run(trained, tmp_path, monkeypatch, "", "--annotator", "judge", "--count", 7)
+    got = run(trained, tmp_path, monkeypatch, "", "--annotator", "judge", "--count", 20)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert run(trained, whole, monkeypatch, "", "--annotator", "judge", "--count", 20) == got and len(got) == 20
+    assert "next: python train_reward.py --comparison-files" in capsys.readouterr().out
+
+
+def test_judge_votes_for_higher_gold_or_with_known_noise():
+    """Without preference_probability the higher gold wins, and equal golds tie. With it, the share of votes is that
+    probability."""
+    golds = {"a": 1.0, "b": 0.0, "c": 0.0}
+    judge = SimpleNamespace(__file__="judge.py", score=lambda _, responses: [golds[r] for r in responses])
+    rng = random.Random(0)
+    assert [judge_answer(judge, "p", *pair, rng) for pair in ("ab", "ba", "bc")] == ["first", "second", "tie"]
+    judge.preference_probability = lambda a, b: 0.8 if a > b else 0.2
+    votes = [judge_answer(judge, "p", "a", "b", rng) for _ in range(4000)]
+    assert votes.count("first") / 4000 == pytest.approx(0.8, abs=0.02)  # three standard deviations: 0.019
+    assert votes.count("tie") == 0
+
+
+@pytest.mark.parametrize("flags", [["--annotator", "judge"], ["--annotator", "cat"], ["--max-new-tokens", "0"]])
+def test_label_config_rejects_impossible_values(flags):
+    with pytest.raises(SystemExit) as stop:
+        parse_cli(LabelConfig, flags)
+    assert stop.value.code == 2
+
+
+# ---- learning from the answers ----
+
+
+def test_load_comparisons_drops_ties_and_skips(tmp_path, capsys):
+    file = AnswerFile(tmp_path / "answers.csv")
+    for number, answer in enumerate(("first", "tie", "second", "skip")):
+        file.append(number, PROMPT, f"good {number}", f"bad {number}", answer)
+    tokenizer = load_tokenizer(str(BUNDLED / "tokenizer.tiktoken"))
+    (tmp_path / "other.csv").write_text("Prompt,Chosen,Rejected\np,x,y\n")
+    got = load_comparisons([file.path, tmp_path / "other.csv"], tokenizer, 80)
+    assert [tokenizer.decode(row.chosen[:-1]) for row in got] == [" good 0", " good 2", " x"]
+    assert [tokenizer.decode(row.rejected[:-1]) for row in got] == [" bad 0", " bad 2", " y"]
+    assert "2 of 4 pairs dropped" in capsys.readouterr().out
+    (tmp_path / "other.csv").write_text("Prompt,Chosen,Rejected,Answer\np,x,y,first\np,x,y,Tie\n")
+    with pytest.raises(InputError, match="row 2: Answer is 'Tie'"):
+        load_comparisons([tmp_path / "other.csv"], tokenizer, 80)
+
+
+def test_train_reward_learns_from_several_files(trained, tmp_path, capsys):
+    """The data set's 40 comparisons and 2 more. 6 steps of 8 are 48/42 = 1.1 epochs. A run does not resume with a
+    changed file or with one file fewer."""
+    data, out, _ = trained
+    (tmp_path / "mine.csv").write_text("Prompt,Chosen,Rejected\np,x,y\nq,x,y\n")
+    flags = ["--device", "cpu", *TINY["reward"].split(), "--data", data, "--sft", out / "sft.pt", "--out", tmp_path,
+             "--comparison-files", data / "comparisons.csv", tmp_path / "mine.csv"]
+    train_reward.main(parse_cli(train_reward.RewardConfig, list(map(str, flags))))
+    assert "42 comparisons, 1.1 epochs" in capsys.readouterr().out
+    (tmp_path / "mine.csv").write_text("Prompt,Chosen,Rejected\np,y,x\nq,x,y\n")
+    with pytest.raises(InputError, match="another comparisons 2 file"):
+        train_reward.main(parse_cli(train_reward.RewardConfig, [*map(str, flags), "--resume"]))
+    with pytest.raises(InputError, match="another comparisons 2 file"):  # one file fewer
+        train_reward.main(parse_cli(train_reward.RewardConfig, [*map(str, flags[:-1]), "--resume"]))

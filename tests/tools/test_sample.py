@@ -1,0 +1,186 @@
+"""rlhf.tools.sample: top-k and top-p by hand, dialogues, and the program."""
+
+import io
+import math
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import train_sft
+from rlhf.rollout import generate
+from rlhf.support.checkpoints import load_policy
+from rlhf.support.cli import InputError, parse_cli
+from rlhf.tools import sample
+from rlhf.tools.sample import SampleConfig, Sampler, filter_top_k_top_p, shorten
+from tests.helpers import TINY
+
+
+def kept(logits):
+    return [[bool(x > -math.inf) for x in row] for row in logits]
+
+
+P = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
+T, F = True, False
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "expected"),
+    [
+        (0, 1.0, [[T, T, T, T], [T, T, T, T]]),
+        (1, 1.0, [[F, T, F, F], [T, F, F, F]]),  # the first of equal tokens
+        (3, 1.0, [[F, T, T, T], [T, T, T, F]]),
+        (9, 1.0, [[T, T, T, T], [T, T, T, T]]),
+        (0, 0.65, [[F, T, F, T], [T, T, T, F]]),  # .4 + .3 = .7 is the first sum that reaches it
+        (0, 0.75, [[F, T, T, T], [T, T, T, F]]),
+        (0, 1e-9, [[F, T, F, F], [T, F, F, F]]),  # the likeliest token always stays
+        (1, 0.75, [[F, T, F, F], [T, F, F, F]]),
+    ],
+)
+def test_filter_top_k_top_p_keeps_the_likeliest_tokens(top_k, top_p, expected):
+    """Row one has p = (.1, .4, .2, .3), and row two has four equal tokens."""
+    assert kept(filter_top_k_top_p(P.log(), top_k, top_p)) == expected
+
+
+def test_filter_with_default_settings_keeps_every_token():
+    """A sum over a large vocabulary reaches 1 in float32 before its last token."""
+    logits = torch.randn(4, 50_257, generator=torch.Generator().manual_seed(0)) * 6
+    assert torch.equal(filter_top_k_top_p(logits), logits)
+
+
+def test_filter_does_not_change_the_logits_it_keeps():
+    got = filter_top_k_top_p(P.log(), 2)
+    assert_close(got[0, [1, 3]], P.log()[0, [1, 3]], atol=0, rtol=0)
+
+
+def test_sampler_filters_and_divides_the_logits(gpt):
+    """top_k = 1 is greedy: at any temperature each token is the argmax of a forward pass without a cache. Temperature
+    1/2 doubles the logits."""
+    prompts, lens = torch.tensor([[1, 2, 3]]), torch.tensor([3])
+    tokens, _ = generate(Sampler(gpt, 3.0, 1, 1.0), prompts, lens, 8, eos_id=99)
+    for t in range(3, 11):
+        assert tokens[0, t] == gpt(tokens[:, :t])[0, -1].argmax()
+    hidden = gpt.hidden(prompts)[:, -1]
+    assert_close(Sampler(gpt, 0.5, 0, 1.0).logits(hidden), 2 * gpt.logits(hidden), atol=1e-12, rtol=0)
+
+
+class Letters:
+    """A tokenizer whose tokens are the characters."""
+
+    encode = staticmethod(list)
+
+
+def test_shorten_leaves_out_whole_leading_turns():
+    first, second = "\n\nHuman: a\n\nAssistant: b", "\n\nHuman: c\n\nAssistant:"
+    both = first + second
+    assert shorten(both, Letters, 100)[0] == both
+    assert shorten(both, Letters, len(both) - 1)[0] == second
+    with pytest.raises(InputError, match=f"takes {len(second)} tokens and there is room for {len(second) - 1}"):
+        shorten(both, Letters, len(second) - 1)
+
+
+def run(*flags):
+    sample.main(parse_cli(SampleConfig, ["--device", "cpu", *map(str, flags)]))
+
+
+def test_two_checkpoints_respond_with_score_and_gold(trained, capsys):
+    """Each gives two responses. The same seed gives the same responses again."""
+    data, out, _ = trained
+    shown = []
+    for _ in range(2):
+        run("--checkpoint", out / "sft.pt", "--checkpoint", out / "ppo.pt", "--prompt", "Hello?", "--samples", 2,
+            "--max-new-tokens", 5, "--data", data)
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    lines = [line for line in shown[0].splitlines() if "score" in line]
+    assert len(lines) == 4 and all("gold" in line for line in lines)
+    assert shown[0].count(f"{out / 'sft.pt'}: ") == 2 and shown[0].count(f"{out / 'ppo.pt'}: ") == 2
+
+
+def test_unusable_reward_model_gives_a_note_or_an_error(trained, tmp_path, capsys):
+    """If it was found beside the checkpoint, there is a note and no score. If a flag names it, that is an error."""
+    data, out, _ = trained
+    (tmp_path / "sft.pt").write_bytes((out / "sft.pt").read_bytes())
+    (tmp_path / "reward.pt").write_bytes(b"garbled")
+    flags = ["--checkpoint", tmp_path / "sft.pt", "--prompt", "Hello?", "--max-new-tokens", 5, "--data", data]
+    with pytest.raises(InputError, match="is not a checkpoint of this project"):
+        run(*flags, "--reward", tmp_path / "reward.pt")
+    run(*flags)
+    shown = capsys.readouterr().out
+    assert "going on without a reward model" in shown and "score" not in shown and "gold" in shown
+
+
+def test_policy_is_sampled_at_its_training_temperature(trained, tmp_path):
+    """Its logits are divided by it, as in training."""
+    data, out, _ = trained
+    checkpoint = torch.load(out / "ppo.pt", weights_only=True)
+    plain, _ = load_policy(out / "ppo.pt", "ppo")
+    checkpoint["config"]["temperature"] = 0.5
+    torch.save(checkpoint, tmp_path / "ppo.pt")
+    sharper, _ = load_policy(tmp_path / "ppo.pt", "ppo")
+    tokens = torch.tensor([[5, 6, 7]])
+    assert_close(sharper(tokens), 2 * plain(tokens), atol=1e-5, rtol=0)
+
+
+def test_tokenizer_is_the_one_that_the_checkpoint_names(trained, tmp_path, monkeypatch, capsys):
+    """The checkpoint of train_sft.py --tokenizer FILE names the file, and the data set's own tokenizer is not used."""
+    data, out, _ = trained
+    ranks = (data / "tokenizer.tiktoken").read_text().splitlines(keepends=True)[:-1]
+    (tmp_path / "mine.tiktoken").write_text("".join(ranks))
+    flags = ["--device", "cpu", *TINY["sft"].split(), "--steps", "1", "--data", str(data), "--out", str(tmp_path),
+             "--tokenizer", str(tmp_path / "mine.tiktoken")]
+    train_sft.main(parse_cli(train_sft.SFTConfig, flags))
+    capsys.readouterr()
+    run("--checkpoint", out / "sft.pt", tmp_path / "sft.pt", "--prompt", "Hello?", "--max-new-tokens", 5)
+    first, second = capsys.readouterr().out.splitlines()
+    assert "score" in first and "score" not in second  # the reward model knows the first tokenizer only
+
+    def no_internet(name):
+        raise AssertionError(f"{name} is asked for")
+
+    monkeypatch.setattr("tiktoken.get_encoding", no_internet)  # the folder has no ranks, which does not mean GPT-2's
+    (tmp_path / "bare").mkdir()
+    run("--checkpoint", tmp_path / "sft.pt", "--prompt", "Hello?", "--max-new-tokens", 5, "--data", tmp_path / "bare")
+
+
+def test_dialogue_goes_on_until_an_empty_line(trained, monkeypatch, capsys):
+    """The second prompt begins with the first one and its response. With --plain each prompt stands by itself."""
+    data, out, _ = trained
+    seen = []
+    monkeypatch.setattr(sample, "reply", lambda gpt, prompt, *_: seen.append(prompt) or [
+        {"response": "fine", "score": None, "gold": None, "ended": True}])
+    for flags in ([], ["--plain"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n\nthree\n"))
+        run("--checkpoint", out / "sft.pt", "--data", data, *flags)
+    one = "\n\nHuman: one\n\nAssistant:"
+    assert seen == [one, f"{one} fine\n\nHuman: two\n\nAssistant:", "one", "two"]
+
+
+def test_too_long_question_does_not_end_the_dialogue(trained, monkeypatch, capsys):
+    data, out, _ = trained
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"one\n{'x ' * 99}\nlast\n"))
+    run("--checkpoint", out / "sft.pt", "--data", data, "--max-new-tokens", 5)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "sft.pt: " in line]
+    assert len(lines) == 3 and "there is room for" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--checkpoint", "OUT/reward.pt"], "a checkpoint of train_sft.py or train_ppo.py is needed"),
+     (["--checkpoint", "OUT/none.pt"], "does not exist"),
+     (["--checkpoint", "OUT/sft.pt", "--data", "nowhere"], "there is no such folder"),
+     (["--checkpoint", "OUT/sft.pt", "--prompt", "x " * 99], "shorten it"),
+     (["--checkpoint", "OUT/sft.pt", "--reward", "OUT/ppo.pt"], "written by train_ppo.py")],
+)
+def test_sample_rejects_bad_input(trained, flags, message):
+    data, out, _ = trained
+    with pytest.raises(InputError, match=message):
+        run("--data", data, "--prompt", "Hi", *[flag.replace("OUT", str(out)) for flag in flags])
+
+
+@pytest.mark.parametrize("flags", [["--top-p", "0"], ["--top-p", "1.5"], ["--top-k", "-1"], ["--temperature", "0"]])
+def test_sample_config_rejects_impossible_values(flags):
+    with pytest.raises(SystemExit) as stop:
+        parse_cli(SampleConfig, flags)
+    assert stop.value.code == 2

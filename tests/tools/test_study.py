@@ -1,0 +1,66 @@
+"""rlhf.tools.study: the fits, on curves whose coefficients are known, and bad input."""
+
+import math
+
+import numpy
+import pytest
+
+from rlhf.support.cli import InputError
+from rlhf.tools.study import StudyConfig, fit, fits, main, script, spread
+
+
+def test_fit_finds_the_coefficients_of_both_forms():
+    """Gains in gold of d (2 - d/2) and d (1 - 0.3 log d) give the coefficients (2, 1/2) and (1, 0.3)."""
+    d = numpy.array([0.3, 0.9, 1.7, 2.6, 4.0])
+    assert fit(d, d * (2 - 0.5 * d), "best_of_n") == pytest.approx((2, 0.5))
+    assert fit(d, d * (1 - 0.3 * numpy.log(d)), "ppo") == pytest.approx((1, 0.3))
+
+
+def point(method, kl_ref, gold, kl_coef=0.0, seed=0):
+    return {"method": method, "seed": seed, "comparisons": 100, "kl_coef": kl_coef, "step_or_n": 1, "kl_ref": kl_ref,
+            "score": 10 * kl_ref, "gold": gold}
+
+
+def test_fits_measure_gold_from_the_start_of_the_curve():
+    """Gold is -1 + d (1 - 0.3 log d) at KL 0, 1, 4, 9, 16. It is highest at d = 4, where it is 3 - 1.2 log 4. The run
+    with a KL penalty does not count."""
+    curve = [point("ppo", d * d, -1 + (d * (1 - 0.3 * math.log(d)) if d else 0)) for d in (0, 1, 2, 3, 4)]
+    (row,) = fits([*curve, point("ppo", 1.0, 99.0, kl_coef=0.2)])
+    assert (row["alpha"], row["beta"]) == pytest.approx((1, 0.3))
+    assert row["highest_gold"] == row["last_gold"] == pytest.approx(3 - 1.2 * math.log(4))
+    assert row["at_sqrt_kl"] == 4 and row["last_score"] == 160
+
+
+def test_fits_leave_out_short_curves_and_runs_with_kl_penalty():
+    assert fits([point("ppo", 0.0, 0.0), point("ppo", 1.0, 1.0)]) == []
+    assert fits([point("ppo", d, d, kl_coef=0.1) for d in (0.0, 1.0, 2.0, 3.0)]) == []
+
+
+def test_spread_over_seeds_matches_hand_computation():
+    """1, 2, 6 have mean 3 and standard deviation sqrt((4 + 1 + 9) / 2) = 2.65. The other size has one seed only."""
+    others = {"beta": 1.0, "highest_gold": 1.0, "at_sqrt_kl": 1.0, "last_gold": 1.0}
+    rows = [{"method": "ppo", "comparisons": size, "alpha": alpha, **others}
+            for size, alpha in ((2000, 1.0), (2000, 2.0), (50, 5.0), (2000, 6.0))]
+    small, large = spread(rows)
+    assert small.startswith("ppo, 50 comparisons | alpha 5.00 +- 0.00 | beta 1.00 +- 0.00")
+    assert large.startswith("ppo, 2,000 comparisons | alpha 3.00 +- 2.65 | beta 1.00 +- 0.00")
+
+
+@pytest.mark.parametrize("flag", [{"seeds": "1,x"}, {"comparisons": ""}, {"kl_coefs": "-1"}, {"jobs": 0},
+                                  {"largest_n": 4}, {"comparisons": "0"}, {"kl_coefs": "nan"}])
+def test_study_config_rejects_impossible_values(flag):
+    with pytest.raises(ValueError):
+        StudyConfig(**flag)
+
+
+def test_study_rejects_bad_input(tmp_path, small_data):
+    with pytest.raises(InputError, match="--comparisons 4000: .* has 40"):
+        main(StudyConfig(data=str(small_data), out=str(tmp_path / "out"), comparisons="20,4000"))
+    with pytest.raises(InputError, match="stopped with status 2; see .*sft.log"):
+        script(StudyConfig(data=str(tmp_path / "nowhere")), "sft", 0, tmp_path / "out")
+    (tmp_path / "out" / "sft.done").write_text("train_sft.py --steps 5")
+    with pytest.raises(InputError, match="holds another run, train_sft.py --steps 5"):
+        script(StudyConfig(data=str(small_data)), "sft", 0, tmp_path / "out")
+    (small_data / "judge.py").unlink()
+    with pytest.raises(InputError, match="no judge.py"):
+        main(StudyConfig(data=str(small_data), out=str(tmp_path / "out"), comparisons="20"))
