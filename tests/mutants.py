@@ -29,9 +29,9 @@ UPDATES, WIRING = "tests/scripts/test_updates.py", "tests/scripts/test_wiring.py
 TESTS = {
     **{name: [f"tests/core/test_{name}.py"] for name in FILES},
     "optimum": ["tests/extras/test_optimum.py"],
-    "lora": ["tests/extras/test_lora.py", "-k", "LORA_UNIT"],
+    "lora": ["tests/extras/test_lora.py", "-k", "not (scripts or checkpoint or loaded or resumed or fine_tuning or full_training)"],
     "ptx": ["tests/extras/test_ptx.py"],
-    "checkpoints": ["tests/extras/test_lora.py", "-k", "LORA_UNIT"],
+    "checkpoints": ["tests/extras/test_lora.py", "-k", "not (scripts or checkpoint or loaded or resumed or fine_tuning or full_training)"],
     "rollout": ["tests/core/test_rollout.py", WIRING],
     "train_ppo": [UPDATES, WIRING],
     "train_reward": [UPDATES, WIRING],

@@ -34,7 +34,7 @@ class LinearConfig:
     """Fit a linear Bradley-Terry model on word counts to comparisons.csv; test it on comparisons_heldout.csv."""
 
     data: str = arg(str(FOLDER), "data set folder")
-    decay: float = arg(3e-5, "price of the squared weights")
+    decay: float = arg(3e-5, "L2 penalty on the weights")
 
     def __post_init__(self):
         check_not_negative(self, "decay")

@@ -77,8 +77,8 @@ class Sentence(NamedTuple):
     """A rated sentence.
 
     The file names no raters, but the same people rated 30 sentences in a row, and their ratings stand in the same order
-    (test_a_position_is_a_person). So half of a block's positions are voters, of all its sentences alike, and gold is
-    the mean of the others' ratings. Whether somebody rated several blocks cannot be known.
+    (test_rating_positions_are_the_same_people_within_a_block). So half of a block's positions are voters, the same for
+    all its sentences, and gold is the mean of the others' ratings. Whether somebody rated several blocks is unknown.
     """
 
     text: str

@@ -96,7 +96,7 @@ def parse_cli(cls: type, argv: list[str] | None = None):
         else:
             options["metavar"] = None if choices else {float: "X", int: "N"}.get(kind, "S")
             group.add_argument(flag, type={float: number, int: whole}.get(kind, kind), choices=choices, **options)
-    parser.add_argument("-h", "--help", action="help", help="show this page")
+    group.add_argument("-h", "--help", action="help", help="show this page")
     flags = vars(parser.parse_args(argv))
     try:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()})

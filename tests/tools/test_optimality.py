@@ -282,6 +282,14 @@ def test_load_run_restores_the_models_of_the_run(copied):
     assert (loaded.frozen.max_new_tokens, loaded.frozen.missing_eos_score, len(loaded.prompts)) == (8, -3.0, 10)
 
 
+def test_load_run_of_a_shared_value_head_has_no_value_network(trained, ended_run, tmp_path):
+    flags = ["--data", trained[0], "--sft", ended_run / "sft.pt", "--reward", ended_run / "reward.pt",
+             "--out", tmp_path, "--device", "cpu", *TINY["ppo"].split(), "--steps", "1", "--value-network", "shared"]
+    train_ppo.main(parse_cli(train_ppo.PPOConfig, list(map(str, flags))))
+    loaded = load_run(parse_cli(OptimalityConfig, ["--checkpoint", str(tmp_path / "ppo.pt"), "--device", "cpu"]))
+    assert loaded.policy.value_gpt is None
+
+
 def test_optimality_may_run_again_with_the_same_result(copied):
     for first, second in zip(run(copied), run(copied), strict=True):
         assert numbers(first) == pytest.approx(numbers(second), rel=1e-5, abs=1e-6, nan_ok=True)
