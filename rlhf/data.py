@@ -105,8 +105,8 @@ def load_comparisons(paths: list[Path], tokenizer: Tokenizer, limit: int) -> lis
                   f"same" + (f", or ties or skipped ({undecided})" if undecided else ""))
         kept += different
     if not kept:
-        raise InputError(f"{path}: in every row chosen and rejected are the same, or it is a tie or a skip; there is "
-                         f"nothing to learn")
+        raise InputError(f"{', '.join(map(str, paths))}: in every row chosen and rejected are the same, or it is a tie "
+                         f"or a skip; there is nothing to learn")
     return kept
 
 

@@ -81,7 +81,7 @@ def parse_cli(cls: type, argv: list[str] | None = None):
     """Read the flags into a config. --help shows every default; a bad flag or value exits with status 2."""
     parser = argparse.ArgumentParser(
         description=cls.__doc__, usage="%(prog)s [flags]", allow_abbrev=False, add_help=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110))
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110))
     hints, group = typing.get_type_hints(cls), parser
     for field, about in described(cls):
         flag = "--" + field.name.replace("_", "-") if about["flag"] else field.name
