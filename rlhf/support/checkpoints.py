@@ -132,7 +132,8 @@ def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = f"train_{checkpoint['kind']}.py"
         if checkpoint["format"] != FORMAT:
-            raise InputError(f"{path} has format {checkpoint['format']}, this code reads {FORMAT}: run `python {script}` again")
+            raise InputError(f"{path} has format {checkpoint['format']}, this code reads {FORMAT}: "
+                             f"run `python {script}` again")
         step, steps = checkpoint["step"], checkpoint["config"]["steps"]
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # which torch does not look for
