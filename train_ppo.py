@@ -34,7 +34,7 @@ from rlhf.losses import entropy, policy_loss, value_loss
 from rlhf.masked import masked_mean, masked_whiten, token_logprobs
 from rlhf.model import PolicyWithValue
 from rlhf.rewards import adapt_kl_coef, kl_k1, kl_k3, shape_rewards
-from rlhf.rollout import Frozen, collect, has_ended
+from rlhf.rollout import Frozen, collect
 from rlhf.support import checkpoints, cli, judge, runtime, tables
 from rlhf.tokenizer import find_tokenizer
 
@@ -142,7 +142,7 @@ def main(cfg: PPOConfig) -> None:
             **learned,  # policy_loss to first_log_ratio, see update
             explained_variance=explained_variance(rollout.values, returns, rollout.mask).item(),
             length=rollout.mask.sum(dim=1).float().mean().item(),
-            eos_rate=has_ended(rollout.tokens, rollout.mask, tokenizer.eos_id).float().mean().item(),
+            eos_rate=rollout.ended(tokenizer.eos_id).float().mean().item(),
             lr=lr,
         )
         if cfg.kl_target:

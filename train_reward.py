@@ -137,7 +137,7 @@ def main(cfg: RewardConfig) -> None:
     print("held out: " + " | ".join(f"{name} {value:.3f}" for name, value in result.items() if name != "comparisons")
           + "\n          (swapped_accuracy: the same model shown the prompt of another row)")
     if result["accuracy"] < 0.55:
-        print("warning: accuracy is near 0.5, the reward model has learned next to nothing; PPO against it is noise")
+        print("warning: accuracy is near 0.5 or below: PPO would follow noise or, if votes are swapped, bad responses")
     print(f"wrote {path}; next: python train_ppo.py")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf.data import Prompt, pad_rows
 from rlhf.model import GPT, PolicyWithValue
 from rlhf.rewards import kl_k1
-from rlhf.rollout import Frozen, Rollout, collect, has_ended
+from rlhf.rollout import Frozen, Rollout, collect
 from rlhf.support.judge import gold_scores
 from rlhf.support.runtime import make_generator
 from rlhf.support.tables import ticker
@@ -34,7 +34,7 @@ def respond(gpt: GPT, prompts: list[Prompt], frozen: Frozen, judge: ModuleType |
         tokens, prompt_lens = pad_rows([prompt.tokens for prompt in some], tokenizer.pad_id, device)  # (B, P), (B,)
         rollout = collect(policy, frozen, tokens, prompt_lens, make_generator(device, seed, "evaluate", at))
         kl_ref = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1)  # (B,): slots off the mask hold 0
-        ended = has_ended(rollout.tokens, rollout.mask, tokenizer.eos_id)
+        ended = rollout.ended(tokenizer.eos_id)
         texts = decode_responses(tokenizer, rollout.tokens, rollout.mask)
         for row, prompt in enumerate(some):
             responses.append({"prompt": prompt.text, "response": texts[row], "score": rollout.scores[row].item(),

@@ -39,6 +39,10 @@ class Rollout(NamedTuple):
         actions = self.mask[rows].any(dim=0).nonzero().max() + 1  # columns up to the last action
         return Rollout(self.tokens[rows, : actions + 1], *(x[rows, :actions] for x in self[1:5]), self.scores[rows])
 
+    def ended(self, eos_id: int) -> Tensor:
+        """(B,) bool: did the policy say end-of-text, or was it cut off?"""
+        return has_ended(self.tokens, self.mask, eos_id)
+
 
 def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One token from softmax(logits) for each row: (B, V) -> (B,).
