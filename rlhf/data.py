@@ -152,9 +152,7 @@ def response_mask(prompt_lens: Tensor, lengths: Tensor, width: int) -> Tensor:
     return (actions >= prompt_lens.unsqueeze(1)) & (actions < lengths.unsqueeze(1))
 
 
-def demonstration_batch(
-    rows: list[Demonstration], pad_id: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def demonstration_batch(rows: list[Demonstration], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """-> tokens (B, T), mask (B, T-1): True on the response, end-of-text included."""
     tokens, lengths = pad_rows([row.tokens for row in rows], pad_id, device)
     prompt_lens = torch.tensor([row.prompt_len for row in rows], device=device)

@@ -48,9 +48,7 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1(-d) + d
 
 
-def shape_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
-) -> Tensor:
+def shape_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Per-token KL penalty, plus the score on the last action.
 
         rewards[t] = -kl_coef * (log pi - log pi_ref)[t]  + (score if t is the response's last action)

@@ -58,11 +58,7 @@ def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
-    prompts: Tensor,
-    prompt_lens: Tensor,
-    max_new_tokens: int,
-    eos_id: int,
+    model: nn.Module, prompts: Tensor, prompt_lens: Tensor, max_new_tokens: int, eos_id: int,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample a response to each prompt from exactly the model's distribution: no top-k, no top-p.

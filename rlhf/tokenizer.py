@@ -48,18 +48,15 @@ def load_tokenizer(path_or_name: str) -> Tokenizer:
         try:
             encoding = tiktoken.get_encoding("gpt2")
         except Exception as error:  # tiktoken lets through whatever its download met
-            raise InputError(
-                f"tiktoken could not fetch GPT-2's ranks ({type(error).__name__}); go online once, or set "
-                f"TIKTOKEN_CACHE_DIR to a folder that holds them"
-            ) from error
+            raise InputError(f"tiktoken could not fetch GPT-2's ranks ({type(error).__name__}); go online once, or set "
+                             f"TIKTOKEN_CACHE_DIR to a folder that holds them") from error
         # GPT-2 has no pad token. The NUL byte is a valid id that text hardly ever holds; the vocabulary stays 50,257.
         return Tokenizer("gpt2", encoding, eos_id=encoding.eot_token, pad_id=encoding.encode_single_token(b"\x00"))
 
     ranks = _read_ranks(Path(path_or_name))
     special = {"<|endoftext|>": len(ranks), "<|pad|>": len(ranks) + 1}
     encoding = tiktoken.Encoding(
-        Path(path_or_name).stem, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special
-    )
+        Path(path_or_name).stem, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
     return Tokenizer(path_or_name, encoding, eos_id=len(ranks), pad_id=len(ranks) + 1)
 
 

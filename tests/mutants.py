@@ -1,11 +1,12 @@
-"""Break the maths on purpose and see red.
+"""A catalogue of the mistakes that RLHF code is known for, and a program that makes each one and checks for a red test.
 
-    python tests/mutants.py            # Linux or macOS; not collected by pytest
+    python tests/mutants.py                      # all, about 40 minutes; Linux or macOS; not collected by pytest
+    python tests/mutants.py rewards train_ppo    # only those of some files
 
-Two lists. By hand: the mistakes that RLHF code is known for, in the maths and in how the scripts put it together, each
-a replacement of one piece of text by another. By machine: every comparison, operator and number in the four maths
-files, changed one at a time. A mutant that no test notices survives and is printed; one of the first list makes the
-exit status 1. docs/results.md keeps the last score and the reason for each survivor of the second.
+Two lists. HAND: the known mistakes, in the maths and in how the scripts put it together; each replaces one piece of text
+by another. By machine: every comparison, operator and number in the four maths files, changed one at a time. A mutant
+that no test notices survives and is printed. A survivor of HAND makes the exit status 1. docs/results.md has the last
+score. TESTS says which tests belong to which file.
 """
 
 import ast
@@ -147,7 +148,7 @@ def file_of(copy: Path, name: str) -> Path:
     return copy / PATHS[name]
 
 
-def killed(copy: Path, name: str, source: str) -> bool:
+def killed(copy: Path, name: str, source: str, quiet: bool = True) -> bool:
     """Do the tests of a file fail on this source? A forked child runs them, so that torch is imported once for all.
     A child that hangs is killed by its alarm, which counts."""
     path = file_of(copy, name)
@@ -156,9 +157,10 @@ def killed(copy: Path, name: str, source: str) -> bool:
     child = os.fork()
     if child == 0:
         signal.alarm(300)
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
+        if quiet:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
         os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:doctest", "-o", "addopts=",
                               *TESTS[name]]))
     status = os.waitpid(child, 0)[1]
@@ -166,7 +168,10 @@ def killed(copy: Path, name: str, source: str) -> bool:
     return status != 0
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
+    if unknown := set(names) - TESTS.keys():
+        sys.exit(f"error: no mutants of {', '.join(unknown)}; there are some of {', '.join(TESTS)}")
+    names = names or list(TESTS)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("rlhf", "tests", "data"):
@@ -176,14 +181,15 @@ def main() -> None:
         os.chdir(copy)
         sys.path.insert(0, str(copy))
         sys.dont_write_bytecode = True
-        for name in TESTS:
-            assert not killed(copy, name, file_of(copy, name).read_text()), f"{name}: red without a mutant"
-        mutants = []
-        for name, what, old, new in HAND:
+        for name in names:
+            if killed(copy, name, file_of(copy, name).read_text(), quiet=False):
+                sys.exit(f"error: the tests of {name} are red without a mutant, see above")
+        mutants, hand = [], [mutant for mutant in HAND if mutant[0] in names]
+        for name, what, old, new in hand:
             source = file_of(copy, name).read_text()
             assert source.count(old) == 1, f"{name}: {what}: found {source.count(old)} times"
             mutants.append((name, f"by hand: {what}", source.replace(old, new)))
-        for name in FILES:
+        for name in [name for name in FILES if name in names]:
             for line, what, source in machine_mutants(file_of(copy, name).read_text()):
                 mutants.append((name, f"line {line}: {what}", source))
         survivors = []
@@ -193,12 +199,12 @@ def main() -> None:
                 survivors.append(f"{name}.py {what}")
             print(f"{number}/{len(mutants)} {'killed  ' if dead else 'SURVIVED'} {name}.py {what}", flush=True)
     by_hand = sum("by hand" in survivor for survivor in survivors)
-    print(f"\nby hand: {len(HAND) - by_hand} of {len(HAND)} killed; by machine: "
-          f"{len(mutants) - len(HAND) - len(survivors) + by_hand} of {len(mutants) - len(HAND)} killed")
+    print(f"\nby hand: {len(hand) - by_hand} of {len(hand)} killed; by machine: "
+          f"{len(mutants) - len(hand) - len(survivors) + by_hand} of {len(mutants) - len(hand)} killed")
     for survivor in survivors:
         print("survived:", survivor)
     sys.exit(bool(by_hand))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -12,7 +12,7 @@ def test_metrics_page_lists_the_columns_of_the_three_csvs(trained):
     for name in ("sft.csv", "reward.csv", "ppo.csv"):
         section = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
         documented = re.findall(r"^\| `(\w+)` \|", section, flags=re.M)
-        assert documented == list(rows(out / name)[0]), name
+        assert documented == list(rows(out / name)[0]), f"docs/metrics.md: one row per column of {name}"
 
 
 def test_one_response_quotes_numbers_of_the_recorded_walk():
