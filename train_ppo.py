@@ -15,9 +15,9 @@ like the reference's. It is unreliable off-distribution, and the policy exploits
 `main` goes through the six parts of a step that README.md draws; `update` below it is parts 5 and 6. What is called by
 the name of its module (cli, runtime, checkpoints, tables) is not RLHF and can be skipped on a first reading.
 
-Kept of the details that matter: log-probabilities re-computed in the mode of the update, the k1 penalty inside the
-reward, the score on the last action, V = 0 after it, advantages whitened over the rollout, the clipped ratio, a fixed
-score for responses that never end.
+Details that matter and are kept: log-probabilities recomputed the way the update computes them, the k1 penalty inside
+the reward, the score on the last action, V = 0 after it, advantages whitened over the rollout, the clipped ratio, a
+fixed score for responses that never end.
 Left out: whitening of rewards, dropout, top-k and top-p (the policy that samples must be the policy that is trained).
 """
 
@@ -57,7 +57,7 @@ class PPOConfig(cli.TrainConfig):
     eval_prompts: int = cli.arg(500, "held-out prompts of the closing evaluation")
     kl_coef: float = cli.arg(0.07, "KL penalty coefficient", group="PPO")
     kl_target: float = cli.arg(0.0, "adapt kl_coef towards this KL, nats/response (0: off)")
-    kl_horizon: float = cli.arg(10_000, "episodes in which kl_coef adapts")
+    kl_horizon: float = cli.arg(10_000, "responses over which kl_coef adapts")
     minibatch_size: int = cli.arg(32, "minibatch size")
     inner_epochs: int = cli.arg(2, "epochs over each rollout")
     max_kl_old: float = cli.arg(float("inf"), "stop the inner epochs when KL(old, new) exceeds this")
@@ -78,7 +78,7 @@ class PPOConfig(cli.TrainConfig):
             (self.batch_size % self.minibatch_size, "--batch-size must be a multiple of --minibatch-size"),
             (min(self.value_clip_eps, self.max_kl_old) <= 0, "--value-clip-eps and --max-kl-old must be above 0"),
             (self.kl_target and self.kl_horizon < self.batch_size,
-             "--kl-horizon counts episodes: give --batch-size or more"),
+             "--kl-horizon counts responses: give --batch-size or more"),
             (self.kl_target and not self.kl_coef, "--kl-target multiplies --kl-coef, which must start above 0"),
             (not abs(self.missing_eos_score) <= 1e6, "--missing-eos-score must lie between -1e6 and 1e6"),
             (not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1), "--gamma and --lam must lie between 0 and 1"),
@@ -105,7 +105,7 @@ def main(cfg: PPOConfig) -> None:
     if cfg.resume:
         checkpoint = checkpoints.resume(path, cfg, tokenizer, inputs, policy, optimizer, scaler)
         start, kl_coef = checkpoint["step"], checkpoint["kl_coef"]
-    print(f"{len(prompts):,} prompts ({len(heldout):,} held out), {cfg.steps * cfg.batch_size:,} episodes, "
+    print(f"{len(prompts):,} prompts ({len(heldout):,} held out), {cfg.steps * cfg.batch_size:,} responses, "
           f"on {device}, amp {cfg.amp}, seed {cfg.seed}")
 
     progress = tables.Progress(path.with_suffix(".csv"), cfg.steps, start, (
@@ -121,7 +121,8 @@ def main(cfg: PPOConfig) -> None:
         rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef)
         # ---- 4 credit ----
         advantages, returns = gae(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
-        # Subtracting the mean is one more baseline; the division makes --lr independent of the scale of the scores.
+        # Subtracting the mean is one more baseline. The division keeps the balance with the other losses and with
+        # gradient clipping whatever the scale of the scores; AdamW already removes most of the scale.
         advantages = masked_whiten(advantages, rollout.mask)
         # ---- 5 losses, 6 update ----
         lr = runtime.set_lr(optimizer, cfg.lr * runtime.linear_schedule(step, cfg.steps, cfg.warmup))
@@ -166,7 +167,8 @@ def update(policy, optimizer, scaler, rollout, advantages, returns, cfg: PPOConf
     """Parts 5 and 6: several epochs over one rollout, in random minibatches.
 
     A rollout is expensive, so it is used for many gradient steps. From the second on, the policy is not the one that
-    sampled: that is what the ratio and the clip in policy_loss are for.
+    sampled: that is what the ratio and the clip in policy_loss are for. Of the policy that sampled only the rollout's
+    log-probabilities and values are kept. Advantages and returns stay fixed.
 
     Args: advantages, returns: (B, T-1).  Returns: means over the gradient steps.
     """
@@ -178,9 +180,9 @@ def update(policy, optimizer, scaler, rollout, advantages, returns, cfg: PPOConf
             optimizer.zero_grad()
             actions, minibatch_kl_old = rollout.mask[rows].sum(), 0.0
             # Micro-batches save memory: their gradients sum to the minibatch's, each weighted by its share of actions.
-            for part in rows.split(cfg.micro_batch_size or len(rows)):
-                mb = rollout.take(part)
-                mb_advantages, mb_returns = (x[part, : mb.mask.size(1)] for x in (advantages, returns))  # (b, t-1)
+            for micro in rows.split(cfg.micro_batch_size or len(rows)):
+                mb = rollout.take(micro)
+                mb_advantages, mb_returns = (x[micro, : mb.mask.size(1)] for x in (advantages, returns))  # (b, t-1)
                 share = mb.mask.sum() / actions
                 with runtime.autocast(mb.tokens.device, amp):
                     logits, new_values = policy(mb.tokens)  # (b, t, V), (b, t)
@@ -228,7 +230,7 @@ def load_models(cfg: PPOConfig, device, amp):
     if cfg.value_network == "reward":
         if reward_model.gpt.config.n_embd != gpt.config.n_embd:
             raise cli.InputError("--value-network reward needs a reward model as wide (n_embd) as the policy")
-        # What tells good responses from bad ones has been learned there already.
+        # The value network starts as a copy of the reward model, which already tells good responses from bad ones.
         value_gpt, reward_model.gpt = trained_and_frozen(reward_model.gpt, cfg.lora_rank, generator)
     policy = PolicyWithValue(policy_gpt, value_gpt)
     files = {"sft": sft_path, "reward": reward_path, "prompts": tables.csv_path(cfg.data, "prompts")}

@@ -42,17 +42,21 @@ Shapes
 Glossary
 --------
     policy         the model that is trained; it gives each next token a probability
-    reference      the fine-tuned model that the policy starts from; frozen
+    reference      the fine-tuned model (SFT) that the policy starts from; frozen
+    old policy     the policy that sampled the rollout; only its log-probabilities and values are kept
     response       what a model says to a prompt, end-of-text included
     rollout        one batch of prompts with the policy's responses, log-probabilities, values and scores
     reward model   gives a response its score, learned from comparisons; frozen while PPO runs
     score          the reward model's number for a whole response
     reward         what one action is paid: the KL penalty, plus the score if the action is the last
-    gold           the number of the data set's judge.py, from which nothing learns
+    judge, gold    the data set's judge.py and its number for a response, from which nothing learns
+    vote           which of two responses an annotator prefers: a comparison, with noise
     value          V(t), the value network's estimate of the rewards still to come at slot t
     return         the sum of rewards from slot t on, as estimated by GAE: what V is trained towards
     advantage      how much better an action was than V expected
     whiten         subtract the mean, divide by the standard deviation
+    inner epoch    one pass over a rollout; minibatch: its rows for one gradient step; micro-batch: rows that fit memory
+    objective      J = E[score] - kl_coef * kl_ref, what PPO maximises
     kl_ref         KL of the policy to the reference, nats per response: how far training has moved it
     kl_old         KL of the rollout's policy to the one being updated, nats per token
     nat            unit of log-probability and KL with the natural logarithm; 1 nat = 1.44 bits

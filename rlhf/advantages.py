@@ -1,12 +1,12 @@
 """Credit assignment: how much better was each action than the value network expected?
 
 Why an advantage. The policy gradient makes each action likelier in proportion to what followed it. A response of 20
-tokens has one score at its end, so without more every token gets the same credit, and if all scores are positive even
-the worst response becomes likelier.
+tokens has one score at its end, so on its own it gives every token the same credit. If all scores are positive, every
+sampled response is pushed up, even the worst.
 
 Why a baseline. Subtract from what followed an action anything that does not depend on the action, such as V(t), the
 return expected before it. The expected gradient stays the same, because E[grad log pi(a)] = grad sum_a pi(a) = 0: the
-baseline adds no bias. The variance falls, because what is left is only the surprise.
+baseline adds no bias. The variance falls, because only the difference from what was expected is left.
 """
 
 import torch

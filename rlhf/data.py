@@ -1,4 +1,4 @@
-"""The three data sets, read with pandas, and the batches of tokens made from them.
+"""A data set's three kinds of rows, read with pandas, and the batches of tokens made from them.
 
 A data set is a folder. Each CSV has a twin *_heldout.csv, whose prompts are in no training file:
 

@@ -88,10 +88,12 @@ def policy_loss(
     -min(x, y) = max(-x, -y).
 
     Why a ratio. Sampling a rollout is expensive, so it is used for several gradient steps. After the first one the
-    policy is no longer the one that sampled. The ratio is the importance weight that corrects for it: E_old[ratio * A]
-    is the advantage under the new policy. At ratio 1 its gradient is the plain policy gradient, A * grad log pi.
+    policy is no longer the one that sampled. The ratio is the importance weight that corrects for it: given the tokens
+    before, E_old[ratio * A] is the mean advantage of the new policy's token. At ratio 1 its gradient is the plain
+    policy gradient, A * grad log pi.
 
-    Why a clip. The correction holds only near the old policy. So once the ratio has moved beyond eps in the direction
+    Why a clip. The correction is only for the token itself: the tokens before it still come from the old policy, and so
+    does A. It holds near the old policy. So once the ratio has moved beyond eps in the direction
     that the advantage asks for (up for A > 0, down for A < 0), the max picks the constant branch, and the gradient of
     that slot is exactly zero: the step may go on elsewhere, but this action has moved enough. A ratio that has moved in
     the wrong direction is never clipped, so it can come back.
@@ -143,7 +145,7 @@ def value_loss(
 def entropy(logits: Tensor, mask: Tensor) -> Tensor:
     """How undecided the policy is: mean over True slots of -sum over the vocabulary of p log p.
 
-    Args: logits (B, T, V); mask (B, T-1).  Returns: scalar, nats per slot; at most ln V.
+    Args: logits (B, T, V); mask (B, T-1).  Returns: scalar, nats per token; at most ln V.
     """
     logprobs = action_logprobs(logits, mask)  # (actions, V)
     entropies = -(logprobs.exp() * logprobs).sum(dim=1)  # (actions,)

@@ -1,4 +1,4 @@
-"""The only means over tokens, and the only shift between logits and tokens, in the project.
+"""Means over real tokens, and the alignment of logits with tokens: the only place in the project for either.
 
 Masks are bool, and True counts. Masked entries are removed with `where` and never multiplied by zero: a pad may hold
 NaN or infinity, and NaN * 0 is NaN.

@@ -6,6 +6,10 @@ a name here.
 Why a KL penalty. The reward model has only seen text like the reference's. Far from it, its scores mean little, and a
 policy that is free to go anywhere finds text with a high score and no sense. So each token is charged for how much
 likelier the policy makes it than the reference does.
+
+Why in the reward and not as a term of the loss. In the reward the KL is part of the return: a token is also credited
+for the KL of the tokens after it, and one value network predicts both. As a loss term, the KL of each token counts by
+itself, given the tokens before it. Its gradient misses how a token changes the KL of all later ones.
 """
 
 import torch
@@ -76,10 +80,10 @@ def adapt_kl_coef(kl_coef: float, kl_ref: float, target: float, horizon: float, 
         error = clip(kl_ref / target - 1, -0.2, 0.2)
         kl_coef * (1 + error * batch_size / horizon)
 
-    Ziegler et al. 2019, section 2.2, where the factor is 0.1 * error a step; batch_size / horizon is their code's form
-    of it. A change of kl_coef moves the KL only slowly: too short a horizon makes it swing.
+    Ziegler et al. 2019, section 2.2, where the factor is 0.1 * error per step; their code uses batch_size / horizon.
+    A change of kl_coef moves the KL only slowly: too short a horizon makes it swing.
 
-    Args: kl_ref, target: nats per response; horizon, batch_size: in episodes.
+    Args: kl_ref, target: nats per response; horizon, batch_size: in responses.
     """
     error = min(max(kl_ref / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * batch_size / horizon)

@@ -67,9 +67,9 @@ def generate(
     row past it takes the sampled one, until end-of-text or max_new_tokens of its own.
 
     Args:
-        model: tokens -> logits (B, T, V). What has make_cache, hidden and logits, as a GPT does, is run with a cache,
-            a column at a time; any other callable, such as a test's, is run on the whole prefix again and again. If
-            it returns a tuple, its first entry counts.
+        model: tokens -> logits (B, T, V). A model with make_cache, hidden and logits, as a GPT has, is run with a
+            cache, one column at a time. Any other callable is run on the whole prefix each time; if it returns a
+            tuple, its first entry counts.
         prompts (B, P), padded on the right; prompt_lens (B,), each at least 1.
         generator: on the device of prompts.
     Returns: tokens (B, T), with 0 after a row's end, and T as short as the longest row allows;
@@ -129,7 +129,7 @@ def collect(
 
     Old and reference log-probabilities come from a forward pass over the finished sequences, in the same mode as the
     update will make, and not from sampling: the two agree on paper but not to the last bit, and the ratio of the
-    first update must be 1.
+    first update must be 1 (it is, within 1e-6).
 
     Args: prompts (B, P), prompt_lens (B,); generator: on the device of prompts.
     """

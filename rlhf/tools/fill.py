@@ -76,10 +76,10 @@ def stages(root: Path) -> list[str]:
         [name, "" if first is None else cells(first)[0], *cells(last)] for name, first, last in lines])
 
 
-def quoted(first: int, last: int | None, lines: int | None = None, file: str = "walk.txt"):
-    """Blocks first to last - 1 of a recorded output in docs/results/seed0, or only their first lines, as code."""
+def quoted(first: int, last: int | None, keep: str = "", file: str = "walk.txt"):
+    """Blocks first to last - 1 of a recorded output in docs/results/seed0, as code; only the lines that match keep."""
     return lambda root: [f"    {line}".rstrip() for line in "\n\n".join((root / "docs/results/seed0" / file).read_text(
-        encoding="utf-8").split("\n\n")[first:last]).splitlines()[:lines]]
+        encoding="utf-8").split("\n\n")[first:last]).splitlines() if re.match(keep, line)]
 
 
 def of_runs(runs: str, columns: str, file: str = "evaluation", where: str = "policy == 'ppo'"):
@@ -96,7 +96,8 @@ LOOP = "loop_seed*/1 loop_seed*/2 loop_seed*/3 loop_half_seed*/2 loop_half_seed*
 FITS, WORLD = ("docs/results/study/fits.csv", "method comparisons"), ("docs/ablations/tuning_world.csv", "run flags")
 TABLES = {
     "before_after": before_after, "stages": stages, "loop": of_runs(LOOP, "gold win_rate_vs_sft kl_ref score"),
-    "walk_before": quoted(0, 2), "walk_after": quoted(2, 4), "walk_excerpt": quoted(1, 2, lines=9),
+    "walk_before": quoted(0, 2), "walk_after": quoted(2, 4),
+    "walk_excerpt": quoted(1, 2, keep="slot|  (18|21|30|40)| sum"),
     "last_lines": quoted(0, None, file="last_lines.txt"),
     "value_network": of_runs("seed* value_seed* shared_seed*", PPO), "lora": of_runs("seed* lora_seed*", PPO),
     "loop_accuracy": of_runs(LOOP, "accuracy", "reward_evaluation", "seed >= 0"),

@@ -125,16 +125,16 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
     0 for the reference, 1 for the best policy that this objective has. The two rows come from fewer prompts than the
     others, and prompts differ more than policies do, so they are paired with PPO's:
 
-        figure = PPO's mean over all prompts + (theirs - PPO's, means over the Q prompts that both have responded to)
+        number = PPO's mean over all prompts + (theirs - PPO's, means over the Q prompts that both have responded to)
 
-    but for the KL of best-of-n, which is the same for every prompt.
+    except for the KL of best-of-n, which is the same for every prompt.
 
     Args: ours: PPO's responses to all Q prompts, and again, any number of times; scores, golds (Q, N) of
         reference_samples, with N even.
-    Returns: a line on how far the estimate can be trusted: the standard error, over the Q prompts, of what PPO lacks,
-        J* - J; and its bias. Half of the samples, twice, give a lower J* than all of them; all of them give a lower
-        one than there is, by about as much where the effective sample size is large. Where it is 5 or less, that is a
-        lower bound: the samples cannot tell of responses that are too good to be among them.
+    Returns: a line on how far the estimate can be trusted: its standard error over the Q prompts, and its bias. Half
+        of the samples give a lower J* than all of them. All of them give a J* that is too low by about the same
+        amount, if the effective sample size is large. If it is 5 or less, that amount is a lower bound, because the
+        samples miss responses that are good and rare.
     """
     ppo, best = table[-1], optimum(scores, kl_coef)
     largest = scores.size(1) // 2  # beyond it, best-of-n is too uncertain
@@ -157,8 +157,8 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
     for row in table:
         row["optimality"] = (row["objective"] - start) / gain if gain > 0 else None
     halves = optimum(torch.cat(scores.chunk(2, dim=1)), kl_coef)["objective"].mean()
-    # Optimality is gained / (gained + lacking), of PPO's objective: an error e of what it lacks is one of
-    # e / (gained + lacking) times the optimality.
+    # optimality = gained / gain with gain = gained + lacking, so an error e in what PPO lacks changes the optimality
+    # by e * optimality / gain.
     slope = ppo["optimality"] / gain if gain > 0 else math.inf
     bias = (best["objective"].mean() - halves).item() * slope if gain > 0 else math.inf
     reached = torch.tensor([one["score"] - kl_coef * one["kl_ref"] for one in ours]).view(-1, len(scores)).mean(dim=0)

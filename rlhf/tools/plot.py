@@ -14,7 +14,7 @@ import pandas
 from rlhf.support import cli
 
 PANELS = {"score": "score (reward model)", "gold": "gold (judge)", "kl_ref": "KL to the reference, nats",
-          "entropy": "entropy, nats per slot", "clip_fraction": "clip fraction"}
+          "entropy": "entropy, nats per token", "clip_fraction": "clip fraction"}
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,6 @@ def test_kl_estimators_reject_mismatched_shapes(estimator):
 
 @pytest.mark.parametrize(("kl_ref", "expected"), [(6, 0.5), (6.6, 0.505), (60, 0.51), (5.4, 0.495), (-3, 0.49)])
 def test_adapt_kl_coef_matches_hand_computation(kl_ref, expected):
-    """kl_coef 1/2, target 6 nats, 100 of 1,000 episodes. An error of 10 % moves kl_coef by 1 %. An error of more than
+    """kl_coef 1/2, target 6 nats, 100 of 1,000 responses. An error of 10 % moves kl_coef by 1 %. An error of more than
     20 % moves it by 2 %, up or down."""
     assert adapt_kl_coef(0.5, kl_ref, target=6, horizon=1000, batch_size=100) == pytest.approx(expected, rel=1e-12)

@@ -152,7 +152,7 @@ def test_missing_checkpoint_names_the_script_to_run_first(trained, tmp_path):
         ("ppo", ["--kl-coef", "nan"], "invalid number value"),
         ("ppo", ["--missing-eos-score", "inf"], "must lie between"),
         ("ppo", ["--missing-eos-score", "1e300"], "must lie between"),
-        ("ppo", ["--kl-target", "6", "--kl-horizon", "2"], "counts episodes"),
+        ("ppo", ["--kl-target", "6", "--kl-horizon", "2"], "counts responses"),
         ("sft", ["--weight-decay", "-1"], "must be 0 or more"),
         ("ppo", ["--device", "quantum"], "invalid choice"),
     ],

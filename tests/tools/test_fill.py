@@ -135,7 +135,7 @@ def test_quoted_output_is_code(tmp_path):
     (folder / "walk.txt").write_text("prompt\n\nslot\n  18\n\nafter one step:\n\nslot\n")
     assert fill.TABLES["walk_before"](tmp_path) == ["    prompt", "", "    slot", "      18"]
     assert fill.TABLES["walk_after"](tmp_path) == ["    after one step:", "", "    slot"]
-    assert fill.quoted(1, 2, lines=1)(tmp_path) == ["    slot"]
+    assert fill.quoted(1, 2, keep="slot")(tmp_path) == ["    slot"]
 
 
 @pytest.mark.parametrize("name", [name for name in fill.TABLES if not name.startswith("walk_")])
