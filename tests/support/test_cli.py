@@ -135,11 +135,11 @@ def test_help_shows_no_default_if_it_is_empty(capsys):
 
 
 def test_help_has_a_heading_for_each_group_and_a_line_for_each_flag(capsys):
-    """A group lasts until the next field that names one."""
+    """A group lasts until the next field that names one. -h comes last."""
     found = groups(help_page(Config, capsys))
     assert [line.split()[0] for line in found["optimisation"]] == ["--lr", "--steps"]
     assert [line.split()[0].rstrip(",") for line in found["run"]] == [
-        "--resume", "--amp", "--block-size", "--files", "--init"]
+        "--resume", "--amp", "--block-size", "--files", "--init", "-h"]
 
 
 def test_help_of_a_field_with_another_default_is_that_of_the_base(capsys):
