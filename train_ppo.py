@@ -50,7 +50,7 @@ class PPOConfig(cli.TrainConfig):
     eval_every: int = 25
     sft: str = cli.arg("", "starting policy and reference (empty: OUT/sft.pt)", group="rollout")
     reward: str = cli.arg("", "reward model (empty: OUT/reward.pt)")
-    value_network: str = cli.arg("reward", "copy of the reward model, or shared with the policy", ("reward", "shared"))
+    value_network: str = cli.arg("reward", "start from the reward model, or share the policy's", ("reward", "shared"))
     max_new_tokens: int = cli.arg(40, "longest response, end-of-text included")
     missing_eos_score: float = cli.arg(-3.0, "score of a response without end-of-text")
     temperature: float = cli.arg(1.0, "sampling temperature of policy and reference")
@@ -172,7 +172,7 @@ def update(policy, optimizer, scaler, rollout, advantages, returns, cfg: PPOConf
 
     Args: advantages, returns: (B, T-1).  Returns: means over the gradient steps.
     """
-    means, grad_norms, first_log_ratio = tables.Means(), [], 0.0
+    means, grad_norms, first_log_ratio = tables.Means(), [], rollout.logprobs.new_zeros(())
     for epoch in range(cfg.inner_epochs):
         generator = runtime.make_generator("cpu", cfg.seed, "update", step, epoch)
         order = torch.randperm(len(rollout.tokens), generator=generator).to(rollout.tokens.device)
@@ -201,7 +201,8 @@ def update(policy, optimizer, scaler, rollout, advantages, returns, cfg: PPOConf
                 kl_old = masked_mean(kl_k3(mb.logprobs, new_logprobs.detach()), mb.mask)  # nats per token
                 minibatch_kl_old += share * kl_old
                 if not grad_norms:  # the first minibatch, in which old and new policy are the same
-                    first_log_ratio = max(first_log_ratio, (new_logprobs - mb.logprobs).abs().max().item())
+                    largest = (new_logprobs.detach() - mb.logprobs).abs().max()
+                    first_log_ratio = torch.maximum(first_log_ratio, largest)  # NaN stays NaN
                 means.add(share, policy_loss=pg_loss, value_loss=v_loss, entropy=mb_entropy,
                           clip_fraction=clip_fraction, value_clip_fraction=v_clip_fraction, kl_old=kl_old)
             if ptx is not None:
@@ -211,7 +212,7 @@ def update(policy, optimizer, scaler, rollout, advantages, returns, cfg: PPOConf
             break  # the policy is far from the one that made the rollout, whose advantages say little about it
     norms = torch.stack(grad_norms)  # in float16 one may be infinite: the scaler has left that step out
     return {**means.over(len(grad_norms)), "grad_norm": norms[norms.isfinite()].mean().item(),
-            "gradient_steps": len(grad_norms), "first_log_ratio": first_log_ratio}
+            "gradient_steps": len(grad_norms), "first_log_ratio": first_log_ratio.item()}
 
 
 def load_models(cfg: PPOConfig, device, amp):
@@ -230,7 +231,7 @@ def load_models(cfg: PPOConfig, device, amp):
     if cfg.value_network == "reward":
         if reward_model.gpt.config.n_embd != gpt.config.n_embd:
             raise cli.InputError("--value-network reward needs a reward model as wide (n_embd) as the policy")
-        # The value network starts as a copy of the reward model, which already tells good responses from bad ones.
+        # Its network already tells good responses from bad ones. The value head is new and starts at zero.
         value_gpt, reward_model.gpt = trained_and_frozen(reward_model.gpt, cfg.lora_rank, generator)
     policy = PolicyWithValue(policy_gpt, value_gpt)
     files = {"sft": sft_path, "reward": reward_path, "prompts": tables.csv_path(cfg.data, "prompts")}
@@ -242,7 +243,8 @@ def load_models(cfg: PPOConfig, device, amp):
 
 
 def check_first_step(step: int, kl_ref: float, first_log_ratio: float, amp) -> None:
-    """Facts that hold whatever the data, and whose failure means that two of the forward passes disagree."""
+    """Facts that hold whatever the data: kl_ref is 0 at step 0, and the ratio is 1 in the first minibatch of each step.
+    If one fails, two of the forward passes disagree."""
     faults = []
     tolerance = 1e-4 if amp is None else 0.1
     if step == 0 and not abs(kl_ref) <= tolerance:  # `not <=`, so that NaN fails too

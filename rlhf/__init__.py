@@ -1,7 +1,7 @@
 """RLHF from scratch: supervised fine-tuning, a reward model from comparisons, and PPO against it.
 
-Fifteen minutes: this page; rewards.py; `gae` in advantages.py; `policy_loss` in losses.py; `main` and `update` in
-../train_ppo.py. One hour, in this order:
+Fifteen minutes: this page; `collect` in rollout.py; rewards.py; `gae` in advantages.py; `policy_loss` in losses.py;
+`main` and `update` in ../train_ppo.py. One hour, in this order:
 
     model.py         a GPT, a policy with a value head, a reward model
     tokenizer.py     text <-> token ids

@@ -127,7 +127,8 @@ def value_loss(
         mean over True slots of 1/2 max((V - R)^2, (V_clipped - R)^2)
 
     From OpenAI's baselines and lm-human-preferences (Ziegler et al. 2019); not in the PPO paper. It keeps V near the
-    estimate that the advantages were computed with. clip_eps = inf turns the clipping off.
+    estimate that the advantages were computed with. clip_eps = inf, the default of train_ppo.py, turns the
+    clipping off.
 
     Args: new_values (with gradient), old_values, returns, mask: (B, T-1).
     Returns: the loss; the share of True slots where V has moved beyond eps and the clipped branch is the larger loss.

@@ -1,8 +1,13 @@
 """The documentation pages agree with the code."""
 
 import re
+import textwrap
 
-from tests.helpers import ROOT, rows
+import torch
+
+import train_ppo
+from rlhf.support.cli import parse_cli
+from tests.helpers import ROOT, TINY, rows
 
 
 def test_metrics_page_lists_the_columns_of_the_three_csvs(trained):
@@ -13,6 +18,24 @@ def test_metrics_page_lists_the_columns_of_the_three_csvs(trained):
         section = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
         documented = re.findall(r"^\| `(\w+)` \|", section, flags=re.M)
         assert documented == list(rows(out / name)[0]), f"docs/metrics.md: one row per column of {name}"
+
+
+def test_own_reward_of_the_page_trains(trained, tmp_path, monkeypatch):
+    """The class of docs/own_data.md in load_models: the score is the number of "please" in the text, which is 0 here,
+    or --missing-eos-score."""
+    data, out, _ = trained
+    page = (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")
+    names = {"torch": torch}
+    exec(textwrap.dedent(re.search(r"    class MyReward.*?tokens.device\)\n", page, flags=re.S)[0]), names)
+    line = "    policy = PolicyWithValue(policy_gpt, value_gpt)\n"
+    assert (ROOT / "train_ppo.py").read_text(encoding="utf-8").count(line) == 1
+    frozen = train_ppo.Frozen
+    monkeypatch.setattr(train_ppo, "Frozen", lambda reference, reward_model, tokenizer, *rest: frozen(
+        reference, names["MyReward"](reward_model, tokenizer), tokenizer, *rest))
+    flags = ["--device", "cpu", *TINY["ppo"].split(), "--data", data, "--out", tmp_path, "--sft", out / "sft.pt",
+             "--reward", out / "reward.pt"]
+    train_ppo.main(parse_cli(train_ppo.PPOConfig, list(map(str, flags))))
+    assert {float(row["score_after"]) for row in rows(tmp_path / "ppo_samples.csv")} <= {0.0, -3.0}
 
 
 def test_one_response_quotes_numbers_of_the_recorded_walk():

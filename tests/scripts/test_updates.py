@@ -185,6 +185,14 @@ def test_every_epoch_takes_each_row_once_in_its_own_order(policy, rollout, monke
     assert logged[0]["first_log_ratio"] == minibatches[0]["first_log_ratio"]
 
 
+def test_first_log_ratio_is_nan_if_one_micro_batch_has_a_nan(policy, rollout):
+    made, *targets = rollout
+    logprobs = made.logprobs.clone()
+    logprobs[0, 2] = math.nan  # an action of the first row
+    cfg = dataclasses.replace(SIX, micro_batch_size=1)
+    assert math.isnan(record(policy, (made._replace(logprobs=logprobs), *targets), cfg)[1]["first_log_ratio"])
+
+
 @pytest.mark.parametrize(("limit", "gradient_steps"), [(1e9, 9), (1e-9, 3)])
 def test_inner_epochs_stop_beyond_max_kl_old(policy, rollout, limit, gradient_steps):
     """Three epochs of three minibatches; the first already moves the policy by more than 1e-9 nats."""
