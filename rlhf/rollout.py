@@ -115,7 +115,8 @@ def score_responses(frozen: Frozen, tokens: Tensor, mask: Tensor, prompt_lens: T
     """tokens (B, T), mask (B, T-1), prompt_lens (B,) -> scores (B,).
 
     The score of a response without end-of-text is *replaced* by the fixed missing_eos_score, whatever the reward model
-    makes of the fragment (Ziegler et al. 2019).
+    makes of the fragment (Ziegler et al. 2019). The cut counts as a true end: V after it is 0. The KL penalty stays.
+    The default, -3, is three standard deviations below an average demonstration.
     """
     scores = frozen.reward_model(tokens, prompt_lens + mask.sum(dim=1))  # (B,)
     return torch.where(has_ended(tokens, mask, frozen.tokenizer.eos_id), scores, frozen.missing_eos_score)

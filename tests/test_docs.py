@@ -2,11 +2,13 @@
 
 import re
 import textwrap
+from types import SimpleNamespace
 
 import torch
 
 import train_ppo
 from rlhf.support.cli import parse_cli
+from rlhf.tokenizer import find_tokenizer
 from tests.helpers import ROOT, TINY, rows
 
 
@@ -29,6 +31,10 @@ def test_own_reward_of_the_page_trains(trained, tmp_path, monkeypatch):
     exec(textwrap.dedent(re.search(r"    class MyReward.*?tokens.device\)\n", page, flags=re.S)[0]), names)
     line = "    policy = PolicyWithValue(policy_gpt, value_gpt)\n"
     assert (ROOT / "train_ppo.py").read_text(encoding="utf-8").count(line) == 1
+    tokenizer = find_tokenizer(str(data))
+    ids = torch.tensor([tokenizer.encode("Human: please please\n\nAssistant: Yes, please.")])
+    own = names["MyReward"](SimpleNamespace(gpt=None), tokenizer)
+    assert own(ids, torch.tensor([ids.size(1)])).tolist() == [1]  # the prompt does not count
     frozen = train_ppo.Frozen
     monkeypatch.setattr(train_ppo, "Frozen", lambda reference, reward_model, tokenizer, *rest: frozen(
         reference, names["MyReward"](reward_model, tokenizer), tokenizer, *rest))
