@@ -9,8 +9,8 @@ run: .venv/installed
 	$(PYTHON) train_sft.py
 	$(PYTHON) train_reward.py
 	$(PYTHON) train_ppo.py
-	$(PYTHON) -m rlhf.tools.optimality
 	@if $(PYTHON) -c "import matplotlib" 2> /dev/null; then $(PYTHON) -m rlhf.tools.plot runs; fi
+	$(PYTHON) -m rlhf.tools.optimality
 
 test: .venv/installed
 	$(PYTHON) -m pytest
