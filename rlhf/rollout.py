@@ -64,7 +64,7 @@ def generate(
     """Sample a response to each prompt from exactly the model's distribution: no top-k, no top-p.
 
     Prompts of different lengths go side by side. At column t a row still inside its prompt keeps its own token, a
-    row past it takes the sampled one, until end-of-text or max_new_tokens of its own.
+    row past it takes the sampled one, until end-of-text or max_new_tokens.
 
     Args:
         model: tokens -> logits (B, T, V). A model with make_cache, hidden and logits, as a GPT has, is run with a

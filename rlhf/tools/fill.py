@@ -3,7 +3,7 @@
     python -m rlhf.tools.fill              # after recording results again
     python -m rlhf.tools.fill --check      # changes nothing; fails if a table is stale
 
-A table stands between two lines of its own, and what is between them is replaced:
+A table stands between two marker lines, and what is between them is replaced:
 
     <!-- table: NAME -->
     <!-- end -->
