@@ -13,7 +13,7 @@ The reference is the fine-tuned model, frozen. The second term is the KL penalty
 like the reference's. It is unreliable off-distribution, and the policy exploits its errors (try --kl-coef 0).
 
 `main` goes through the six parts of a step that README.md draws; `update` below it is parts 5 and 6. What is called by
-the name of its module (cli, runtime, checkpoints, tables) is not RLHF and can be skipped on a first reading.
+the name of its module (cli, runtime, checkpoints, judge, tables) is not RLHF and can be skipped on a first reading.
 
 Details that matter and are kept: log-probabilities recomputed the way the update computes them, the k1 penalty inside
 the reward, the score on the last action, V = 0 after it, advantages whitened over the rollout, the clipped ratio, a

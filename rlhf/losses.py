@@ -93,16 +93,17 @@ def policy_loss(
     policy gradient, A * grad log pi.
 
     Why a clip. The correction is only for the token itself: the tokens before it still come from the old policy, and so
-    does A. It holds near the old policy. So once the ratio has moved beyond eps in the direction
-    that the advantage asks for (up for A > 0, down for A < 0), the max picks the constant branch, and the gradient of
-    that slot is exactly zero: the step may go on elsewhere, but this action has moved enough. A ratio that has moved in
-    the wrong direction is never clipped, so it can come back.
+    does A. So it holds only near the old policy. Once the ratio has moved beyond eps in the direction that the
+    advantage asks for (up for A > 0, down for A < 0), the max picks the constant branch, and the gradient of that slot
+    is exactly zero: this action has moved enough. A ratio that has moved in the wrong direction is never clipped, so it
+    can come back.
 
     Why one mean. The policy gradient is a sum over the slots of each response and a mean over responses. Here the sum
-    over all slots is divided by their number. That rescales the gradient, and nothing else; dividing each response by
-    its own length would change its direction and pay for length. A micro-batch's loss is weighted by its share of the
-    minibatch's slots, so that micro-batches sum to the minibatch's mean. Each minibatch divides by its own number of
-    slots, and the advantages have been whitened once, over the rollout.
+    over all slots is divided by their number, which only rescales the gradient. Dividing each response by its own
+    length would change the gradient's direction and pay for length. A micro-batch's loss is weighted by its share of
+    the minibatch's slots, so that micro-batches sum to the minibatch's mean. Each minibatch divides by its own number
+    of slots, so a response weighs a little more in a minibatch of short ones. The advantages are whitened once, over
+    the rollout.
 
     Args: new_logprobs (with gradient), old_logprobs, advantages, mask: (B, T-1).
     Returns: the loss; the clip fraction, the share of True slots where the clipped branch is the larger loss. That is

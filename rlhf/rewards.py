@@ -44,7 +44,7 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     left out, E[grad k3], is not zero. It can even have the wrong sign (test_k3_in_the_reward_has_another_gradient).
     Here k3 is only logged.
 
-    Argument order matters: exchanged, under the same samples, they estimate another quantity that is positive too.
+    Argument order matters: with the two exchanged, on the same samples, it estimates another quantity, also positive.
 
     Args: both (B, T-1), nats.  Returns: (B, T-1), nats per token.
     """

@@ -47,8 +47,14 @@ def gradient_by_logits(loss_of):
     return torch.autograd.grad(loss_of(logits.log_softmax(dim=1)), logits)[0]
 
 
-@pytest.mark.parametrize(("estimator", "expected"), [(kl_k1, (0.263, -0.175, -0.088)), (kl_k3, (-0.037, 0.025, 0.012))])
-def test_k3_in_the_reward_has_another_gradient(estimator, expected):
+LN2, LN7_4 = math.log(2), math.log(7 / 4)
+
+
+@pytest.mark.parametrize(("estimator", "k", "rounded"), [
+    (kl_k1, (LN7_4, -LN2, -LN2), (0.263, -0.175, -0.088)),
+    (kl_k3, (4 / 7 - 1 + LN7_4, 1 - LN2, 1 - LN2), (-0.037, 0.025, 0.012)),
+])
+def test_k3_in_the_reward_has_another_gradient(estimator, k, rounded):
     """The gradient of KL(pi || ref) by the logits, and what a policy gradient makes of an estimator k in the reward,
     which it holds constant: E[k grad log pi], by logit j pi_j (k_j - E[k]). E[k] = .1838.
 
@@ -60,10 +66,14 @@ def test_k3_in_the_reward_has_another_gradient(estimator, expected):
     of_kl = gradient_by_logits(lambda logprobs: (logprobs.exp() * (logprobs - ref)).sum())
     got = gradient_by_logits(
         lambda logprobs: (logprobs.detach().exp() * estimator(logprobs.detach(), ref) * logprobs).sum())
-    assert_close(of_kl, f64((0.263, -0.175, -0.088)).view(1, 3), atol=5e-4, rtol=0)
-    assert_close(got, f64(expected).view(1, 3), atol=5e-4, rtol=0)
+    mean = sum(p * x for p, x in zip(PI, k))
+    expected = [p * (x - mean) for p, x in zip(PI, k)]
+    assert tuple(round(x, 3) for x in expected) == rounded
+    assert_close(got, f64(expected), atol=1e-12, rtol=0)
     if estimator is kl_k1:
         assert_close(got, of_kl, atol=1e-12, rtol=0)
+    else:
+        assert (got * of_kl).max() < 0
 
 
 @pytest.mark.parametrize("poison", POISON)
