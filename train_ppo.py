@@ -30,8 +30,8 @@ from rlhf.advantages import explained_variance, gae
 from rlhf.data import batch_indices, load_prompts, pad_rows
 from rlhf.extras.lora import trained_and_frozen
 from rlhf.extras.ptx import PretrainingMix
-from rlhf.losses import entropy, policy_loss, value_loss
-from rlhf.masked import masked_mean, masked_whiten, token_logprobs
+from rlhf.losses import mean_entropy, policy_loss, value_loss
+from rlhf.masked import action_logprobs, chosen_logprobs, masked_mean, masked_whiten
 from rlhf.model import PolicyWithValue
 from rlhf.rewards import adapt_kl_coef, kl_k1, kl_k3, shape_rewards
 from rlhf.rollout import Frozen, collect
@@ -52,6 +52,7 @@ class PPOConfig(cli.TrainConfig):
     reward: str = cli.arg("", "reward model (empty: OUT/reward.pt)")
     value_network: str = cli.arg("reward", "start from the reward model, or share the policy's", ("reward", "shared"))
     max_new_tokens: int = cli.arg(40, "longest response, end-of-text included")
+    sample_rows: int = cli.arg(0, "responses sampled at once (0: the whole batch)")
     missing_eos_score: float = cli.arg(-3.0, "score of a response without end-of-text")
     temperature: float = cli.arg(1.0, "sampling temperature of policy and reference")
     eval_prompts: int = cli.arg(500, "held-out prompts of the closing evaluation")
@@ -73,7 +74,7 @@ class PPOConfig(cli.TrainConfig):
         super().__post_init__()
         cli.check_positive(self, "max_new_tokens", "minibatch_size", "inner_epochs", "clip_eps", "temperature",
                            "kl_horizon", "eval_prompts")
-        cli.check_not_negative(self, "kl_coef", "kl_target", "value_coef", "entropy_coef", "ptx_coef")
+        cli.check_not_negative(self, "sample_rows", "kl_coef", "kl_target", "value_coef", "entropy_coef", "ptx_coef")
         for broken, message in (
             (self.batch_size % self.minibatch_size, "--batch-size must be a multiple of --minibatch-size"),
             (min(self.value_clip_eps, self.max_kl_old) <= 0, "--value-clip-eps and --max-kl-old must be above 0"),
@@ -178,21 +179,24 @@ def update(policy, optimizer, scaler, rollout, advantages, returns, cfg: PPOConf
         order = torch.randperm(len(rollout.tokens), generator=generator).to(rollout.tokens.device)
         for rows in order.split(cfg.minibatch_size):
             optimizer.zero_grad()
-            actions, minibatch_kl_old = rollout.mask[rows].sum(), 0.0
-            # Micro-batches save memory: their gradients sum to the minibatch's, each weighted by its share of actions.
+            # Every gradient step divides by the same number of actions, that of the rollout times the minibatch's share
+            # of rows: so the mean of an epoch's gradients is the gradient of the whole rollout.
+            actions, minibatch_kl_old = rollout.mask.sum().double() * len(rows) / len(order), 0.0
+            # Micro-batches save memory: their gradients sum to the minibatch's.
             for micro in rows.split(cfg.micro_batch_size or len(rows)):
                 mb = rollout.take(micro)
                 mb_advantages, mb_returns = (x[micro, : mb.mask.size(1)] for x in (advantages, returns))  # (b, t-1)
                 share = mb.mask.sum() / actions
                 with runtime.autocast(mb.tokens.device, amp):
-                    logits, new_values = policy(mb.tokens)  # (b, t, V), (b, t)
-                new_logprobs = token_logprobs(logits, mb.tokens, mb.mask)  # (b, t-1)
+                    hidden, new_values = policy.hidden(mb.tokens)  # (b, t, C), (b, t)
+                    logprobs = action_logprobs(hidden, mb.mask, policy.gpt.logits)  # (actions, V)
+                new_logprobs = chosen_logprobs(logprobs, mb.tokens, mb.mask)  # (b, t-1)
 
                 # ---- 5 losses ----
                 pg_loss, clip_fraction = policy_loss(new_logprobs, mb.logprobs, mb_advantages, mb.mask, cfg.clip_eps)
                 v_loss, v_clip_fraction = value_loss(
                     new_values[:, :-1], mb.values, mb_returns, mb.mask, cfg.value_clip_eps)
-                mb_entropy = entropy(logits if cfg.entropy_coef else logits.detach(), mb.mask)
+                mb_entropy = mean_entropy(logprobs if cfg.entropy_coef else logprobs.detach())
                 loss = pg_loss + cfg.value_coef * v_loss - cfg.entropy_coef * mb_entropy
 
                 # ---- 6 update ----
@@ -208,7 +212,7 @@ def update(policy, optimizer, scaler, rollout, advantages, returns, cfg: PPOConf
             if ptx is not None:
                 ptx.backward(policy.gpt, scaler, step, len(grad_norms))
             grad_norms.append(runtime.optimizer_step(policy, optimizer, scaler, cfg.max_grad_norm))
-        if minibatch_kl_old > cfg.max_kl_old:  # of the epoch's last minibatch
+        if cfg.max_kl_old < float("inf") and minibatch_kl_old > cfg.max_kl_old:  # of the epoch's last minibatch
             break  # the policy is far from the one that made the rollout, whose advantages say little about it
     norms = torch.stack(grad_norms)  # in float16 one may be infinite: the scaler has left that step out
     return {**means.over(len(grad_norms)), "grad_norm": norms[norms.isfinite()].mean().item(),
@@ -238,7 +242,7 @@ def load_models(cfg: PPOConfig, device, amp):
     if cfg.ptx_coef:
         files["demonstrations"] = tables.csv_path(cfg.data, "demonstrations")
     frozen = Frozen(reference.to(device), reward_model.to(device), tokenizer, cfg.max_new_tokens,
-                    cfg.missing_eos_score, cfg.micro_batch_size or cfg.minibatch_size, amp)
+                    cfg.missing_eos_score, cfg.micro_batch_size or cfg.minibatch_size, amp, cfg.sample_rows)
     return policy.to(device), frozen, checkpoints.digests(**files)
 
 

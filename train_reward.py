@@ -24,6 +24,7 @@ import torch
 from rlhf.data import batch_indices, chunks, comparison_batch, load_comparisons, load_demonstrations, pad_rows
 from rlhf.extras.lora import add_adapters
 from rlhf.extras.rankings import load_rankings, score_rankings
+from rlhf.extras.yardsticks import judge_accuracies, share_positive, swap_prompts
 from rlhf.losses import bradley_terry_loss
 from rlhf.model import RewardModel
 from rlhf.support import checkpoints, cli, judge, runtime, tables
@@ -152,42 +153,11 @@ def score_rows(model, rows: list[list[int]], pad_id: int, device, amp) -> torch.
     return torch.cat(scores)
 
 
-def share_positive(margins) -> float:
-    """Share of pairs in which the chosen side scores higher; equal scores count half."""
-    return ((margins > 0).float() + 0.5 * (margins == 0).float()).mean().item()
-
-
 def accuracy(model, rows, pad_id: int, device, amp) -> float:
     """share_positive of the model's margins on comparisons."""
     chosen = score_rows(model, [row.prompt.tokens + row.chosen for row in rows], pad_id, device, amp)
     rejected = score_rows(model, [row.prompt.tokens + row.rejected for row in rows], pad_id, device, amp)
     return share_positive(chosen - rejected)
-
-
-def swap_prompts(rows, seed: int, limit: int):
-    """Give every comparison the prompt of another row: what is left can be judged without reading the question.
-    Rows that no longer fit the context are left out."""
-    order = torch.randperm(len(rows), generator=runtime.make_generator("cpu", seed, "swap")).tolist()
-    prompts = {row: rows[after].prompt for row, after in zip(order, order[1:] + order[:1])}
-    swapped = [row._replace(prompt=prompts[i]) for i, row in enumerate(rows)]
-    return [row for row in swapped if len(row.prompt.tokens) + max(len(row.chosen), len(row.rejected)) <= limit]
-
-
-def judge_accuracies(gold_judge, rows, tokenizer) -> dict[str, float]:
-    """What a reward model that equals the judge would reach on these comparisons. If the judge made the votes and
-    knows its annotators' noise, that is the best there is.
-
-    bayes_accuracy: expected, mean of max(p, 1 - p) with p the annotator's probability; the best that any model can do.
-    judge_accuracy: on the votes as they were drawn, which lie a little off their expectation.
-    """
-    prompts = [row.prompt.text for row in rows]
-    chosen, rejected = (
-        judge.gold_scores(gold_judge, prompts, [tokenizer.decode(side[:-1]).strip() for side in sides])
-        for sides in ([row.chosen for row in rows], [row.rejected for row in rows]))
-    result = {"judge_accuracy": share_positive(torch.tensor(chosen) - torch.tensor(rejected))}
-    if (p := judge.vote_probabilities(gold_judge, chosen, rejected)) is not None:
-        result["bayes_accuracy"] = sum(max(x, 1 - x) for x in p) / len(p)
-    return result
 
 
 if __name__ == "__main__":

@@ -90,10 +90,10 @@ def main(cfg: SFTConfig) -> None:
         loss = 0.0
         for part in tables.ticker(chunks(rows, cfg.micro_batch_size), f"step {step + 1}, micro-batches"):
             tokens, mask = demonstration_batch(part, tokenizer.pad_id, device)  # (B, T), (B, T-1)
-            with runtime.autocast(device, amp):
-                logits = gpt(tokens)  # (B, T, V)
+            with runtime.autocast(device, amp):  # (B, T, C); logits (B, T, V) only of response tokens
+                part_loss = sft_loss(gpt.hidden(tokens), tokens, mask, gpt.logits)
             # A micro-batch weighs as much as it has response tokens: they sum to the mean over all of the batch.
-            part_loss = sft_loss(logits, tokens, mask) * (mask.sum() / actions)
+            part_loss = part_loss * (mask.sum() / actions)
             scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         grad_norm = runtime.optimizer_step(gpt, optimizer, scaler, cfg.max_grad_norm)
@@ -119,8 +119,8 @@ def validation_loss(gpt, rows, size: int, pad_id: int, device, amp) -> float:
     for part in tables.ticker(chunks(rows, size), "validation, batches"):
         tokens, mask = demonstration_batch(part, pad_id, device)  # (B, T), (B, T-1)
         with runtime.autocast(device, amp):
-            logits = gpt(tokens)  # (B, T, V)
-        total += (sft_loss(logits, tokens, mask) * (mask.sum() / actions)).item()
+            loss = sft_loss(gpt.hidden(tokens), tokens, mask, gpt.logits)
+        total += (loss * (mask.sum() / actions)).item()
     return total
 
 

@@ -79,9 +79,8 @@ def summarise(name: str, responses: list[dict], baseline: list[dict], kl_coef: f
     }
 
 
-def compare(
-    policy: GPT, prompts: list[Prompt], frozen: Frozen, judge: ModuleType | None, kl_coef: float, seed: int
-) -> tuple[list[dict], list[dict], list[dict]]:
+def compare(policy: GPT, prompts: list[Prompt], frozen: Frozen, judge: ModuleType | None, kl_coef: float,
+            seed: int) -> tuple[list[dict], list[dict], list[dict]]:
     """The rows sft and ppo of evaluation.csv, and the responses of the reference and of the policy."""
     before, after = (respond(gpt, prompts, frozen, judge, seed) for gpt in (frozen.reference, policy))
     return [summarise(name, said, before, kl_coef) for name, said in (("sft", before), ("ppo", after))], before, after

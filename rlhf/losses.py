@@ -8,20 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.masked import action_logprobs, check_same_shape, masked_mean, token_logprobs, unpack
+from rlhf.masked import action_logprobs, check_same_shape, masked_mean, token_logprobs
 
 # ---- stage one: supervised fine-tuning ----
 
 
-def sft_loss(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+def sft_loss(logits: Tensor, tokens: Tensor, mask: Tensor, to_logits=None) -> Tensor:
     """Cross-entropy of the response tokens.
 
         -mean over True slots of log pi(token t+1 | tokens 0..t)
 
-    Args: logits (B, T, V); tokens (B, T); mask (B, T-1), True on the response, end-of-text included.
+    Args: logits (B, T, V), or hidden states (B, T, C) with to_logits, see action_logprobs; tokens (B, T);
+        mask (B, T-1), True on the response, end-of-text included.
     Returns: scalar, nats per token. An untrained model starts near ln V.
     """
-    return -masked_mean(token_logprobs(logits, tokens, mask), mask)
+    return -masked_mean(token_logprobs(logits, tokens, mask, to_logits), mask)
 
 
 # ---- stage two: the reward model ----
@@ -76,9 +77,8 @@ def ranking_loss(scores: Tensor, ranks: Tensor) -> Tensor:
 # ---- stage three: PPO ----
 
 
-def policy_loss(
-    new_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_eps: float
-) -> tuple[Tensor, Tensor]:
+def policy_loss(new_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
+                clip_eps: float) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate objective, as a loss.
 
         ratio = exp(new_logprobs - old_logprobs)
@@ -101,9 +101,10 @@ def policy_loss(
     Why one mean. The policy gradient is a sum over the slots of each response and a mean over responses. Here the sum
     over all slots is divided by their number, which only rescales the gradient. Dividing each response by its own
     length would change the gradient's direction and pay for length. A micro-batch's loss is weighted by its share of
-    the minibatch's slots, so that micro-batches sum to the minibatch's mean. Each minibatch divides by its own number
-    of slots, so a response weighs a little more in a minibatch of short ones. The advantages are whitened once, over
-    the rollout.
+    the minibatch's slots, so that micro-batches sum to the minibatch's mean. In `train_ppo.update` all gradient steps
+    on a rollout divide by the same number of slots, so a slot weighs the same in a minibatch of short responses as in
+    one of long ones, and the mean of an epoch's gradients is the gradient of the whole rollout. The advantages are
+    whitened once, over the rollout.
 
     Args: new_logprobs (with gradient), old_logprobs, advantages, mask: (B, T-1).
     Returns: the loss; the clip fraction, the share of True slots where the clipped branch is the larger loss. That is
@@ -119,9 +120,8 @@ def policy_loss(
     return loss, masked_mean((clipped > unclipped).float(), mask)
 
 
-def value_loss(
-    new_values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_eps: float
-) -> tuple[Tensor, Tensor]:
+def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
+               clip_eps: float) -> tuple[Tensor, Tensor]:
     """Half the squared error of V against the returns, clipped around the V of the rollout.
 
         V_clipped = V_old + clip(V - V_old, -eps, eps)
@@ -149,6 +149,11 @@ def entropy(logits: Tensor, mask: Tensor) -> Tensor:
 
     Args: logits (B, T, V); mask (B, T-1).  Returns: scalar, nats per token; at most ln V.
     """
-    logprobs = action_logprobs(logits, mask)  # (actions, V)
-    entropies = -(logprobs.exp() * logprobs).sum(dim=1)  # (actions,)
-    return masked_mean(unpack(entropies, mask), mask)
+    return mean_entropy(action_logprobs(logits, mask))
+
+
+def mean_entropy(logprobs: Tensor) -> Tensor:
+    """The same, from the log-probabilities (True slots, V) of action_logprobs."""
+    if len(logprobs) == 0:
+        raise ValueError("the mask has no True entry: there is nothing to take the mean of")
+    return -(logprobs.exp() * logprobs).sum(dim=1).mean()

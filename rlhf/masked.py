@@ -24,14 +24,15 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
     Every token weighs the same. (The mean of each row's mean would weigh tokens of short responses more.)
 
-    Args: x, mask: the same shape, any.  Returns: scalar.  Raises ValueError if no entry is True.
+    Args: x, mask: the same shape, any.  Returns: scalar.  Raises ValueError if no entry is True. (On a GPU it is NaN
+        then: to ask would make the host wait for everything that is queued there.)
 
     >>> masked_mean(torch.tensor([[1., 1., 1.], [5., 0., 0.]]),
     ...             torch.tensor([[True, True, True], [True, False, False]]))
     tensor(2.)
     """
     check_same_shape(x=x, mask=mask)
-    if not mask.any():
+    if mask.device.type == "cpu" and not mask.any():
         raise ValueError("the mask has no True entry: there is nothing to take the mean of")
     return torch.where(mask, x, 0.0).sum() / mask.sum()
 
@@ -51,10 +52,13 @@ def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, (x - mean) * torch.rsqrt(var + 1e-8), 0.0)
 
 
-def action_logprobs(logits: Tensor, mask: Tensor) -> Tensor:
+def action_logprobs(logits: Tensor, mask: Tensor, to_logits=None) -> Tensor:
     """log softmax of the logits that choose an action: logits (B, T, V), mask (B, T-1) -> (True slots, V).
 
     This is the shift of the project: slot t reads column t of logits, and the last column has no action.
+
+    With to_logits, `logits` are hidden states (B, T, C), and to_logits, such as GPT.logits, makes logits of those at
+    True slots only. Half of a batch or more is prompt and padding, and the product with the vocabulary is dear.
 
     The softmax is taken in float32 at least, whatever autocast made of the logits: in bfloat16 a log-probability of
     -8 is known to 0.03, which is as large as the changes that PPO's ratio has to measure. (What the logits themselves
@@ -64,30 +68,36 @@ def action_logprobs(logits: Tensor, mask: Tensor) -> Tensor:
         raise ValueError(f"expected logits (B, T, V) and mask (B, T-1), got {tuple(logits.shape)} and "
                          f"{tuple(mask.shape)}")
     check_same_shape(mask=mask)
-    logits = logits[:, :-1][mask]  # (True slots, V)
+    # Numbers and not the mask as index: on a GPU, every look for a mask's True entries makes the host wait.
+    rows, slots = mask.nonzero(as_tuple=True)
+    logits = logits[rows, slots]  # (True slots, V), or (True slots, C)
+    logits = logits if to_logits is None else to_logits(logits)  # (True slots, V)
     return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
 
 
-def unpack(x: Tensor, mask: Tensor) -> Tensor:
-    """(True slots,) -> the shape of mask, with 0 where it is False."""
-    return x.new_zeros(mask.shape).masked_scatter(mask, x)
+def chosen_logprobs(logprobs: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Of each action's log-probabilities, that of the token which was chosen.
+
+    Args: logprobs (True slots, V) of action_logprobs, tokens (B, T), mask (B, T-1).
+    Returns: (B, T-1), nats, with 0 where the mask is False.
+    """
+    row = (mask.flatten().cumsum(dim=0) - 1).clamp(min=0).view(mask.shape)  # (B, T-1): a True slot's row of logprobs
+    return torch.where(mask, logprobs[row, tokens[:, 1:]], 0.0)  # slot t's action is token t+1
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor | None = None, to_logits=None) -> Tensor:
     """Log-probability of each token given those before it.
 
         out[:, t] = log softmax(logits[:, t])[tokens[:, t+1]]
 
-    Args: logits: (B, T, V); tokens: (B, T); mask: (B, T-1), the slots to compute, all if it is not given. The
-        others are left out of the softmax and its gradient, and hold 0.
+    Args: logits: (B, T, V), or hidden states (B, T, C) with to_logits, see action_logprobs; tokens: (B, T); mask:
+        (B, T-1), the slots to compute, all if it is not given. The others are left out of the softmax and its
+        gradient, and hold 0.
     Returns: (B, T-1), nats.
     """
     if logits.dim() != 3 or tokens.shape != logits.shape[:2]:
         raise ValueError(f"expected logits (B, T, V) and tokens (B, T), got {tuple(logits.shape)} and "
                          f"{tuple(tokens.shape)}")
-    actions = tokens[:, 1:]  # (B, T-1): slot t's action is token t+1
     if mask is None:
-        mask = torch.ones_like(actions, dtype=torch.bool)
-    logprobs = action_logprobs(logits, mask)  # (slots, V)
-    chosen = logprobs.gather(1, actions[mask].unsqueeze(1)).squeeze(1)  # (slots,)
-    return unpack(chosen, mask)  # (B, T-1)
+        mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+    return chosen_logprobs(action_logprobs(logits, mask, to_logits), tokens, mask)

@@ -44,6 +44,10 @@ class KVCache:
         self.keys, self.values = like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype)
         self.length = 0
 
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new (B, H, T, C/H) and return all of that layer's so far."""
         end = self.length + keys.size(2)
@@ -61,14 +65,14 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values of all heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, layer: int, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layer: int, cache: KVCache | None = None, readable: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # 3 x (B, T, C)
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))  # (B, H, T, C/H)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, H, tokens so far, C/H)
         # A single new token may read everything before it; only several at once need the causal mask.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, H, T, C/H)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=readable, is_causal=T > 1)  # (B, H, T, C/H)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
@@ -90,8 +94,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, layer: int, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), layer, cache)
+    def forward(self, x: Tensor, layer: int, cache: KVCache | None = None, readable: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), layer, cache, readable)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -123,19 +127,25 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """tokens (B, T) -> (B, T, C), after the last LayerNorm. With a cache, tokens continue what it holds:
-        any number of them while it is empty, then one at a time."""
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
+               readable: Tensor | None = None) -> Tensor:
+        """tokens (B, T) -> (B, T, C), after the last LayerNorm.
+
+        With a cache, tokens continue what it holds: any number of them while it is empty, then one at a time. If its
+        rows hold prompts of different lengths, that one needs a position (B, 1) in each row, and to be told which
+        columns hold no pad: readable (B, 1, 1, columns).
+        """
         T = tokens.size(1)
         start = cache.length if cache is not None else 0
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit the model's block_size of {self.config.block_size}")
         if start > 0 and T != 1:
             raise ValueError(f"a filled cache takes one token at a time, not {T}")
-        positions = torch.arange(start, start + T, device=tokens.device)  # (T,)
+        if positions is None:
+            positions = torch.arange(start, start + T, device=tokens.device)  # (T,)
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         for layer, block in enumerate(self.blocks):
-            x = block(x, layer, cache)
+            x = block(x, layer, cache, readable)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
@@ -181,11 +191,15 @@ class PolicyWithValue(nn.Module):
         self.value_gpt = value_gpt
         self.value_head = ScalarHead(gpt.config.n_embd)
 
+    def hidden(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens (B, T) -> the policy's hidden states (B, T, C), values (B, T)."""
+        hidden = self.gpt.hidden(tokens)  # (B, T, C)
+        return hidden, self.value_head(hidden if self.value_gpt is None else self.value_gpt.hidden(tokens))
+
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens (B, T) -> logits (B, T, V), values (B, T)."""
-        hidden = self.gpt.hidden(tokens)  # (B, T, C)
-        value_hidden = hidden if self.value_gpt is None else self.value_gpt.hidden(tokens)
-        return self.gpt.logits(hidden), self.value_head(value_hidden)
+        hidden, values = self.hidden(tokens)
+        return self.gpt.logits(hidden), values
 
 
 class RewardModel(nn.Module):
@@ -207,7 +221,7 @@ class RewardModel(nn.Module):
         """tokens (B, T), lengths (B,) in tokens, prompt and response together -> scores (B,)."""
         if lengths.shape != tokens.shape[:1]:
             raise ValueError(f"lengths {tuple(lengths.shape)} must hold one number a row of {tuple(tokens.shape)}")
-        if lengths.min() < 1 or lengths.max() > tokens.size(1):
+        if not ((lengths >= 1) & (lengths <= tokens.size(1))).all():
             raise ValueError(f"lengths must lie between 1 and {tokens.size(1)}, the width of tokens")
         hidden = self.gpt.hidden(tokens)  # (B, T, C)
         rows = torch.arange(len(tokens), device=tokens.device)

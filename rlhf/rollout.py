@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.data import response_mask
@@ -20,8 +21,9 @@ class Frozen(NamedTuple):
     tokenizer: Tokenizer
     max_new_tokens: int = 40
     missing_eos_score: float = -3.0
-    rows: int = 128  # how many at once, so that logits (rows, T, V) fit in memory
+    rows: int = 128  # how many are scored at once
     amp: torch.dtype | None = None
+    sample_rows: int = 0  # how many are sampled at once, so that the cache fits in memory; 0: all
 
 
 class Rollout(NamedTuple):
@@ -36,7 +38,8 @@ class Rollout(NamedTuple):
 
     def take(self, rows: Tensor) -> "Rollout":
         """Some of the rows, cut after the longest of them."""
-        actions = self.mask[rows].any(dim=0).nonzero().max() + 1  # columns up to the last action
+        slots = torch.arange(1, self.mask.size(1) + 1, device=rows.device)
+        actions = int((self.mask[rows] * slots).max())  # columns up to the last action
         return Rollout(self.tokens[rows, : actions + 1], *(x[rows, :actions] for x in self[1:5]), self.scores[rows])
 
     def ended(self, eos_id: int) -> Tensor:
@@ -44,34 +47,33 @@ class Rollout(NamedTuple):
         return has_ended(self.tokens, self.mask, eos_id)
 
 
-def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One token from softmax(logits) for each row: (B, V) -> (B,).
+def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """One token from softmax(logits) for each row: logits (B, V), uniforms (B,) in [0, 1) -> (B,).
 
     Inverse-CDF sampling: the cumulative probabilities cut [0, 1) into one interval per token, and a uniform number
     falls into a token's interval as often as the token is likely. (torch.multinomial draws V random numbers where this
-    draws one.)
+    needs one.)
     """
     ends = torch.softmax(logits.double(), dim=1).cumsum(dim=1)  # (B, V): where each token's interval ends
-    at = torch.rand(len(logits), 1, generator=generator, dtype=ends.dtype, device=ends.device) * ends[:, -1:]  # (B, 1)
+    at = (uniforms * ends[:, -1]).unsqueeze(1)  # (B, 1)
     return torch.searchsorted(ends, at, right=True).squeeze(1).clamp(max=logits.size(1) - 1)
 
 
 @torch.no_grad()
-def generate(
-    model: nn.Module, prompts: Tensor, prompt_lens: Tensor, max_new_tokens: int, eos_id: int,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+def generate(model: nn.Module, prompts: Tensor, prompt_lens: Tensor, max_new_tokens: int, eos_id: int,
+             generator: torch.Generator | None = None, rows: int = 0) -> tuple[Tensor, Tensor]:
     """Sample a response to each prompt from exactly the model's distribution: no top-k, no top-p.
 
-    Prompts of different lengths go side by side. At column t a row still inside its prompt keeps its own token, a
-    row past it takes the sampled one, until end-of-text or max_new_tokens.
+    Prompts of different lengths go side by side: one forward pass over all of them, then one for each new token.
 
     Args:
         model: tokens -> logits (B, T, V). A model with make_cache, hidden and logits, as a GPT has, is run with a
-            cache, one column at a time. Any other callable is run on the whole prefix each time; if it returns a
-            tuple, its first entry counts.
+            cache. Any other callable is run on everything so far for each token; if it returns a tuple, its first
+            entry counts.
         prompts (B, P), padded on the right; prompt_lens (B,), each at least 1.
         generator: on the device of prompts.
+        rows: how many rows at once, which bounds the cache; 0: all. The random numbers belong to the rows, so the
+            responses do not depend on it.
     Returns: tokens (B, T), with 0 after a row's end, and T as short as the longest row allows;
         mask (B, T-1), True where the action was sampled here.
     """
@@ -80,29 +82,48 @@ def generate(
         raise ValueError(f"prompt_lens must be ({B},) numbers between 1 and {P}, got {prompt_lens.tolist()}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
-    width = int(prompt_lens.max()) + max_new_tokens
-    columns = torch.arange(P, device=prompts.device)
-    tokens = prompts.new_zeros(B, width)  # (B, T)
-    tokens[:, :P] = torch.where(columns < prompt_lens.unsqueeze(1), prompts, 0)[:, :width]
-    lengths, done = prompt_lens.clone(), torch.zeros_like(prompt_lens, dtype=torch.bool)  # (B,)
-    cache = model.make_cache(B, width) if hasattr(model, "make_cache") else None
+    P = int(prompt_lens.max())
+    real = torch.arange(P, device=prompts.device) < prompt_lens.unsqueeze(1)  # (B, P)
+    tokens = F.pad(torch.where(real, prompts[:, :P], 0), (0, max_new_tokens))  # (B, T)
+    uniforms = torch.rand(B, max_new_tokens, generator=generator, dtype=torch.float64, device=prompts.device)
+    lengths = prompt_lens.clone()  # (B,): of prompt and response so far
+    for some in torch.arange(B, device=prompts.device).split(rows or B):
+        write_responses(model, tokens, lengths, P, some, uniforms, eos_id)
+    width = int(lengths.max())
+    return tokens[:, :width], response_mask(prompt_lens, lengths, width)
 
-    start = int(prompt_lens.min())
-    for t in range(start, width):
+
+def write_responses(model: nn.Module, tokens: Tensor, lengths: Tensor, P: int, rows: Tensor, uniforms: Tensor,
+                    eos_id: int) -> None:
+    """Sample the responses of some rows, in place: tokens (B, P + N), lengths (B,), uniforms (B, N)."""
+    N = uniforms.size(1)
+    cache = model.make_cache(len(rows), P + N) if hasattr(model, "make_cache") else None
+    columns = torch.arange(P + N, device=rows.device)
+    no_pad = (columns < lengths[rows].unsqueeze(1)) | (columns >= P)  # (n, P + N): between prompt and response are pads
+    ragged = not no_pad.all()
+    going = torch.ones_like(rows, dtype=torch.bool)  # not at end-of-text yet
+    for t in range(N):
+        last = lengths[rows] - 1  # (n,): the position of each row's last real token
+        every = torch.arange(len(rows), device=rows.device)
         if cache is None:
-            output = model(tokens[:, :t])
-            logits = (output[0] if isinstance(output, tuple) else output)[:, -1]  # (B, V), of column t
-        else:  # the prompts' common part, then a column at a time; only the last column's logits, since V may be large
-            logits = model.logits(model.hidden(tokens[:, cache.length : t], cache)[:, -1])  # (B, C) -> (B, V)
-        sampled = sample(logits, generator)  # (B,)
-        writing = (t >= prompt_lens) & ~done  # (B,): past its prompt, not at its end
-        tokens[:, t] = torch.where(writing, sampled, tokens[:, t])
-        lengths = torch.where(writing, t + 1, lengths)
-        done = done | (writing & (sampled == eos_id)) | (lengths == prompt_lens + max_new_tokens)
-        if done.all():
+            output = model(tokens[rows, : P + t])
+            logits = (output[0] if isinstance(output, tuple) else output)[every, last]  # (n, V)
+        elif t == 0:  # all prompts in one pass
+            logits = model.logits(model.hidden(tokens[rows, :P], cache)[every, last])  # (n, P, C) -> (n, C) -> (n, V)
+        else:
+            readable = no_pad[:, None, None, : P + t] if ragged else None  # (n, 1, 1, P + t)
+            logits = model.logits(model.hidden(sampled.unsqueeze(1), cache, last.unsqueeze(1), readable)[:, 0])
+        sampled = sample(logits, uniforms[rows, t])  # (n,)
+        tokens[rows, lengths[rows]] = torch.where(going, sampled, 0)
+        lengths[rows] += going
+        going = going & (sampled != eos_id)
+        kept = going.nonzero().squeeze(1)  # the host waits for the device here, once a token
+        if len(kept) == 0:
             break
-    tokens = tokens[:, : t + 1]
-    return tokens, response_mask(prompt_lens, lengths, t + 1)
+        if len(kept) <= 0.75 * len(rows):  # rows that have ended leave the batch when that is worth a copy of the cache
+            rows, going, sampled, no_pad = rows[kept], going[kept], sampled[kept], no_pad[kept]
+            if cache is not None:
+                cache.keep(kept)
 
 
 def has_ended(tokens: Tensor, mask: Tensor, eos_id: int) -> Tensor:
@@ -123,9 +144,8 @@ def score_responses(frozen: Frozen, tokens: Tensor, mask: Tensor, prompt_lens: T
 
 
 @torch.no_grad()
-def collect(
-    policy: PolicyWithValue, frozen: Frozen, prompts: Tensor, prompt_lens: Tensor, generator: torch.Generator
-) -> Rollout:
+def collect(policy: PolicyWithValue, frozen: Frozen, prompts: Tensor, prompt_lens: Tensor,
+            generator: torch.Generator) -> Rollout:
     """Parts 1 and 2 of a PPO step: sample a response to each prompt, score it with all models.
 
     Old and reference log-probabilities come from a forward pass over the finished sequences, in the same mode as the
@@ -135,15 +155,17 @@ def collect(
     Args: prompts (B, P), prompt_lens (B,); generator: on the device of prompts.
     """
     with autocast(prompts.device, frozen.amp):
-        tokens, mask = generate(
-            policy.gpt, prompts, prompt_lens, frozen.max_new_tokens, frozen.tokenizer.eos_id, generator)
+        tokens, mask = generate(policy.gpt, prompts, prompt_lens, frozen.max_new_tokens, frozen.tokenizer.eos_id,
+                                generator, frozen.sample_rows)
     parts = []
     for rows in torch.arange(len(tokens), device=tokens.device).split(frozen.rows):
         with autocast(prompts.device, frozen.amp):
-            logits, values = policy(tokens[rows])  # (rows, T, V), (rows, T)
-            ref_logits = frozen.reference(tokens[rows])
+            hidden, values = policy.hidden(tokens[rows])  # (rows, T, C), (rows, T)
+            ref_hidden = frozen.reference.hidden(tokens[rows])
             scores = score_responses(frozen, tokens[rows], mask[rows], prompt_lens[rows])
-        logprobs, ref_logprobs = (token_logprobs(x, tokens[rows], mask[rows]) for x in (logits, ref_logits))
+            logprobs, ref_logprobs = (
+                token_logprobs(x, tokens[rows], mask[rows], gpt.logits)
+                for x, gpt in ((hidden, policy.gpt), (ref_hidden, frozen.reference)))
         parts.append((logprobs, ref_logprobs, values[:, :-1], scores))
     logprobs, ref_logprobs, values, scores = (torch.cat(part) for part in zip(*parts))
     return Rollout(tokens, mask, logprobs, ref_logprobs, values, scores)

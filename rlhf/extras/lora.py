@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.extras.pretrained import PRETRAINED
-from rlhf.model import GPT, GPTConfig, KVCache
+from rlhf.model import GPT, GPTConfig
 
 ALPHA = 16.0  # one learning rate then serves several ranks (section 4.1)
 
@@ -67,9 +67,9 @@ class WithoutAdapters(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.logits(self.hidden(tokens))  # (B, T, V)
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, *args) -> Tensor:
         with adapters_off(self.gpt):
-            return self.gpt.hidden(tokens, cache)  # (B, T, C)
+            return self.gpt.hidden(*args)  # (B, T, C)
 
 
 def trained_and_frozen(gpt: GPT, rank: int, generator: torch.Generator) -> tuple[GPT, nn.Module]:

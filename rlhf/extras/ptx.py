@@ -29,6 +29,6 @@ class PretrainingMix:
         for part in chunks(rows, cfg.micro_batch_size):
             tokens, mask = demonstration_batch(part, self.pad_id, self.device)  # (B, T), (B, T-1)
             with autocast(self.device, self.amp):
-                logits = gpt(tokens)  # (B, T, V)
-            loss = cfg.ptx_coef * sft_loss(logits, tokens, mask) * (mask.sum() / actions)
+                loss = sft_loss(gpt.hidden(tokens), tokens, mask, gpt.logits)
+            loss = cfg.ptx_coef * loss * (mask.sum() / actions)
             scaler.scale(loss).backward()

@@ -76,8 +76,8 @@ class Sampler:
     def make_cache(self, batch_size: int, max_length: int) -> KVCache:
         return self.gpt.make_cache(batch_size, max_length)
 
-    def hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        return self.gpt.hidden(tokens, cache)
+    def hidden(self, *args) -> Tensor:
+        return self.gpt.hidden(*args)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return filter_top_k_top_p(self.gpt.logits(hidden) / self.temperature, self.top_k, self.top_p)  # (B, V)

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from rlhf.masked import token_logprobs
 from rlhf.rollout import Frozen, collect, generate, has_ended, sample
-from tests.helpers import Digits
+from tests.helpers import Digits, f64
 
 EOS = 9
 
@@ -66,9 +66,8 @@ def test_has_ended_counts_only_sampled_end_of_text():
 def test_sample_inverts_the_cumulative_distribution():
     """p = 1/2, 0, 1/4, 1/4, 0. A uniform number below 1/2 gives token 0, below 3/4 token 2, above it token 3. The two
     tokens of probability 0 never come."""
-    logits = torch.log(torch.tensor([0.5, 0, 0.25, 0.25, 0])).expand(4000, 5)
-    got = sample(logits, torch.Generator().manual_seed(5))
-    u = torch.rand(4000, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    u = torch.tensor([0, 0.1, 0.499999, 0.500001, 0.749999, 0.750001, 1 - 1e-15], dtype=torch.float64)
+    got = sample(torch.log(f64(0.5, 0, 0.25, 0.25, 0)).expand(len(u), 5), u)
     assert torch.equal(got, torch.where(u < 0.5, 0, torch.where(u < 0.75, 2, 3)))
 
 
@@ -87,6 +86,63 @@ def test_generate_with_cache_equals_generate_without(gpt):
     cached = generate(gpt, prompts, lens, 8, EOS, torch.Generator().manual_seed(1))
     full = generate(lambda tokens: gpt(tokens), prompts, lens, 8, EOS, torch.Generator().manual_seed(1))
     assert torch.equal(cached[0], full[0]) and torch.equal(cached[1], full[1])
+
+
+class Counting(nn.Module):
+    """A GPT that notes the shape of the tokens of every pass, and the logits that were sampled from."""
+
+    def __init__(self, gpt):
+        super().__init__()
+        self.gpt, self.make_cache, self.shapes, self.seen = gpt, gpt.make_cache, [], []
+
+    def hidden(self, tokens, *args):
+        self.shapes.append(tuple(tokens.shape))
+        return self.gpt.hidden(tokens, *args)
+
+    def logits(self, hidden):
+        self.seen.append(self.gpt.logits(hidden))
+        return self.seen[-1]
+
+
+@pytest.mark.parametrize("lens", [[5, 1, 3, 2, 4, 5], [5, 5, 5, 5, 5, 5], [1, 1, 2, 1, 2, 1]])
+def test_generate_reads_all_prompts_in_one_pass(gpt, lens):
+    """One pass over the prompts and one for each new token but the last; and nothing past the longest prompt."""
+    model = Counting(gpt)
+    generate(model, some_prompts(6, 5), torch.tensor(lens), 8, -1, torch.Generator().manual_seed(1))
+    assert model.shapes == [(6, max(lens))] + [(6, 1)] * 7
+
+
+def test_cached_logits_equal_those_of_the_full_forward_pass(gpt):
+    """To 12 digits, for prompts of different lengths side by side."""
+    model, lens = Counting(gpt), torch.tensor([5, 1, 3, 2, 4, 5])
+    tokens, _ = generate(model, some_prompts(6, 5), lens, 8, -1, torch.Generator().manual_seed(1))
+    for row, length in enumerate(lens.tolist()):
+        full = gpt(tokens[row : row + 1, : length + 8])[0, length - 1 : -1]  # (8, V)
+        assert_close(torch.stack([logits[row] for logits in model.seen]), full, atol=1e-12, rtol=0)
+
+
+def test_rows_that_have_ended_leave_the_batch(gpt):
+    """End-of-text is made likelier, so that rows end early. The batch shrinks, there are as many passes as the longest
+    response has tokens, and the responses are those of the same model without a cache."""
+    model, lens = Counting(gpt), torch.tensor([5, 1, 3, 2, 4, 5, 2, 2])
+    with torch.no_grad():
+        gpt.ln_f.bias.add_(gpt.wte.weight[EOS] * 2)
+    tokens, mask = generate(model, some_prompts(8, 5), lens, 11, EOS, torch.Generator().manual_seed(1))
+    sizes = [shape[0] for shape in model.shapes]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 8
+    assert len(model.shapes) == mask.sum(dim=1).max()
+    full = generate(lambda tokens: gpt(tokens), some_prompts(8, 5), lens, 11, EOS, torch.Generator().manual_seed(1))
+    assert torch.equal(tokens, full[0]) and torch.equal(mask, full[1])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 100])
+def test_responses_do_not_depend_on_the_rows_at_once(gpt, rows):
+    prompts, lens = some_prompts(6, 5), torch.tensor([5, 1, 3, 2, 4, 5])
+    model = Counting(gpt)
+    limited = generate(model, prompts, lens, 8, EOS, torch.Generator().manual_seed(1), rows)
+    every = generate(gpt, prompts, lens, 8, EOS, torch.Generator().manual_seed(1))
+    assert torch.equal(limited[0], every[0]) and torch.equal(limited[1], every[1])
+    assert max(shape[0] for shape in model.shapes) == min(rows, 6)
 
 
 def test_generate_keeps_the_prompts(gpt):
@@ -178,7 +234,7 @@ def test_rollout_carries_no_gradient(policy, gpt, reward_model):
 
 def test_rollout_take_cuts_after_the_longest_row_taken(policy, gpt, reward_model):
     """Row 1 has actions in slots 0 to 2 and row 0 in slots 2 to 5. Without row 0, three slots are left."""
-    frozen = Frozen(gpt, reward_model, Digits(), max_new_tokens=4)
+    frozen = Frozen(gpt, reward_model, Digits(eos_id=-1), max_new_tokens=4)
     made = collect(policy, frozen, torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.tensor([3, 1]),
                    torch.Generator().manual_seed(0))
     assert made.mask.shape == (2, 6)

@@ -119,8 +119,11 @@ class Recorder(nn.Module):
         super().__init__()
         self.gpt, self.seen = gpt, []
 
-    def forward(self, tokens):
-        logits = self.gpt(tokens)
+    def hidden(self, tokens):
+        return self.gpt.hidden(tokens)
+
+    def logits(self, hidden):
+        logits = self.gpt.logits(hidden)
         self.seen.append(Forward(torch.is_autocast_enabled("cpu"), logits.dtype))
         return logits
 

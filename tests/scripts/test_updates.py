@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import traceback
 
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_ppo
 import train_reward
@@ -76,7 +78,7 @@ def rollout(policy, gpt, reward_model):
     prompts = torch.tensor([[1, 2, 3], [4, 5, 0], [6, 0, 0]]).repeat(2, 1)
     frozen = Frozen(gpt, reward_model, Digits(eos_id=7), max_new_tokens=6)
     made = collect(policy, frozen, prompts, torch.tensor([3, 2, 1, 3, 2, 1]), generator)
-    assert made.mask.sum(dim=1).tolist() == [2, 2, 6, 2, 6, 6]  # ragged
+    assert made.mask.sum(dim=1).tolist() == [2, 6, 2, 1, 4, 2]  # ragged
     noise = torch.randn(2, *made.mask.shape, generator=generator, dtype=torch.float64)
     return made._replace(logprobs=made.logprobs + 0.1 * noise[0] * made.mask), noise[0], noise[1]
 
@@ -129,6 +131,21 @@ def test_ppo_micro_batches_sum_to_the_minibatch(policy, rollout, size):
     assert metrics_of_parts == pytest.approx(metrics, rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_gradients_of_an_epoch_have_the_gradient_of_the_rollout_as_their_mean(policy, rollout, size):
+    """At fixed weights, to 12 digits, although the responses have 1 to 6 tokens: all gradient steps divide by the same
+    number. With a number of its own for each minibatch, the two differ. The metrics are the rollout's too."""
+    cfg = dataclasses.replace(SIX, entropy_coef=0.1, value_clip_eps=0.2)
+    whole, metrics = record(policy, rollout, cfg)
+    steps, metrics_of_steps = record(policy, rollout, dataclasses.replace(cfg, minibatch_size=size))
+    assert len(steps.gradients) == 6 / size
+    for name, gradient in whole.gradients[0].items():
+        mean = sum(step[name] for step in steps.gradients) / len(steps.gradients)
+        assert_close(mean, gradient, atol=1e-12, rtol=1e-12)
+    for name in ("policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "kl_old"):
+        assert metrics_of_steps[name] == pytest.approx(metrics[name], rel=1e-6, abs=1e-9), name
+
+
 def test_loss_and_metrics_of_a_minibatch_by_hand(policy, rollout):
     """mean of max(-A r, -A clip(r)) + 0.3 * half the mean of the larger square - 0.2 * mean entropy, and the metrics
     of the log: over all actions, one after another, in plain numbers."""
@@ -176,12 +193,14 @@ def test_every_epoch_takes_each_row_once_in_its_own_order(policy, rollout, monke
                for step in (0, 1)]
     for one, other in zip(logged, singles):
         assert one == pytest.approx(other, rel=1e-5)
-    # Each minibatch as a rollout of its own: its metrics are those of one gradient step.
+    # Each minibatch as a rollout of its own: its metrics, weighted by its number of actions, have the same mean.
+    weights = [made.mask[pair].sum().item() for pair in taken[:9]]
     minibatches = [record(policy, (made.take(rows := torch.tensor(pair)), *(
         x[rows, : made.take(rows).mask.size(1)] for x in (-advantages, returns))),
         dataclasses.replace(cfg, inner_epochs=1, batch_size=2))[1] for pair in taken[:9]]
     for name in ("policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "kl_old"):
-        assert logged[0][name] == pytest.approx(sum(one[name] for one in minibatches) / 9, rel=1e-6), name
+        expected = sum(weight * one[name] for weight, one in zip(weights, minibatches)) / sum(weights)
+        assert logged[0][name] == pytest.approx(expected, rel=1e-6), name
     assert logged[0]["first_log_ratio"] == minibatches[0]["first_log_ratio"]
 
 
@@ -223,6 +242,49 @@ def test_max_kl_old_looks_at_the_last_minibatch_of_an_epoch(policy, rollout, mon
     policy.load_state_dict(start)
     cfg = dataclasses.replace(cfg, max_kl_old=factor * last)
     assert run(policy, (made, *targets), cfg, lr=1e-2)["gradient_steps"] == gradient_steps
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the host has to wait for the device: a number is read (item, bool, int), or the
+    shape of the result depends on the data (nonzero, indexing with a mask). masked_mean is left out, which asks
+    whether its mask is empty only on the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if (name in ("_local_scalar_dense", "nonzero", "masked_select") or by_mask) and not any(
+                frame.name == "masked_mean" for frame in traceback.extract_stack()):
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_update_waits_twice_for_each_gradient_step(policy, rollout):
+    """How many actions the minibatch has, and where: 6 more gradient steps, 12 more waits."""
+    counts = []
+    for epochs in (1, 3):
+        with Waits() as waits:
+            run(policy, rollout, train_ppo.PPOConfig(batch_size=6, minibatch_size=2, inner_epochs=epochs), lr=1e-3)
+        counts.append(waits.count)
+    assert counts[1] - counts[0] == 12
+
+
+@pytest.mark.parametrize(("module", "config", "name"), [(train_sft, train_sft.SFTConfig, "sft"),
+                                                         (train_reward, train_reward.RewardConfig, "reward")])
+def test_a_gradient_step_waits_twice(trained, tmp_path, module, config, name):
+    """In a run of 4 more steps, without lines of metrics: 8 more waits."""
+    data, out, _ = trained
+    flags = ["--device", "cpu", *TINY[name].split(), "--data", data, "--out", tmp_path, "--log-every", 100,
+             "--eval-every", 100, *(["--sft", out / "sft.pt"] if name == "reward" else [])]
+    counts = []
+    for steps in (2, 6):
+        with Waits() as waits:
+            module.main(parse_cli(config, [*map(str, flags), "--steps", str(steps)]))
+        counts.append(waits.count)
+    assert counts[1] - counts[0] == 8
 
 
 def test_grad_norm_leaves_out_a_step_that_the_scaler_skips(policy, rollout, monkeypatch):

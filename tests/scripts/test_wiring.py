@@ -17,6 +17,7 @@ import train_reward
 import train_sft
 from rlhf.data import Comparison, Prompt, encode_response
 from rlhf.evaluate import decode_responses
+from rlhf.extras.yardsticks import swap_prompts
 from rlhf.model import GPT
 from rlhf.rollout import generate
 from rlhf.support import runtime
@@ -194,9 +195,9 @@ def test_run_stops_if_another_policy_scored_the_rollout(seen, monkeypatch, tmp_p
 def test_half_precision_is_used_in_every_forward_pass(seen, monkeypatch, tmp_path):
     """Old, reference and new log-probabilities come from passes in the same precision, or their ratios would mean
     nothing. They are float32 again when they are compared."""
-    passes, forward, logprobs = set(), GPT.hidden, train_ppo.token_logprobs
+    passes, forward, logprobs = set(), GPT.hidden, train_ppo.chosen_logprobs
     monkeypatch.setattr(GPT, "hidden", lambda *args: passes.add(torch.is_autocast_enabled("cpu")) or forward(*args))
-    monkeypatch.setattr(train_ppo, "token_logprobs", lambda *args: passes.add((out := logprobs(*args)).dtype) or out)
+    monkeypatch.setattr(train_ppo, "chosen_logprobs", lambda *args: passes.add((out := logprobs(*args)).dtype) or out)
     flags = ["--device", "cpu", *TINY["ppo"].split(), "--steps", "1", "--data", seen.data, "--out", tmp_path,
              "--sft", seen.out / "sft.pt", "--reward", seen.reward, "--amp", "bf16", "--ptx-coef", "1"]
     train_ppo.main(parse_cli(train_ppo.PPOConfig, list(map(str, flags))))
@@ -305,10 +306,10 @@ def test_accuracy_by_hand():
 
 def test_swap_prompts_gives_every_row_the_prompt_of_another():
     pairs = [Comparison(Prompt(str(i), [i] * (1 + i)), [7], [8, 9]) for i in range(6)]
-    swapped = train_reward.swap_prompts(pairs, seed=0, limit=100)
+    swapped = swap_prompts(pairs, seed=0, limit=100)
     assert all(new.prompt != old.prompt and new[1:] == old[1:] for new, old in zip(swapped, pairs, strict=True))
     assert sorted(row.prompt.text for row in swapped) == list("012345")
-    assert {len(row.prompt.tokens) for row in train_reward.swap_prompts(pairs, seed=0, limit=7)} == {1, 2, 3, 4, 5}
+    assert {len(row.prompt.tokens) for row in swap_prompts(pairs, seed=0, limit=7)} == {1, 2, 3, 4, 5}
 
 
 def test_sft_validation_loss_is_the_mean_over_held_out_tokens(trained):
