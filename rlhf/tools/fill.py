@@ -62,10 +62,10 @@ def before_after(root: Path) -> list[str]:
          f"{row.After} ({row.gold_after:+g})"] for row in frame.head(3).itertuples()])
 
 
-def stages(root: Path) -> list[str]:
+def stages(root: Path, runs: str = "seed*") -> list[str]:
     """The three stages with default flags: each quantity at the start, if it has one, and at the end."""
-    sft, reward, end = (load(root, "seed*", x).groupby("seed") for x in ("sft", "reward", "reward_evaluation"))
-    policies = load(root, "seed*", "evaluation").pivot(index="seed", columns="policy")
+    sft, reward, end = (load(root, runs, x).groupby("seed") for x in ("sft", "reward", "reward_evaluation"))
+    policies = load(root, runs, "evaluation").pivot(index="seed", columns="policy")
     lines = [("SFT: loss (start: training, end: held out)", sft["loss"].first(), sft["valid"].last()),
              ("reward model: accuracy (end: held out)", reward["accuracy"].first(), end["accuracy"].last())]
     lines += [(f"reward model: {x}_accuracy", None, end[f"{x}_accuracy"].last()) for x in ("swapped", "judge", "bayes")]
@@ -92,16 +92,17 @@ def of_file(path: str, keys: str, columns: str, where: str = "seed >= 0"):
     return lambda root: table(read_csv(root / path).query(where, engine="python"), keys.split(), columns.split())
 
 
-LOOP = "loop_seed*/1 loop_seed*/2 loop_seed*/3 loop_half_seed*/2 loop_half_seed*/3 loop_seed*/once seed*"
+LOOP = "loop_seed*/1 loop_seed*/2 loop_seed*/3 loop_half_seed*/2 loop_half_seed*/3 loop_seed*/once earlier_seed*"
 FITS, WORLD = ("docs/results/study/fits.csv", "method comparisons"), ("docs/ablations/tuning_world.csv", "run flags")
 TABLES = {
     "before_after": before_after, "stages": stages, "loop": of_runs(LOOP, "gold win_rate_vs_sft kl_ref score"),
     "walk_before": quoted(0, 2), "walk_after": quoted(2, 4),
     "walk_excerpt": quoted(1, 2, keep="slot|  (18|21|30|40)| sum"),
     "last_lines": quoted(0, None, file="last_lines.txt"),
-    "value_network": of_runs("seed* value_seed* shared_seed*", PPO), "lora": of_runs("seed* lora_seed*", PPO),
+    "value_network": of_runs("earlier_seed* value_seed* shared_seed*", PPO),
+    "lora": of_runs("earlier_seed* lora_seed*", PPO), "earlier_stages": lambda root: stages(root, "earlier_seed*"),
     "loop_accuracy": of_runs(LOOP, "accuracy", "reward_evaluation", "seed >= 0"),
-    "shuffled_prompts": of_runs("blind_seed* seed*", "accuracy", "reward_evaluation", "seed >= 0"),
+    "shuffled_prompts": of_runs("blind_seed* earlier_seed*", "accuracy", "reward_evaluation", "seed >= 0"),
     "kl_coefs": of_file("docs/results/study/evaluations.csv", "kl_coef policy", "gold score kl_ref",
                         "comparisons == 12000 and policy in ('ppo', 'best_of_n')"),
     "fits": of_file(*FITS, "alpha beta"), "peaks": of_file(*FITS, "highest_gold at_sqrt_kl last_gold"),

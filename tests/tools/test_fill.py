@@ -81,10 +81,11 @@ def test_of_runs_reads_ppo_of_every_seed(tmp_path):
     assert fill.of_runs("loop_seed*/1", "gold")(tmp_path)[2:] == ["| loop_seed*/1 | 1.50 | 0.500, 1.50, 2.50 |"]
 
 
-def test_stages_by_hand(tmp_path):
+@pytest.mark.parametrize("runs", ["seed*", "earlier_seed*"])
+def test_stages_by_hand(tmp_path, runs):
     """Seed k: SFT's loss starts at 6 + k and its last held-out loss is 0.5 + k / 10; gold goes from -k to 2 + k / 2."""
     for k in range(3):
-        folder = tmp_path / "docs" / "results" / f"seed{k}"
+        folder = tmp_path / "docs" / "results" / runs.replace("*", str(k))
         folder.mkdir(parents=True)
         (folder / "sft.csv").write_text(f"step,loss,valid\n1,{6 + k},9\n2,3,\n3,1,{0.5 + k / 10}\n")
         (folder / "reward.csv").write_text("step,accuracy\n1,0.5\n2,0.9\n")
@@ -94,7 +95,7 @@ def test_stages_by_hand(tmp_path):
             "policy,score,gold,kl_ref,win_rate_vs_sft,eos_rate,optimality\n"
             f"sft,0.1,{-k},0,0.5,1,0\nppo,1,{2 + k / 2},{3 + k},0.9,1,0.95\n"
             f"best_of_n,1.1,2,{3 + k},,,0.9{k}\noptimum,1.2,2.5,4,,,1\n")
-    assert stages(tmp_path) == [
+    assert stages(tmp_path, runs) == [
         "|  | at the start, mean | at the end, mean | seeds 0, 1, 2 |",
         "| --- | --- | --- | --- |",
         "| SFT: loss (start: training, end: held out) | 7.00 | 0.600 | 0.500, 0.600, 0.700 |",
