@@ -43,11 +43,11 @@ from rlhf.tokenizer import find_tokenizer
 class PPOConfig(cli.TrainConfig):
     """Train the policy with PPO against the reward model (stage three of three)."""
 
-    steps: int = 112
-    batch_size: int = 128
+    steps: int = 224
+    batch_size: int = 64
     lr: float = 6e-4
-    warmup: int = 20
-    eval_every: int = 25
+    warmup: int = 40
+    eval_every: int = 50
     sft: str = cli.arg("", "starting policy and reference (empty: OUT/sft.pt)", group="rollout")
     reward: str = cli.arg("", "reward model (empty: OUT/reward.pt)")
     value_network: str = cli.arg("reward", "start from the reward model, or share the policy's", ("reward", "shared"))
@@ -59,7 +59,7 @@ class PPOConfig(cli.TrainConfig):
     kl_coef: float = cli.arg(0.07, "KL penalty coefficient", group="PPO")
     kl_target: float = cli.arg(0.0, "adapt kl_coef towards this KL, nats/response (0: off)")
     kl_horizon: float = cli.arg(10_000, "responses over which kl_coef adapts")
-    minibatch_size: int = cli.arg(32, "minibatch size")
+    minibatch_size: int = cli.arg(16, "minibatch size")
     inner_epochs: int = cli.arg(2, "epochs over each rollout")
     max_kl_old: float = cli.arg(float("inf"), "stop the inner epochs when KL(old, new) exceeds this")
     gamma: float = cli.arg(1.0, "discount")

@@ -37,6 +37,7 @@ class RewardConfig(cli.TrainConfig):
 
     steps: int = 600
     batch_size: int = 64
+    micro_batch_size: int = 16  # sorted by length, so that less is padded
     lr: float = 2e-3
     warmup: int = 20
     max_grad_norm: float = 5.0

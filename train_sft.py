@@ -29,8 +29,9 @@ from rlhf.tokenizer import find_tokenizer
 class SFTConfig(cli.TrainConfig):
     """Fine-tune a GPT on demonstrations (stage one of three)."""
 
-    steps: int = 800
+    steps: int = 600
     batch_size: int = 32
+    micro_batch_size: int = 16  # sorted by length, so that less is padded
     lr: float = 4e-3
     warmup: int = 30
     log_every: int = cli.arg(25, "steps between lines of metrics")
@@ -38,8 +39,8 @@ class SFTConfig(cli.TrainConfig):
     weight_decay: float = cli.arg(0.1, "AdamW's weight decay, on matrices only")
     tokenizer: str = cli.arg("auto", "auto (the data set's, else GPT-2's), gpt2 or FILE.tiktoken", group="model")
     init: str = cli.arg("", "GPT-2's weights: gpt2, ..., gpt2-xl, or a folder")
-    n_layer: int = cli.arg(4, "transformer blocks")
-    n_head: int = cli.arg(8, "attention heads")
+    n_layer: int = cli.arg(3, "transformer blocks")
+    n_head: int = cli.arg(4, "attention heads")
     n_embd: int = cli.arg(64, "channels")
     block_size: int = cli.arg(80, "context: longest prompt and response in tokens")
 
@@ -90,10 +91,9 @@ def main(cfg: SFTConfig) -> None:
         loss = 0.0
         for part in tables.ticker(chunks(rows, cfg.micro_batch_size), f"step {step + 1}, micro-batches"):
             tokens, mask = demonstration_batch(part, tokenizer.pad_id, device)  # (B, T), (B, T-1)
-            with runtime.autocast(device, amp):  # (B, T, C); logits (B, T, V) only of response tokens
-                part_loss = sft_loss(gpt.hidden(tokens), tokens, mask, gpt.logits)
-            # A micro-batch weighs as much as it has response tokens: they sum to the mean over all of the batch.
-            part_loss = part_loss * (mask.sum() / actions)
+            with runtime.autocast(device, amp):
+                # A micro-batch weighs as much as it has response tokens: they sum to the mean over all of the batch.
+                part_loss = sft_loss(gpt.hidden(tokens), tokens, mask, gpt.logits) * (mask.sum() / actions)
             scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         grad_norm = runtime.optimizer_step(gpt, optimizer, scaler, cfg.max_grad_norm)
@@ -119,8 +119,7 @@ def validation_loss(gpt, rows, size: int, pad_id: int, device, amp) -> float:
     for part in tables.ticker(chunks(rows, size), "validation, batches"):
         tokens, mask = demonstration_batch(part, pad_id, device)  # (B, T), (B, T-1)
         with runtime.autocast(device, amp):
-            loss = sft_loss(gpt.hidden(tokens), tokens, mask, gpt.logits)
-        total += (loss * (mask.sum() / actions)).item()
+            total += (sft_loss(gpt.hidden(tokens), tokens, mask, gpt.logits) * (mask.sum() / actions)).item()
     return total
 
 

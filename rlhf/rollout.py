@@ -87,21 +87,21 @@ def generate(model: nn.Module, prompts: Tensor, prompt_lens: Tensor, max_new_tok
     tokens = F.pad(torch.where(real, prompts[:, :P], 0), (0, max_new_tokens))  # (B, T)
     uniforms = torch.rand(B, max_new_tokens, generator=generator, dtype=torch.float64, device=prompts.device)
     lengths = prompt_lens.clone()  # (B,): of prompt and response so far
-    for some in torch.arange(B, device=prompts.device).split(rows or B):
-        write_responses(model, tokens, lengths, P, some, uniforms, eos_id)
+    for some in prompt_lens.argsort(stable=True).split(rows or B):  # prompts of similar length: less is padded
+        write_responses(model, tokens, lengths, some, uniforms, eos_id)
     width = int(lengths.max())
     return tokens[:, :width], response_mask(prompt_lens, lengths, width)
 
 
-def write_responses(model: nn.Module, tokens: Tensor, lengths: Tensor, P: int, rows: Tensor, uniforms: Tensor,
+def write_responses(model: nn.Module, tokens: Tensor, lengths: Tensor, rows: Tensor, uniforms: Tensor,
                     eos_id: int) -> None:
-    """Sample the responses of some rows, in place: tokens (B, P + N), lengths (B,), uniforms (B, N)."""
-    N = uniforms.size(1)
+    """Sample the responses of some rows, in place: tokens (B, T), lengths (B,), uniforms (B, N)."""
+    P, N = int(lengths[rows].max()), uniforms.size(1)
     cache = model.make_cache(len(rows), P + N) if hasattr(model, "make_cache") else None
     columns = torch.arange(P + N, device=rows.device)
     no_pad = (columns < lengths[rows].unsqueeze(1)) | (columns >= P)  # (n, P + N): between prompt and response are pads
     ragged = not no_pad.all()
-    going = torch.ones_like(rows, dtype=torch.bool)  # not at end-of-text yet
+    going, sampled = torch.ones_like(rows, dtype=torch.bool), rows  # not at end-of-text yet; the newest tokens
     for t in range(N):
         last = lengths[rows] - 1  # (n,): the position of each row's last real token
         every = torch.arange(len(rows), device=rows.device)
@@ -120,10 +120,9 @@ def write_responses(model: nn.Module, tokens: Tensor, lengths: Tensor, P: int, r
         kept = going.nonzero().squeeze(1)  # the host waits for the device here, once a token
         if len(kept) == 0:
             break
-        if len(kept) <= 0.75 * len(rows):  # rows that have ended leave the batch when that is worth a copy of the cache
+        if cache is not None and len(kept) <= 0.75 * len(rows):  # enough have ended to pay for a copy
             rows, going, sampled, no_pad = rows[kept], going[kept], sampled[kept], no_pad[kept]
-            if cache is not None:
-                cache.keep(kept)
+            cache.keep(kept)
 
 
 def has_ended(tokens: Tensor, mask: Tensor, eos_id: int) -> Tensor:
