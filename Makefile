@@ -1,6 +1,7 @@
-# make run   the three stages in order and how close PPO came to the optimum, into runs/
-# make test  the tests
-# make lint  ruff, if it is installed
+# make run       the three stages in order and how close PPO came to the optimum, into runs/
+# make test      the tests, except the slow ones
+# make test-all  all tests
+# make lint      ruff, if it is installed
 PYTHON = .venv/bin/python
 # Threads that wait sleep instead of spinning: on a busy machine two-thread runs are several times as fast.
 export OMP_WAIT_POLICY = passive
@@ -13,6 +14,9 @@ run: .venv/installed
 	$(PYTHON) -m rlhf.tools.optimality
 
 test: .venv/installed
+	$(PYTHON) -m pytest -m "not slow"
+
+test-all: .venv/installed
 	$(PYTHON) -m pytest
 
 lint:
@@ -28,4 +32,4 @@ lint:
 clean:
 	rm -rf .venv runs
 
-.PHONY: run test lint clean
+.PHONY: run test test-all lint clean

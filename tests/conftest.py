@@ -1,4 +1,6 @@
-"""Fixtures: small models, a small data set, and the three stages run once on it."""
+"""Fixtures: small models, a small data set, the three stages run once on it, and GPT-2's tokenizer."""
+
+import os
 
 import pytest
 
@@ -48,3 +50,13 @@ def trained(tmp_path_factory):
     data, out = copy_some_rows(folder / "data"), folder / "runs"
     printed = {name: script(name, "--data", data, "--out", out).stdout for name in TINY}
     return data, out, printed
+
+
+@pytest.fixture
+def gpt2_ranks(monkeypatch):
+    """Lets tiktoken find GPT-2's ranks without the internet."""
+    cache = ROOT.parent / "shared" / "data" / "gpt2_bpe"
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        if not cache.is_dir():
+            pytest.skip("GPT-2's ranks are not here; set TIKTOKEN_CACHE_DIR to a folder that holds them")
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))

@@ -1,11 +1,15 @@
-"""What several tests use: numbers, noise, a small tokenizer, the small data set, the scripts as subprocesses."""
+"""What several tests use: numbers, noise, a small tokenizer, the small data set, the three scripts."""
 
+import contextlib
 import csv
+import io
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,9 +73,26 @@ TINY = {
 
 
 def script(name, *flags, ok=True):
-    """Run a script as a user does, with tiny flags on the CPU."""
-    command = [sys.executable, f"train_{name}.py", "--device", "cpu", *TINY[name].split(), *map(str, flags)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    if ok:
-        assert done.returncode == 0, done.stderr
-    return done
+    """Run a script with tiny flags on the CPU, as from the command line. It runs in this process, because a new one
+    takes seconds to import torch; `process` starts one."""
+    command, out, err = [f"train_{name}.py", *tiny(name, *flags)], io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", command)
+        try:
+            runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+            status = 0
+        except SystemExit as stop:  # with a number, None for 0, or a text for 1
+            status = 1 if isinstance(stop.code, str) else stop.code or 0
+    assert status == 0 or not ok, err.getvalue()
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
+
+
+def process(*command):
+    """Run Python with these arguments in the root of the repository, as a user does."""
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def tiny(name, *flags):
+    """The flags of a tiny run of a script, then the given ones, which replace those of the same name."""
+    return ["--device", "cpu", *TINY[name].split(), *map(str, flags)]

@@ -3,7 +3,6 @@
 import base64
 import importlib.util
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -98,18 +97,11 @@ def test_load_tokenizer_rejects_missing_file(tmp_path):
         load_tokenizer(str(tmp_path / "x.tiktoken"))
 
 
-def test_load_tokenizer_gpt2_has_the_ids_of_gpt2(root):
+def test_load_tokenizer_gpt2_has_the_ids_of_gpt2(gpt2_ranks):
     """50,257 tokens, end-of-text 50256. "Hello world" is 15496 995 in GPT-2's own vocabulary."""
-    cache = root.parent / "shared" / "data" / "gpt2_bpe"
-    if not cache.is_dir() and "TIKTOKEN_CACHE_DIR" not in os.environ:
-        pytest.skip("GPT-2's ranks are not here; set TIKTOKEN_CACHE_DIR to a folder that holds them")
-    code = ("from rlhf.tokenizer import load_tokenizer; t = load_tokenizer('gpt2');"
-            "print(t.vocab_size, t.eos_id, t.pad_id != t.eos_id, t.encode('Hello world'),"
-            "t.eos_id in t.encode('<|endoftext|>'))")
-    env = {"TIKTOKEN_CACHE_DIR": str(cache), **os.environ}
-    got = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
-    assert got.stdout.split(maxsplit=3)[:3] == ["50257", "50256", "True"], got.stderr
-    assert got.stdout.split("True ")[1] == "[15496, 995] False\n"
+    gpt2 = load_tokenizer("gpt2")
+    assert (gpt2.vocab_size, gpt2.eos_id) == (50257, 50256) and gpt2.pad_id != gpt2.eos_id
+    assert gpt2.encode("Hello world") == [15496, 995] and gpt2.eos_id not in gpt2.encode("<|endoftext|>")
 
 
 def test_find_tokenizer_takes_the_folders_own_or_gpt2s(small_data, monkeypatch):

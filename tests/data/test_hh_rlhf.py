@@ -4,7 +4,6 @@ import csv
 import gzip
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -374,15 +373,6 @@ def test_prepare_writes_beside_the_script_by_default(tmp_path, monkeypatch):
 # ---- tokenizers, and the three scripts on the result ----
 
 
-@pytest.fixture
-def gpt2(monkeypatch):
-    cache = ROOT.parent / "shared" / "data" / "gpt2_bpe"
-    if "TIKTOKEN_CACHE_DIR" not in os.environ:
-        if not cache.is_dir():
-            pytest.skip("GPT-2's ranks are not here; set TIKTOKEN_CACHE_DIR to a folder that holds them")
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
-
-
 def dialogues(first, count):
     """Rows of one to four turns. Each row has its own words."""
     rows = []
@@ -405,7 +395,7 @@ def test_own_tokenizer_is_trained_on_chosen_training_dialogues_only(tmp_path):
     assert len(tokenizer.encode(" xylophone")) > 5 and len(tokenizer.encode(" quicksilver")) > 5
 
 
-def test_lengths_with_gpt2_tokenizer_are_in_its_tokens(tmp_path, gpt2):
+def test_lengths_with_gpt2_tokenizer_are_in_its_tokens(tmp_path, gpt2_ranks):
     r"""ONE has nine tokens of GPT-2 (\n, \n, Human, :, e, \n, \n, Assistant, :), TWO has 9 + 1 + 9, and a reply of one
     word has two with end-of-text."""
     source = make_source(tmp_path / "in", [line(TWO + " yes", TWO + " no")], [row("x")])
@@ -416,11 +406,11 @@ def test_lengths_with_gpt2_tokenizer_are_in_its_tokens(tmp_path, gpt2):
     assert "no rows left" in refused(source, tmp_path / "none", "--context", 10, "--reply-room", 1)
 
 
-@pytest.mark.parametrize("tokenizer", ["own", "gpt2"])
+@pytest.mark.parametrize("tokenizer", ["own", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_three_scripts_run_on_the_prepared_data(tmp_path, tokenizer, request):
     """Two steps of each stage. PPO has the room for its responses that --reply-room asked for."""
     if tokenizer == "gpt2":
-        request.getfixturevalue("gpt2")
+        request.getfixturevalue("gpt2_ranks")
     source = make_source(tmp_path / "in", dialogues(0, 40), dialogues(100, 8))
     data = prepare(source, tmp_path / "data", "--tokenizer", tokenizer, "--vocab-size", 400, "--context", 96,
                    "--reply-room", 40)

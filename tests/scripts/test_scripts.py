@@ -3,9 +3,6 @@
 import csv
 import math
 import re
-import runpy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,9 +12,10 @@ import train_reward
 import train_sft
 from rlhf.data import load_demonstrations, pad_rows
 from rlhf.model import GPT, GPTConfig, RewardModel
+from rlhf.support import checkpoints
 from rlhf.support.cli import parse_cli
 from rlhf.tokenizer import find_tokenizer
-from tests.helpers import ROOT, TINY, rows, script
+from tests.helpers import TINY, process, rows, script, tiny
 
 
 def test_three_stages_write_their_files(trained):
@@ -67,34 +65,72 @@ def test_scores_have_mean_0_and_std_1_on_the_demonstrations(trained):
     assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_resumed_run_equals_the_uninterrupted_run_bit_for_bit(trained, tmp_path, name):
-    """Stop at the middle checkpoint, resume, and compare every weight and every logged number but the clock's."""
-    data, out, _ = trained
-    inputs = ["--data", data, "--out", tmp_path]
-    if name != "sft":
-        inputs += ["--sft", out / "sft.pt"]
-    if name == "ppo":
-        inputs += ["--reward", out / "reward.pt"]
-    stop = {"sft": 4, "reward": 3, "ppo": 2}[name]
-    code = (f"import sys, train_{name} as script; from rlhf.support.cli import parse_cli\n"
-            "real, cls = script.checkpoints.save, [c for n, c in vars(script).items() if n.endswith('Config') and "
-            "n != 'GPTConfig'][0]\n"
-            "def save(*a, **k):\n    real(*a, **k)\n    sys.exit(7)\n"
-            "script.checkpoints.save = save\nscript.main(parse_cli(cls))")
-    flags = ["--device", "cpu", *TINY[name].split(), *map(str, inputs)]
-    cut = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
-    assert cut.returncode == 7, cut.stderr
-    assert torch.load(tmp_path / f"{name}.pt", weights_only=True)["step"] == stop
-    script(name, *inputs, "--resume")
+def inputs_of(name, data, out):
+    """The flags that make a script read from the folders of `trained`."""
+    models = {"sft": [], "reward": ["--sft", out / "sft.pt"], "ppo": ["--sft", out / "sft.pt", "--reward",
+                                                                      out / "reward.pt"]}
+    return ["--data", data, *models[name]]
 
-    whole, resumed = (torch.load(folder / f"{name}.pt", weights_only=True) for folder in (out, tmp_path))
-    assert whole["step"] == resumed["step"] > stop
+
+def check_interrupted_run(folder, name):
+    """The checkpoint of the middle of the run is there, and nothing later."""
+    checkpoint = torch.load(folder / f"{name}.pt", weights_only=True)
+    assert checkpoint["step"] == {"sft": 4, "reward": 3, "ppo": 2}[name] and "optimizer" in checkpoint
+
+
+def check_same_run(one, other, name):
+    """Two folders hold the same weights, bit for bit, and the same logged numbers but the clock's."""
+    whole, resumed = (torch.load(folder / f"{name}.pt", weights_only=True) for folder in (one, other))
+    assert whole["step"] == resumed["step"] == {"sft": 8, "reward": 6, "ppo": 4}[name]
     for key, tensor in whole["model"].items():
         assert torch.equal(tensor, resumed["model"][key]), key
     clock = {"tokens_per_s", "seconds"}
-    for one, other in zip(rows(out / f"{name}.csv"), rows(tmp_path / f"{name}.csv"), strict=True):
-        assert {k: v for k, v in one.items() if k not in clock} == {k: v for k, v in other.items() if k not in clock}
+    for row, same in zip(rows(one / f"{name}.csv"), rows(other / f"{name}.csv"), strict=True):
+        assert {k: v for k, v in row.items() if k not in clock} == {k: v for k, v in same.items() if k not in clock}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_resumed_run_equals_the_uninterrupted_run_bit_for_bit(trained, tmp_path, monkeypatch, name):
+    """Interrupted after the middle checkpoint, then resumed."""
+    data, out, _ = trained
+    flags = [*inputs_of(name, data, out), "--out", tmp_path]
+    save = checkpoints.save
+
+    def save_and_stop(*args, **state):
+        save(*args, **state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", save_and_stop)
+        assert script(name, *flags, ok=False).returncode == 1
+    check_interrupted_run(tmp_path, name)
+    script(name, *flags, "--resume")
+    check_same_run(out, tmp_path, name)
+
+
+STOP_AFTER_SAVE = """import runpy
+from rlhf.support import checkpoints
+save = checkpoints.save
+def save_and_stop(*args, **state):
+    save(*args, **state)
+    raise KeyboardInterrupt
+checkpoints.save = save_and_stop
+runpy.run_path("train_{}.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_run_resumed_in_a_new_process_equals_the_uninterrupted_run(trained, tmp_path, name):
+    """As above, but nothing passes from the first process to the second except files."""
+    data, out, _ = trained
+    flags = tiny(name, *inputs_of(name, data, out), "--out", tmp_path)
+    cut = process("-c", STOP_AFTER_SAVE.format(name), *flags)
+    assert cut.returncode == 1 and "interrupted" in cut.stderr, cut.stderr
+    check_interrupted_run(tmp_path, name)
+    resumed = process(f"train_{name}.py", *flags, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    check_same_run(out, tmp_path, name)
 
 
 @pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--amp", "fp16"], ["--value-network", "shared"],
@@ -157,19 +193,13 @@ def test_missing_checkpoint_names_the_script_to_run_first(trained, tmp_path):
         ("ppo", ["--device", "quantum"], "invalid choice"),
     ],
 )
-def test_bad_input_gives_one_line_and_status_2(trained, monkeypatch, capsys, name, flags, message):
-    """No traceback, and not a byte of the output folder has changed. (In this process: starting one takes seconds.)"""
+def test_bad_input_gives_one_line_and_status_2(trained, name, flags, message):
+    """No traceback, and not a byte of the output folder has changed."""
     data, out, _ = trained
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    flags = [str(flag).replace("OUT", str(out)) for flag in flags]
-    flags = [*TINY[name].split(), *([] if "--data" in flags else ["--data", data]), "--out", out, *flags]
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [f"train_{name}.py", "--device", "cpu", *map(str, flags)])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / f"train_{name}.py"), run_name="__main__")
-    shown = capsys.readouterr().err
-    assert stop.value.code == 2 and message in shown
-    assert len([line for line in shown.splitlines() if "error:" in line]) == 1
+    done = script(name, "--data", data, "--out", out, *(flag.replace("OUT", str(out)) for flag in flags), ok=False)
+    assert done.returncode == 2 and message in done.stderr
+    assert len([line for line in done.stderr.splitlines() if "error:" in line]) == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -181,10 +211,10 @@ def test_diverging_run_stops_with_one_line(trained, tmp_path):
     assert not (tmp_path / "ppo.pt").exists()
 
 
-def test_unwritable_folder_gives_one_line(trained, tmp_path):
-    data, *_ = trained
+def test_unwritable_folder_gives_one_line(small_data, tmp_path):
+    """In a process of its own."""
     (tmp_path / "file").write_text("not a folder")
-    done = script("sft", "--data", data, "--out", tmp_path / "file", ok=False)
+    done = process("train_sft.py", *tiny("sft", "--data", small_data, "--out", tmp_path / "file"))
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 

@@ -6,6 +6,7 @@ import numpy
 import pytest
 
 from rlhf.support.cli import InputError
+from rlhf.tools import study
 from rlhf.tools.study import StudyConfig, fit, fits, main, script, spread
 
 
@@ -53,11 +54,17 @@ def test_study_config_rejects_impossible_values(flag):
         StudyConfig(**flag)
 
 
-def test_study_rejects_bad_input(tmp_path, small_data):
+def test_study_rejects_bad_input(tmp_path, small_data, monkeypatch):
+    """A script that shows its flags and stops with status 2 takes the place of train_sft.py, which imports torch."""
     with pytest.raises(InputError, match="--comparisons 4000: .* has 40"):
         main(StudyConfig(data=str(small_data), out=str(tmp_path / "out"), comparisons="20,4000"))
+    assert (study.ROOT / "train_sft.py").is_file()
+    (tmp_path / "train_sft.py").write_text("import sys\nprint(*sys.argv[1:])\nsys.exit(2)\n")
+    monkeypatch.setattr(study, "ROOT", tmp_path)
     with pytest.raises(InputError, match="stopped with status 2; see .*sft.log"):
         script(StudyConfig(data=str(tmp_path / "nowhere")), "sft", 0, tmp_path / "out")
+    flags = (tmp_path / "out" / "sft.log").read_text()
+    assert flags == f"--data {tmp_path / 'nowhere'} --device auto --seed 0 --out {tmp_path / 'out'}\n"
     (tmp_path / "out" / "sft.done").write_text("train_sft.py --steps 5")
     with pytest.raises(InputError, match="holds another run, train_sft.py --steps 5"):
         script(StudyConfig(data=str(small_data)), "sft", 0, tmp_path / "out")
