@@ -12,7 +12,7 @@ demonstrations, because the reference policy imitates them: a score of +1 is one
 How good can it be? Annotators disagree with themselves, so no model reaches 1.0. If the data set has a judge that knows
 its annotators' noise, the evaluation also shows what a perfect model would get.
 
-Left out: margins, ensembles. The default is 3.2 epochs, because this network is small and starts from little; a large
+Left out: margins, ensembles. The default is 4 epochs, because this network is small and starts from little; a large
 pretrained one overfits after one.
 """
 
@@ -35,7 +35,7 @@ from rlhf.tokenizer import find_tokenizer
 class RewardConfig(cli.TrainConfig):
     """Train a reward model on comparisons (stage two of three)."""
 
-    steps: int = 600
+    steps: int = 750
     batch_size: int = 64
     micro_batch_size: int = 16  # sorted by length, so that less is padded
     lr: float = 2e-3

@@ -8,10 +8,12 @@ is largest at pi* = pi_ref * exp(score / beta) / Z, where it is
 
     J* = beta * log Z,    Z = E_ref[exp(score / beta)]
 
-(Ziegler et al. 2019 state pi*; Korbak et al. 2022 and Rafailov et al. 2023, appendix A.1, derive it.) Everything about
-pi* is an expectation over the reference, so samples of the reference are enough to estimate it: no policy is trained.
+(Ziegler et al. 2019 state pi*; Korbak et al. 2022 and Rafailov et al. 2023, appendix A.1, derive it.) Z is a sum over
+all responses, so importance sampling estimates it: no policy is trained. Samples of the reference are enough on paper.
+In practice the responses that dominate Z are rare under the reference, and a trained policy finds them. So the samples
+come from both.
 
-No training step uses this file. `python -m rlhf.tools.optimality` compares PPO with it.
+No training step uses this file. `python -m rlhf.tools.optimality` compares PPO with the optimum.
 """
 
 import math
@@ -19,37 +21,53 @@ import math
 import torch
 from torch import Tensor
 
+from rlhf import evaluate
 from rlhf.masked import check_same_shape
 
 
-def optimum(scores: Tensor, kl_coef: float) -> dict[str, Tensor]:
-    """The optimal policy's figures for each prompt, from N samples of the reference, by importance weights.
+def optimum(
+    scores: Tensor, kl_coef: float, log_ratio: Tensor | None = None, reference_share: float = 1.0
+) -> dict[str, Tensor]:
+    """The optimal policy's metrics for each prompt, by importance sampling from the reference and a second policy pi.
 
-        w[i] = exp(scores[i] / beta) / sum over j of exp(scores[j] / beta)         pi* / pi_ref, self-normalised
-        objective  J* = beta * log(mean of exp(scores / beta))
+    Of the N samples of a prompt the share a comes from pi_ref and the rest from pi, so their density is the mixture q:
+
+        q[i] / pi_ref[i] = a + (1 - a) * exp(log_ratio[i])
+        u[i] = exp(scores[i] / beta) / (q[i] / pi_ref[i])
+        w[i] = u[i] / sum over j of u[j]           pi* / q, self-normalised
+        objective  J* = beta * log(mean of u)      the mean of u is unbiased for Z
         score         = sum of w * scores
-        kl_ref        = sum of w * log(N w) = (score - J*) / beta                  at most log N
+        kl_ref        = sum of w * log(N w q / pi_ref) = (score - J*) / beta
         ess           = 1 / sum of w^2             effective sample size, between 1 and N (Kish 1965)
 
-    The estimate of J* is low on average, by about beta * (1/ess - 1/N) / 2 where ess is large, and by more where it is
-    small: a policy then looks closer to the optimum than it is. beta = 0 has the best sample as its optimum.
+    Every sample is weighted by the mixture, whichever policy it came from (balance heuristic: Veach and Guibas 1995;
+    Owen and Zhou 2000). No weight is then larger than 1 / a times that of samples of the reference, or 1 / (1 - a)
+    times that of samples of pi. With pi = pi_ref, or a = 1, the samples are the reference's.
 
-    Args: scores (Q, N), N independent samples of the reference for each of Q prompts; kl_coef: 0 or more.
+    The estimate of J* is low on average, by about beta * (1/ess - 1/N) / 2 if ess is large, and by more if it is small:
+    a policy then looks closer to the optimum than it is. beta = 0 has the best sample as its optimum.
+
+    Args: scores (Q, N), N samples for each of Q prompts; kl_coef: 0 or more; log_ratio (Q, N): log pi - log pi_ref of
+        each sample, summed over its response (None: 0); reference_share: a, above 0.
     Returns: objective, score, kl_ref, ess, each (Q,), and weights (Q, N), in float64.
     """
+    log_ratio = torch.zeros_like(scores) if log_ratio is None else log_ratio
+    check_same_shape(scores=scores, log_ratio=log_ratio)
     if scores.dim() != 2 or scores.size(1) < 2:
         raise ValueError(f"scores must be (Q, N) with N at least 2, got {tuple(scores.shape)}")
-    if not kl_coef >= 0:
-        raise ValueError(f"kl_coef is {kl_coef}: it must be 0 or more")
-    scores, log_n = scores.double(), math.log(scores.size(1))
+    if not kl_coef >= 0 or not 0 < reference_share <= 1:
+        raise ValueError(f"kl_coef is {kl_coef} and reference_share {reference_share}: they must be 0 or more, and "
+                         f"above 0 and at most 1")
+    scores, shares = scores.double(), torch.tensor([reference_share, 1 - reference_share], dtype=torch.float64)
+    log_q = torch.logaddexp(shares[0].log(), shares[1].log() + log_ratio.double())  # (Q, N): log q / pi_ref
     if kl_coef == 0:
-        best = (scores == scores.amax(dim=1, keepdim=True)).double()  # (Q, N)
-        log_weights = torch.log(best / best.sum(dim=1, keepdim=True))
+        log_tilt = torch.where(scores == scores.amax(dim=1, keepdim=True), 0.0, -math.inf)
     else:
-        log_weights = torch.log_softmax(scores / kl_coef, dim=1)  # (Q, N)
+        log_tilt = scores / kl_coef  # (Q, N): log pi* / pi_ref + log Z
+    log_weights = torch.log_softmax(log_tilt - log_q, dim=1)
     weights = log_weights.exp()
     score = (weights * scores).sum(dim=1)  # (Q,)
-    kl_ref = torch.where(weights > 0, weights * (log_weights + log_n), 0.0).sum(dim=1)
+    kl_ref = torch.where(weights > 0, weights * (log_weights + math.log(scores.size(1)) + log_q), 0.0).sum(dim=1)
     return {"objective": score - kl_coef * kl_ref, "score": score, "kl_ref": kl_ref,
             "ess": 1 / (weights**2).sum(dim=1), "weights": weights}
 
@@ -87,3 +105,44 @@ def best_of_n_kl(n: float) -> float:
 def matching_n(kl: float, largest: int) -> int:
     """The n, from 1 to `largest`, whose best_of_n_kl is nearest to kl."""
     return min(range(1, largest + 1), key=lambda n: abs(best_of_n_kl(n) - kl))
+
+
+# ---- of responses, as rlhf/evaluate.py has them ----
+
+
+def column(responses: list[dict], name: str) -> Tensor:
+    """One of their numbers as (1, N). NaN for the gold of no judge."""
+    return torch.tensor([[math.nan if one[name] is None else one[name] for one in responses]], dtype=torch.float64)
+
+
+def ppo_and_optimum(theirs: list[dict], ours: list[dict], kl_coef: float) -> dict:
+    """PPO and the optimum on one prompt, from responses of the reference and of PPO to it: a row of optimality.csv.
+
+    Args: theirs, ours: the kl_ref of a response is its log-probability under the policy that sampled it minus that
+        under the other one.
+    """
+    said, ppo = theirs + ours, evaluate.summarise("ppo", ours, ours, kl_coef)
+    log_ratio = torch.cat([-column(theirs, "kl_ref"), column(ours, "kl_ref")], dim=1)  # (1, N): log PPO - log reference
+    best = optimum(column(said, "score"), kl_coef, log_ratio, len(theirs) / len(said))
+    best["gold"] = (best["weights"] * column(said, "gold")).sum()
+    names = ("score", "gold", "kl_ref", "objective")
+    return {"prompt": said[0]["prompt"], "samples": len(said), "ess": best["ess"].item(),
+            **{f"ppo_{name}": ppo[name] for name in names},
+            **{name: None if ppo[name] is None else best[name].item() for name in names}}
+
+
+def optimality_error(gained: float, lacking: Tensor, bias: float) -> tuple[float, float]:
+    """Standard error and bias of optimality = gained / (gained + L), with L the mean of lacking over the prompts.
+
+    To first order, an error e in L changes it by -e * gained / (gained + L)^2. The standard error of L is that of a
+    mean over Q prompts.
+
+    Args: gained: PPO's J minus that of SFT; lacking (Q,): J* minus PPO's J on each prompt; bias: of L.
+    Returns: both infinite if gained + L is not positive; the standard error also if Q is 1.
+    """
+    gain = gained + lacking.mean().item()
+    if gain <= 0:
+        return math.inf, math.inf
+    slope = -gained / gain**2
+    error = lacking.std().item() / math.sqrt(len(lacking)) if len(lacking) > 1 else math.inf
+    return error * abs(slope), bias * slope

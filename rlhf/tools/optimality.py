@@ -1,11 +1,13 @@
 """How close did PPO come to the best policy there is? Adds the rows best_of_n and optimum to evaluation.csv.
 
-    python -m rlhf.tools.optimality                    # reads runs/sft.pt, reward.pt and ppo.pt
+    python -m rlhf.tools.optimality        # reads runs/sft.pt, reward.pt and ppo.pt; writes optimality.csv too
 
-The objective J = score - kl_coef * kl_ref has a best policy in closed form (rlhf/extras/optimum.py), and samples of the
-reference are enough to estimate what it reaches. Every row of evaluation.csv gets its
+The objective J = score - kl_coef * kl_ref has a best policy in closed form. What it reaches is estimated by importance
+sampling from the reference and PPO's policy (rlhf/extras/optimum.py). Every row of evaluation.csv gets its
 
     optimality = (J - J_sft) / (J* - J_sft)            0 for the reference, 1 for the best policy of this objective
+
+optimality.csv has a row for each prompt on which the optimum is estimated.
 """
 
 import math
@@ -18,12 +20,14 @@ import torch
 from torch import Tensor
 
 from rlhf import evaluate
-from rlhf.data import Prompt, load_prompts, pad_rows
-from rlhf.extras.optimum import best_of_n, best_of_n_kl, matching_n, optimum
+from rlhf.data import Prompt, load_prompts
+from rlhf.extras.optimum import best_of_n, best_of_n_kl, column, matching_n, optimality_error, ppo_and_optimum
 from rlhf.model import GPT, PolicyWithValue
-from rlhf.rollout import Frozen, generate, score_responses
+from rlhf.rollout import Frozen
 from rlhf.support import checkpoints, cli, runtime, tables
-from rlhf.support.judge import gold_scores, load_judge
+from rlhf.support.judge import load_judge
+
+UNRELIABLE = 10  # effective sample size
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class OptimalityConfig(RunConfig):
     """Compare PPO with best-of-n and with the best policy that its objective has."""
 
     prompts: int = cli.arg(48, "held-out prompts on which the optimum is estimated", group="estimate")
-    samples: int = cli.arg(256, "reference samples for each of them")
+    samples: int = cli.arg(160, "responses per prompt, of the reference and of PPO each")
 
     def __post_init__(self):
         cli.check_positive(self, "prompts")
@@ -92,32 +96,23 @@ def trained_file(checkpoint: dict, name: str, given: str, beside: Path) -> Path:
     return path
 
 
-@torch.no_grad()
-def reference_samples(
-    prompts: list[Prompt], samples: int, frozen: Frozen, judge: ModuleType | None, seed: int = 0
-) -> tuple[Tensor, Tensor | None]:
-    """Scores (Q, N) of N = samples responses of the reference to each of Q prompts, and their gold (None without a
-    judge): what rlhf/extras/optimum.py needs."""
-    device = next(frozen.reference.parameters()).device
-    tokenizer, scores, golds = frozen.tokenizer, [], []
-    for at, prompt in tables.ticker(list(enumerate(prompts)), "reference samples, prompts"):
-        generator = runtime.make_generator(device, seed, "reference samples", at)
-        texts = []
-        for begun in range(0, samples, frozen.rows):
-            rows = [prompt.tokens] * min(frozen.rows, samples - begun)
-            tokens, prompt_lens = pad_rows(rows, tokenizer.pad_id, device)  # (B, P), (B,)
-            with runtime.autocast(device, frozen.amp):
-                tokens, mask = generate(
-                    frozen.reference, tokens, prompt_lens, frozen.max_new_tokens, tokenizer.eos_id, generator)
-                scores.append(score_responses(frozen, tokens, mask, prompt_lens))
-            texts += evaluate.decode_responses(tokenizer, tokens, mask)
-        if judge is not None:
-            golds.append(gold_scores(judge, [prompt.text] * samples, texts))
-    scores = torch.cat(scores).view(len(prompts), samples).double().cpu()  # (Q, N)
-    return scores, torch.tensor(golds, dtype=torch.float64) if golds else None
+def respond(gpt: GPT, other: GPT, prompts: list[Prompt], samples: int, frozen: Frozen, judge: ModuleType | None,
+            seed: int) -> list[list[dict]]:
+    """So many responses of gpt to each prompt. Their kl_ref is log gpt - log other, summed over the response."""
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    said = evaluate.respond(gpt, repeated, frozen._replace(reference=other), judge, seed)
+    return [said[at : at + samples] for at in range(0, len(said), samples)]
 
 
-def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tensor | None, kl_coef: float) -> str:
+def reference_samples(prompts: list[Prompt], samples: int, frozen: Frozen, judge: ModuleType | None,
+                      seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Scores (Q, N) of N = samples responses of the reference to each of Q prompts, and their gold (NaN without a
+    judge)."""
+    said = respond(frozen.reference, frozen.reference, prompts, samples, frozen, judge, seed)
+    return tuple(torch.cat([column(one, name) for one in said]) for name in ("score", "gold"))
+
+
+def add_optimum(table: list[dict], said: list[tuple[list[dict], list[dict]]], kl_coef: float) -> tuple[list[dict], str]:
     """Append the rows best_of_n and optimum to the table [sft, ..., ppo], and to every row its optimality
 
         (J - J_sft) / (J* - J_sft),    J = score - kl_coef * kl_ref
@@ -129,63 +124,57 @@ def add_optimum(table: list[dict], ours: list[dict], scores: Tensor, golds: Tens
 
     except for the KL of best-of-n, which is the same for every prompt.
 
-    Args: ours: PPO's responses to all Q prompts, and again, any number of times; scores, golds (Q, N) of
-        reference_samples, with N even.
-    Returns: a line on how far the estimate can be trusted: its standard error over the Q prompts, and its bias. Half
-        of the samples give a lower J* than all of them. All of them give a J* that is too low by about the same
-        amount, if the effective sample size is large. If it is 5 or less, that amount is a lower bound, because the
-        samples miss responses that are good and rare.
+    Args: said: for each of the Q prompts, the responses of the reference and of PPO, an even number of each.
+    Returns: the rows of optimality.csv, and some lines on how far the estimate can be trusted: its standard error over
+        the Q prompts, and its bias. Half of the samples give a lower J* than all of them. All of them give a J* that is
+        too low by about the same amount, or by more if responses that are good and rare are still missing.
     """
-    ppo, best = table[-1], optimum(scores, kl_coef)
-    largest = scores.size(1) // 2  # beyond it, best-of-n is too uncertain
-    n = matching_n(ppo["kl_ref"], largest)
+    ppo, rows = table[-1], [ppo_and_optimum(theirs, ours, kl_coef) for theirs, ours in said]
+    most = min(len(theirs) for theirs, _ in said)
+    n, beyond = matching_n(ppo["kl_ref"], most), matching_n(ppo["kl_ref"], most + 1)
+    best = [{name: best_of_n(column(theirs, "score"), column(theirs, name), n).item() for name in ("score", "gold")}
+            for theirs, _ in said]
 
-    def beside_ppo(column: str, theirs: Tensor) -> float:
-        return ppo[column] + theirs.mean().item() - evaluate.mean(ours, column)
+    def beside_ppo(name: str, theirs: list[dict]) -> float | None:
+        ours = evaluate.mean(rows, f"ppo_{name}")
+        return None if ours is None else ppo[name] + evaluate.mean(theirs, name) - ours
 
-    for name, score, gold, kl_ref in (
-        ("best_of_n", best_of_n(scores, scores, n), None if golds is None else best_of_n(scores, golds, n),
-         best_of_n_kl(n)),
-        ("optimum", best["score"], None if golds is None else (best["weights"] * golds).sum(dim=1),
-         beside_ppo("kl_ref", best["kl_ref"])),
-    ):
-        score, gold = beside_ppo("score", score), None if gold is None else beside_ppo("gold", gold)
-        table.append({**dict.fromkeys(ppo), "policy": name, "score": score, "gold": gold, "kl_ref": kl_ref,
-                      "objective": score - kl_coef * kl_ref, "prompts": len(scores)})
-    start, ess = table[0]["objective"], best["ess"]
-    gain = table[-1]["objective"] - start
+    for name, theirs, kl_ref in (("best_of_n", best, best_of_n_kl(n)), ("optimum", rows, beside_ppo("kl_ref", rows))):
+        score = beside_ppo("score", theirs)
+        table.append({**dict.fromkeys(ppo), "policy": name, "score": score, "gold": beside_ppo("gold", theirs),
+                      "kl_ref": kl_ref, "objective": score - kl_coef * kl_ref, "prompts": len(said)})
+    start, gain = table[0]["objective"], table[-1]["objective"] - table[0]["objective"]
     for row in table:
         row["optimality"] = (row["objective"] - start) / gain if gain > 0 else None
-    halves = optimum(torch.cat(scores.chunk(2, dim=1)), kl_coef)["objective"].mean()
-    # optimality = gained / gain with gain = gained + lacking, so an error e in what PPO lacks changes the optimality
-    # by e * optimality / gain.
-    slope = ppo["optimality"] / gain if gain > 0 else math.inf
-    bias = (best["objective"].mean() - halves).item() * slope if gain > 0 else math.inf
-    reached = torch.tensor([one["score"] - kl_coef * one["kl_ref"] for one in ours]).view(-1, len(scores)).mean(dim=0)
-    lacking = best["objective"] - reached  # (Q,)
-    error = lacking.std().item() / math.sqrt(len(scores)) * abs(slope) if gain > 0 and len(scores) > 1 else math.inf
-    nearest = "whose KL is nearest to PPO's"
-    if matching_n(ppo["kl_ref"], largest + 1) > n:
-        nearest = f"the largest that {scores.size(1)} samples allow; PPO's KL is larger"
-    text = (f"best_of_n: n = {n}, {nearest}\n"
-            f"optimum: {scores.size(1)} reference samples for each of {len(scores)} prompts, effective sample size "
-            f"{ess.mean():.1f}\non average, {ess.min():.1f} at least; PPO's optimality has a standard error of "
-            f"{error:.3f}\nfrom these prompts, and is too {'low' if bias < 0 else 'high'} by {abs(bias):.3f} or more")
-    if not abs(bias) < 0.03 or ess.mean() < 3:
+    halves = [ppo_and_optimum(theirs[k::2], ours[k::2], kl_coef) for k in (0, 1) for theirs, ours in said]
+    bias, ess = evaluate.mean(halves, "objective") - evaluate.mean(rows, "objective"), evaluate.mean(rows, "ess")
+    lacking = (column(rows, "objective") - column(rows, "ppo_objective")).squeeze(0)  # (Q,)
+    error, bias = optimality_error(ppo["objective"] - start, lacking, bias)
+    nearest = "nearest to PPO's" if beyond == n else f"below PPO's: {most} samples allow no larger n"
+    text = (f"best_of_n: n = {n}, whose KL is {nearest}\noptimum: {rows[0]['samples']} samples for each of {len(rows)} "
+            f"prompts, half the reference's, half PPO's; effective sample size {ess:.1f} on average\n"
+            f"PPO's optimality has a standard error of {error:.3f} from these prompts and is biased "
+            f"{'downward' if bias < 0 else 'upward'} by at least {abs(bias):.3f}")
+    if poor := [row["prompt"].strip().splitlines()[0][:40] for row in rows if row["ess"] < UNRELIABLE]:
+        names = "; ".join(poor[:2] + ["..."] * (len(poor) > 2))
+        text += f"\nunreliable (effective sample size below {UNRELIABLE}): {len(poor)} of {len(rows)} prompts: {names}"
+    if not abs(bias) < 0.03 or ess < UNRELIABLE:
         text += "\nwarning: that is too few samples to trust; more --samples, or a larger --kl-coef"
-    return text
+    return rows, text
 
 
 def main(cfg: OptimalityConfig) -> None:
-    run, path = load_run(cfg), Path(cfg.checkpoint).with_name("evaluation.csv")
-    policy, seed, some = run.policy.gpt, run.config["seed"], run.prompts[: cfg.prompts]
-    table, _, _ = evaluate.compare(policy, run.prompts, run.frozen, run.judge, run.kl_coef, seed)
-    # 32 responses each: one would be noise beside N of the reference.
-    ours = evaluate.respond(policy, some * 32, run.frozen, run.judge, seed + 1)
-    samples = reference_samples(some, cfg.samples, run.frozen, run.judge, seed)
-    trust = add_optimum(table, ours, *samples, run.kl_coef)
-    tables.write_csv(path, table)
-    print(f"{trust}\nwrote {path}\n")
+    run, folder = load_run(cfg), Path(cfg.checkpoint).parent
+    table, *_ = evaluate.compare(run.policy.gpt, run.prompts, run.frozen, run.judge, run.kl_coef, run.config["seed"])
+    some, policy, reference = run.prompts[: cfg.prompts], run.policy.gpt, run.frozen.reference
+    # The same number for every prompt. To sample more only where the effective sample size is small would make J* too
+    # low: it is large on the prompts whose rare good responses happen to be missing, and these would get no more.
+    theirs, ours = (respond(gpt, other, some, cfg.samples, run.frozen, run.judge, run.config["seed"] + more)
+                    for gpt, other, more in ((reference, policy, 1), (policy, reference, 2)))
+    rows, text = add_optimum(table, list(zip(theirs, ours)), run.kl_coef)
+    tables.write_csv(folder / "evaluation.csv", table)
+    tables.write_csv(folder / "optimality.csv", rows)
+    print(f"{text}\nwrote {folder / 'evaluation.csv'} and optimality.csv\n")
     tables.print_table(table)
 
 

@@ -35,7 +35,7 @@ from rlhf.tokenizer import find_tokenizer
 from rlhf.tools.optimality import reference_samples
 
 ROOT = Path(__file__).resolve().parents[2]
-EPOCHS, BATCH_SIZE = 3.2, 64  # of every reward model, those of train_reward.py's defaults
+EPOCHS, BATCH_SIZE = 4.0, 64  # of every reward model, those of train_reward.py's defaults
 
 
 @dataclass(frozen=True)
