@@ -2,7 +2,7 @@
 
     python train_sft.py            # writes runs/sft.pt and runs/sft.csv
 
-About a minute on two cores; the held-out loss ends near 0.54 nats per token (docs/results.md).
+About a minute on two cores; the held-out loss ends near 0.53 nats per token (docs/results.md).
 
 The loss is the cross-entropy of the response tokens only, end-of-text included: the prompt is given, not predicted.
 PPO starts from this model and is kept close to it, so its errors are the errors PPO has to fix. The bundled

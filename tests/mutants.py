@@ -68,7 +68,7 @@ HAND = [
     ("losses", "Bradley-Terry reversed", "logsigmoid(chosen_scores - rejected_scores)", "logsigmoid(rejected_scores - chosen_scores)"),
     ("losses", "log of sigmoid", "-F.logsigmoid(chosen_scores - rejected_scores)", "-torch.log(torch.sigmoid(chosen_scores - rejected_scores))"),
     ("optimum", "weights without the price of KL", "scores / kl_coef", "scores"),
-    ("optimum", "KL to nothing", "weights * (log_weights + log_n)", "weights * log_weights"),
+    ("optimum", "KL to nothing", "weights * (log_weights + math.log(scores.size(1)) + log_q)", "weights * log_weights"),
     ("optimum", "best-of-n takes the worst", "scores.argsort(dim=1, stable=True)", "(-scores).argsort(dim=1, stable=True)"),
     ("optimum", "KL of best-of-n without its second term", "math.log(n) - (n - 1) / n", "math.log(n)"),
     ("lora", "scale without the rank", "torch.tensor(ALPHA / rank)", "torch.tensor(ALPHA)"),

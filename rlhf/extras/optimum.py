@@ -9,9 +9,9 @@ is largest at pi* = pi_ref * exp(score / beta) / Z, where it is
     J* = beta * log Z,    Z = E_ref[exp(score / beta)]
 
 (Ziegler et al. 2019 state pi*; Korbak et al. 2022 and Rafailov et al. 2023, appendix A.1, derive it.) Z is a sum over
-all responses, so importance sampling estimates it: no policy is trained. Samples of the reference are enough on paper.
-In practice the responses that dominate Z are rare under the reference, and a trained policy finds them. So the samples
-come from both.
+all responses, and importance sampling estimates it: no policy is trained. In theory samples of the reference are
+enough. In practice the responses that dominate Z are rare under the reference, and a trained policy finds them. So the
+samples come from both.
 
 No training step uses this file. `python -m rlhf.tools.optimality` compares PPO with the optimum.
 """
@@ -25,9 +25,8 @@ from rlhf import evaluate
 from rlhf.masked import check_same_shape
 
 
-def optimum(
-    scores: Tensor, kl_coef: float, log_ratio: Tensor | None = None, reference_share: float = 1.0
-) -> dict[str, Tensor]:
+def optimum(scores: Tensor, kl_coef: float, log_ratio: Tensor | None = None,
+            reference_share: float = 1.0) -> dict[str, Tensor]:
     """The optimal policy's metrics for each prompt, by importance sampling from the reference and a second policy pi.
 
     Of the N samples of a prompt the share a comes from pi_ref and the rest from pi, so their density is the mixture q:
@@ -41,8 +40,8 @@ def optimum(
         ess           = 1 / sum of w^2             effective sample size, between 1 and N (Kish 1965)
 
     Every sample is weighted by the mixture, whichever policy it came from (balance heuristic: Veach and Guibas 1995;
-    Owen and Zhou 2000). No weight is then larger than 1 / a times that of samples of the reference, or 1 / (1 - a)
-    times that of samples of pi. With pi = pi_ref, or a = 1, the samples are the reference's.
+    Owen and Zhou 2000). So u is at most 1 / a times what it is with samples of pi_ref only, and at most 1 / (1 - a)
+    times what it is with samples of pi only. If pi = pi_ref or a = 1, all samples are the reference's.
 
     The estimate of J* is low on average, by about beta * (1/ess - 1/N) / 2 if ess is large, and by more if it is small:
     a policy then looks closer to the optimum than it is. beta = 0 has the best sample as its optimum.

@@ -10,7 +10,6 @@ sampling from the reference and PPO's policy (rlhf/extras/optimum.py). Every row
 optimality.csv has a row for each prompt on which the optimum is estimated.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType

@@ -10,14 +10,25 @@ import torch
 import train_ppo
 from rlhf.data import Prompt
 from rlhf.evaluate import summarise
+from rlhf.extras.optimum import ppo_and_optimum
+from rlhf.model import GPT
 from rlhf.rollout import Frozen
 from rlhf.support.checkpoints import digests, load_checkpoint, load_policy
 from rlhf.support.cli import InputError, parse_cli
 from rlhf.tokenizer import find_tokenizer
-from rlhf.tools.optimality import OptimalityConfig, add_optimum, load_run, main, reference_samples, trained_file
-from tests.helpers import TINY, Digits, f64, rows
+from rlhf.tools.optimality import (
+    OptimalityConfig,
+    add_optimum,
+    load_run,
+    main,
+    reference_samples,
+    respond,
+    trained_file,
+)
+from tests.core.test_exact import EOS, LONGEST, MISSING_EOS, PROMPTS, World
+from tests.helpers import TINY, Digits, noisy, rows
 
-LN2, LN3 = math.log(2), math.log(3)
+LN2, LN3, LN6 = math.log(2), math.log(3), math.log(6)
 
 
 def one(score, kl_ref, gold=None):
@@ -31,96 +42,142 @@ def table_of(sft, ppo, kl_coef):
 
 # ---- add_optimum ----
 
+HAND = ([one(2 * LN3, 0, 4), one(0, 0, 0), one(0, 0, 0), one(0, 0, -6)],
+        [one(2 * LN6, LN3, 2), one(2 * LN2, LN3, 0), one(2 * LN2, LN3, 0), one(2 * LN2, LN3, 0)])
+GAIN = 0.85 + 2 * math.log(1.5) - (2 * LN2 - 1.5 * LN3)  # J* - J_sft with HAND, if PPO's J is 1.1 and J_sft 0.25
+
 
 def test_add_optimum_matches_hand_computation():
-    """One prompt, scores 2 ln 3, 0, 0, 0 and kl_coef 2. As in test_optimum.py: score ln 3, KL ln 2 - 1/2 ln 3,
-    J* = 2 ln(3/2), effective sample size 3. Gold 4 0 0 0 becomes 4 * 1/2.
+    """HAND: one prompt, kl_coef 2, four responses of the reference and four of PPO, so a = 1/2. The first four have
+    pi / pi_ref = 1 and q = 1, the others 3 and 2. exp(score / 2) is 3, 1, 1, 1 and 6, 2, 2, 2. Divided by q both are
+    3, 1, 1, 1, so J* = 2 ln(3/2) and the weights are twice 1/4, 1/12, 1/12, 1/12: ess = 6, score = 1/4 (2 ln 3 + 2 ln
+    6) + 3/12 * 2 ln 2 = ln 6, KL = (ln 6 - 2 ln(3/2)) / 2, gold = 1/4 * 4 - 1/12 * 6 + 1/4 * 2.
 
-    PPO has score 1, KL 0.09 and gold 1 on that prompt. In the table it has score 1.5, KL 0.2 and gold 3. So both rows
-    move by 0.5 in score, 0.11 in KL and 2 in gold.
+    PPO has score (2 ln 6 + 6 ln 2) / 4 = ln 3 / 2 + 2 ln 2, KL ln 3 and gold 1/2 on that prompt, so J = 2 ln 2 - 3/2 ln
+    3. In the table it has score 1.5, KL 0.2 and gold 3. Both rows move by the difference.
 
-    best_of_n: the KL nearest to 0.2 is that of n = 2, ln 2 - 1/2. Half of all pairs hold the best sample: score ln 3,
-    gold 2. Its KL does not move."""
+    best_of_n: the KL nearest to 0.2 is that of n = 2, ln 2 - 1/2. Half of the six pairs of the reference's hold the
+    first sample. In two of them the last is best, because of equal scores the later wins. The score is 1/2 * 2 ln 3,
+    gold 1/2 * 4 - 2/6 * 6. The KL does not move."""
     table = table_of(one(0.25, 0, 0.0), one(1.5, 0.2, 3.0), kl_coef=2.0)
-    text = add_optimum(table, [one(1, 0.08, 1.0), one(1, 0.1, 1.0)], f64([2 * LN3, 0, 0, 0]), f64([4, 0, 0, 0]), 2.0)
+    found, text = add_optimum(table, [HAND], 2.0)
     sft, ppo, best, optimal = table
     assert [row["policy"] for row in table] == ["sft", "ppo", "best_of_n", "optimum"]
-    assert best["score"] == pytest.approx(LN3 + 0.5) and best["kl_ref"] == pytest.approx(LN2 - 0.5)
-    assert best["gold"] == pytest.approx(4)
-    assert optimal["score"] == pytest.approx(LN3 + 0.5) and optimal["kl_ref"] == pytest.approx(LN2 - LN3 / 2 + 0.11)
-    assert optimal["gold"] == pytest.approx(4)
-    assert optimal["objective"] == pytest.approx(2 * math.log(1.5) + 0.5 - 0.22)
+    moved = 1.5 - (LN3 / 2 + 2 * LN2)
+    assert best["score"] == pytest.approx(LN3 + moved) and best["kl_ref"] == pytest.approx(LN2 - 0.5)
+    assert best["gold"] == pytest.approx(0 + 2.5)
+    assert optimal["score"] == pytest.approx(LN6 + moved) and optimal["gold"] == pytest.approx(1 + 2.5)
+    assert optimal["kl_ref"] == pytest.approx((LN6 - 2 * math.log(1.5)) / 2 + 0.2 - LN3)
+    assert optimal["objective"] == pytest.approx(GAIN + 0.25)
     assert sft["optimality"] == 0 and optimal["optimality"] == 1
-    assert ppo["optimality"] == pytest.approx((1.1 - 0.25) / (2 * math.log(1.5) + 0.03))
-    assert "n = 2, whose KL is nearest to PPO's\n" in text
-    assert "sample size 3.0\non average, 3.0 at least" in text
+    assert ppo["optimality"] == pytest.approx(0.85 / GAIN)
+    assert best["optimality"] == pytest.approx((LN3 + moved - 2 * (LN2 - 0.5) - 0.25) / GAIN)
+    assert [(row["prompt"], row["samples"]) for row in found] == [("p", 8)] and found[0]["ess"] == pytest.approx(6)
+    assert found[0]["ppo_objective"] == pytest.approx(2 * LN2 - 1.5 * LN3)
+    assert found[0]["objective"] == pytest.approx(2 * math.log(1.5))
+    assert "best_of_n: n = 2, whose KL is nearest to PPO's\n" in text
+    assert "8 samples for each of 1 prompts" in text and "effective sample size 6.0 on average\n" in text
+    assert "below 10): 1 of 1 prompts: p\nwarning: that is too few samples to trust" in text
 
 
 def test_add_optimum_states_the_bias_of_too_few_samples():
-    """The table of the test above, with optimality O = 0.85 / G and G = 2 ln(3/2) + 0.03. The halves of the samples,
-    2 ln 3 and 0, then 0 and 0, have J* = 2 ln 2 and 0. Their mean ln 2 is lower than 2 ln(3/2). Divided by G and
-    multiplied by O this is the bias, and the effective sample size is too small to trust it."""
+    """Half of HAND: exp(score / 2) / q is 3, 1 and 3, 1 with mean 2, or 1, 1 and 1, 1. The mean of 2 ln 2 and 0 is
+    lower than 2 ln(3/2). PPO gained 0.85, so the slope of the optimality is 0.85 / GAIN^2."""
     table = table_of(one(0.25, 0, 0.0), one(1.5, 0.2, 3.0), kl_coef=2.0)
-    text = add_optimum(table, [one(1, 0.08, 1.0), one(1, 0.1, 1.0)], f64([2 * LN3, 0, 0, 0]), f64([4, 0, 0, 0]), 2.0)
-    G = 2 * math.log(1.5) + 0.03
-    assert f"too high by {(2 * math.log(1.5) - LN2) / G * 0.85 / G:.3f} or more" in text
-    assert "warning: that is too few samples to trust" in text
+    text = add_optimum(table, [HAND], 2.0)[1]
+    assert f"biased upward by at least {(2 * math.log(1.5) - LN2) * 0.85 / GAIN**2:.3f}\n" in text
 
 
-@pytest.mark.parametrize(("second", "error", "objective"), [(2, 0, 2.5), (0, 0.5 * 2 / 9, 3)])
-def test_add_optimum_standard_error_matches_hand_computation(second, error, objective):
-    """Two prompts whose samples all score 2 and 4, which are their J*. kl_coef 1. Each prompt has two PPO responses.
-        second = 2: J = 1 and 2, then 3.5 and 3.5. PPO lacks 1/2 on both prompts: standard error 0.
-        second = 0: J = 1 and 0, then 3.5 and 3.5. PPO lacks 3/2 and 1/2: standard deviation 1/sqrt 2, standard error
-            1/2.
-    In the table J is 0 for sft and 2 for ppo, so J* is 2.5 or 3. Optimality 2 / (2 + L), as a function of what PPO
-    lacks, has the slope -2 / (2 + L)^2 = -2/9 at L = 1."""
+def lacks(J, ratio):
+    """Two responses of the reference and two of PPO, kl_coef 1. pi / pi_ref is 1 for the first, and their score is J.
+    It is `ratio` for the others, q = (1 + ratio) / 2, and their score is J + log q. So J* = J, and PPO, with the KL
+    log(ratio), lacks log(ratio / q)."""
+    return [one(J, 0)] * 2, [one(J + math.log((1 + ratio) / 2), math.log(ratio))] * 2
+
+
+@pytest.mark.parametrize(("second", "error"), [(3, 0), (7, math.log(7 / 6) / 2)])
+def test_add_optimum_standard_error_matches_hand_computation(second, error):
+    """On the first prompt PPO lacks ln(3/2). On the second it lacks as much, or ln(7/4). Half of the difference is the
+    standard error of the mean L. In the table J is 0 for sft and 2 for ppo. Optimality 2 / (2 + L) has the slope
+    -2 / (2 + L)^2."""
     table = table_of(one(0, 0), one(3, 1), kl_coef=1.0)
-    ours = [one(2, 1), one(4, 0.5), one(second, 0), one(4.5, 1)]
-    text = add_optimum(table, ours, f64([2, 2, 2, 2], [4, 4, 4, 4]), None, 1.0)
-    assert f"has a standard error of {error:.3f}\nfrom these prompts, and is too high by 0.000" in text
-    assert table[3]["objective"] == pytest.approx(objective)
+    text = add_optimum(table, [lacks(2, 3), lacks(4, second)], 1.0)[1]
+    L = (math.log(1.5) + math.log(2 * second / (1 + second))) / 2
+    assert f"a standard error of {error * 2 / (2 + L) ** 2:.3f} from" in text and "upward by at least 0.000\n" in text
+    assert table[3]["objective"] == pytest.approx(2 + L)
+
+
+def test_add_optimum_of_policy_worse_than_its_reference_has_bias_and_standard_error():
+    """SFT has J = 2.25 and PPO 2, so the optimality is -0.25 / G with G = L - 0.25, and its slope 0.25 / G^2. In the
+    second case PPO has -1/2 and SFT 0. A J* that is too low makes the optimality too low."""
+    table = table_of(one(2.25, 0), one(3, 1), kl_coef=1.0)
+    text = add_optimum(table, [lacks(2, 3), lacks(4, 7)], 1.0)[1]
+    G = (math.log(1.5) + math.log(1.75)) / 2 - 0.25
+    assert f"a standard error of {math.log(7 / 6) / 2 * 0.25 / G**2:.3f} from" in text
+    table = table_of(one(0, 0, 0.0), one(-0.5, 0, 0.0), kl_coef=2.0)
+    text = add_optimum(table, [HAND], 2.0)[1]
+    G = GAIN - 0.85 - 0.5
+    assert table[1]["optimality"] == pytest.approx(-0.5 / G)
+    assert f"downward by at least {(2 * math.log(1.5) - LN2) * 0.5 / G**2:.3f}\n" in text and "warning" in text
 
 
 def test_add_optimum_says_if_the_samples_allow_no_larger_n():
-    """PPO's KL of 1 is nearer to that of n = 3, ln 3 - 2/3, than to that of n = 2. Four samples allow n = 2."""
-    table = table_of(one(0, 0), one(3, 1), kl_coef=1.0)
-    text = add_optimum(table, [one(2, 1), one(4, 0.5)], f64([2, 2, 2, 2], [4, 4, 4, 4]), None, 1.0)
-    assert "n = 2, the largest that 4 samples allow; PPO's KL is larger\n" in text
+    """PPO's KL of 1 is nearer to that of n = 5, ln 5 - 4/5, than to that of n = 4. Four samples allow n = 4."""
+    table = table_of(one(0, 0, 0.0), one(3, 1, 0.0), kl_coef=1.0)
+    text = add_optimum(table, [HAND], 1.0)[1]
+    assert "n = 4, whose KL is below PPO's: 4 samples allow no larger n\n" in text
 
 
-def test_add_optimum_of_policy_worse_than_its_reference_has_bias_too_low():
-    """Scores 2 ln 3, 0, 0, 0 and kl_coef 2: J* = 2 ln(3/2). PPO has J = 0 on the prompt and -1/2 in the table. SFT has
-    0. So J* in the table is 2 ln(3/2) - 1/2 = G and the optimality is -1/2 / G. Half of the samples give a J* that is
-    lower by 2 ln(3/2) - ln 2. Times 1/2 / G^2 this is the bias. A J* that is too low makes -1/2 / G too low."""
-    table = table_of(one(0, 0), one(-0.5, 0), kl_coef=2.0)
-    text = add_optimum(table, [one(0, 0)], f64([2 * LN3, 0, 0, 0]), None, 2.0)
-    G = 2 * math.log(1.5) - 0.5
-    assert table[1]["optimality"] == pytest.approx(-0.5 / G)
-    assert f"too low by {(2 * math.log(1.5) - LN2) * 0.5 / G**2:.3f} or more" in text and "warning" in text
-
-
-def test_add_optimum_of_policy_worse_than_its_reference_has_a_positive_standard_error():
-    """As in the second case of the standard error above, but SFT has J = 2.5: PPO's optimality is (2 - 2.5) / (3 - 2.5)
-    = -1 and its slope -1 / (1/2). The standard error is 1/2 * 2."""
-    table = table_of(one(2.5, 0), one(3, 1), kl_coef=1.0)
-    ours = [one(2, 1), one(4, 0.5), one(0, 0), one(4.5, 1)]
-    text = add_optimum(table, ours, f64([2, 2, 2, 2], [4, 4, 4, 4]), None, 1.0)
-    assert "has a standard error of 1.000\n" in text
+def test_add_optimum_names_two_of_the_unreliable_prompts_and_warns_of_nothing_else():
+    """40 equal samples have the effective sample size 40. On the other prompts one response has all the weight."""
+    good = ([one(1, 0)] * 20, [one(1, 0)] * 20)
+    poor = [tuple([{**row, "prompt": f"\nHuman: {name}\n\nAssistant:"} for row in rows]
+                  for rows in ([one(1, 0)] * 20, [one(1.001, 0)] + [one(1, 0)] * 19)) for name in "abc"]
+    table = table_of(one(0, 0), one(0.5, 0), kl_coef=1e-5)
+    rows, text = add_optimum(table, [good] * 5 + poor, 1e-5)
+    assert [round(row["ess"]) for row in rows] == [40] * 5 + [1] * 3
+    assert text.endswith("(effective sample size below 10): 3 of 8 prompts: Human: a; Human: b; ...")
 
 
 def test_add_optimum_without_possible_gain_has_no_optimality():
     """All samples have the same score and PPO has the score of SFT: there is nothing to divide by."""
     table = table_of(one(1, 0), one(1, 0), kl_coef=0.5)
-    text = add_optimum(table, [one(1, 0)], torch.ones(1, 4, dtype=torch.float64), None, 0.5)
+    text = add_optimum(table, [([one(1, 0)] * 2, [one(1, 0)] * 2)], 0.5)[1]
     assert [row["optimality"] for row in table] == [None] * 4 and "warning" in text
     assert table[3]["score"] == 1
 
 
 def test_add_optimum_without_judge_has_no_gold():
-    table = table_of(one(0, 0), one(1, 0.1), kl_coef=2.0)
-    add_optimum(table, [one(1, 0.1)], f64([2 * LN3, 0, 0, 0]), None, 2.0)
-    assert [row["gold"] for row in table] == [None] * 4
+    table = table_of(one(0, 0), one(1, 0.1), kl_coef=1.0)
+    rows, _ = add_optimum(table, [lacks(2, 3)], 1.0)
+    assert [row["gold"] for row in table + rows] == [None] * 5
+
+
+# ---- respond, in the exact world ----
+
+
+def test_responses_of_both_policies_give_the_exact_optimum():
+    """Sampled and scored as in the program: 2,000 responses of the reference and of another policy to each prompt of
+    the world in test_exact.py, which lists all responses. J* is a sum over them, and so is the policy's J."""
+    world = World(seed=1, channels=32)
+    policy = noisy(GPT(world.config).double(), seed=2)
+    with torch.no_grad():
+        policy.wte.weight *= 8  # far from the reference
+        log_ref, log_pi = (x.sum(dim=1).view(3, -1) for x in (world.ref_logprobs, world.logprobs(policy)))
+    scores, kl_coef = world.scores.view(3, -1), 1.5
+    J = (log_pi.exp() * (scores - kl_coef * (log_pi - log_ref))).sum(dim=1)
+    best = kl_coef * (log_ref + scores / kl_coef).logsumexp(dim=1)
+
+    frozen = Frozen(world.reference.float(), world.reward_model, Digits(EOS), LONGEST, MISSING_EOS, rows=1000)
+    prompts = [Prompt(str(tokens), tokens) for tokens in PROMPTS]
+    theirs, ours = (respond(gpt, other, prompts, 2000, frozen, None, seed) for gpt, other, seed in (
+        (world.reference, policy.float(), 0), (policy, world.reference, 1)))
+    for at, (their, our) in enumerate(zip(theirs, ours)):
+        assert {row["prompt"] for row in their + our} == {str(PROMPTS[at])}
+        row = ppo_and_optimum(their, our, kl_coef)
+        error = kl_coef * (1 / row["ess"] - 1 / row["samples"]) ** 0.5  # standard error of J*, to first order
+        assert row["objective"] == pytest.approx(best[at].item(), abs=4 * error) and error < 0.03
+        assert row["ppo_objective"] == pytest.approx(J[at].item(), abs=0.15)
 
 
 # ---- reference_samples ----
@@ -144,7 +201,7 @@ def test_reference_samples_have_the_exact_mean_score(gpt, reward_model):
 def test_reference_samples_without_judge_have_no_gold(gpt, reward_model):
     frozen = Frozen(gpt, reward_model, Digits(), max_new_tokens=2)
     scores, golds = reference_samples([Prompt("1", [1]), Prompt("2 3", [2, 3])], 6, frozen, None)
-    assert scores.shape == (2, 6) and golds is None
+    assert scores.shape == (2, 6) and golds.isnan().all()
 
 
 # ---- trained_file ----
@@ -201,7 +258,7 @@ def test_optimality_rejects_impossible_counts(flags, capsys):
     assert stop.value.code == 2 and f"{flags[0]} is {flags[1]}" in capsys.readouterr().err
 
 
-PROGRAM = ["--prompts", "3", "--samples", "16", "--device", "cpu"]
+PROGRAM = ["--prompts", "3", "--samples", "8", "--device", "cpu"]
 
 
 def numbers(row):
@@ -265,8 +322,26 @@ def test_optimality_of_the_written_rows_follows_from_their_objectives(copied, ca
         assert row["prompts"] == 3
         assert row["objective"] == pytest.approx(row["score"] - kl_coef * row["kl_ref"], abs=1e-4)
     shown = capsys.readouterr().out
-    assert "best_of_n: n = " in shown and "16 reference samples for each of 3 prompts" in shown
-    assert f"wrote {copied / 'evaluation.csv'}" in shown
+    assert "best_of_n: n = " in shown and "16 samples for each of 3 prompts" in shown
+    assert f"wrote {copied / 'evaluation.csv'} and optimality.csv\n" in shown
+
+
+def test_optimality_writes_a_row_for_each_prompt(copied):
+    """What the optimum has beyond PPO in evaluation.csv is the mean over the rows of optimality.csv."""
+    _, ppo, _, optimum = map(numbers, run(copied))
+    found, kl_coef = rows(copied / "optimality.csv"), load_checkpoint(copied / "ppo.pt", "ppo")["kl_coef"]
+    assert list(found[0]) == ["prompt", "samples", "ess", "ppo_score", "ppo_gold", "ppo_kl_ref", "ppo_objective",
+                              "score", "gold", "kl_ref", "objective"]
+    loaded = load_run(parse_cli(OptimalityConfig, ["--checkpoint", str(copied / "ppo.pt"), "--device", "cpu"]))
+    assert [row.pop("prompt") for row in found] == [prompt.text for prompt in loaded.prompts[:3]]
+    found = list(map(numbers, found))
+    for row in found:
+        assert row["samples"] == 16 and 1 <= row["ess"] <= 16
+        for of in ("", "ppo_"):
+            assert row[f"{of}objective"] == pytest.approx(row[f"{of}score"] - kl_coef * row[f"{of}kl_ref"], abs=1e-4)
+    for name in ("score", "gold", "kl_ref", "objective"):
+        more = sum(row[name] - row[f"ppo_{name}"] for row in found) / 3
+        assert optimum[name] - ppo[name] == pytest.approx(more, abs=1e-4)
 
 
 def test_load_run_restores_the_models_of_the_run(copied):
