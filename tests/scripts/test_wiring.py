@@ -333,7 +333,7 @@ def test_sft_learns_from_demonstrations_at_the_scheduled_rate(trained, tmp_path,
     monkeypatch.setattr(train_sft, "demonstration_batch", lambda batch, *rest: batches.append(
         {(tuple(row.tokens), row.prompt_len) for row in batch}) or demonstration_batch(batch, *rest))
     flags = ["--device", "cpu", *TINY["sft"].split(), "--steps", "4", "--eval-every", "5", "--warmup", "2", "--lr",
-             "0.01", "--data", data, "--out", tmp_path]
+             "0.01", "--micro-batch-size", "8", "--data", data, "--out", tmp_path]
     train_sft.main(parse_cli(train_sft.SFTConfig, list(map(str, flags))))
     train, heldout = set(), set()
     for known, name in ((train, "demonstrations.csv"), (heldout, "demonstrations_heldout.csv")):
