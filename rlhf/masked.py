@@ -58,7 +58,7 @@ def action_logprobs(logits: Tensor, mask: Tensor, to_logits=None) -> Tensor:
     This is the shift of the project: slot t reads column t of logits, and the last column has no action.
 
     With to_logits, `logits` are hidden states (B, T, C), and to_logits, such as GPT.logits, makes logits of those at
-    True slots only. Half of a batch or more is prompt and padding, and the product with the vocabulary is dear.
+    True slots only. Half of a batch or more is prompt and padding, and the product with the vocabulary is expensive.
 
     The softmax is taken in float32 at least, whatever autocast made of the logits: in bfloat16 a log-probability of
     -8 is known to 0.03, which is as large as the changes that PPO's ratio has to measure. (What the logits themselves

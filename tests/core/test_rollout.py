@@ -8,6 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from rlhf.masked import token_logprobs
+from rlhf.model import GPT
 from rlhf.rollout import Frozen, collect, generate, has_ended, sample
 from tests.helpers import Digits, f64
 
@@ -187,6 +188,17 @@ def test_rollout_is_the_same_whatever_the_rows_at_once(policy, gpt, reward_model
     few, all_rows = (rollout(policy, gpt, reward_model, rows=count) for count in (3, 100))
     for one, other in zip(few, all_rows, strict=True):
         assert_close(one, other)
+
+
+@pytest.mark.parametrize(("sample_rows", "most"), [(0, 8), (3, 3)])
+def test_collect_samples_so_many_rows_at_once(policy, gpt, reward_model, monkeypatch, sample_rows, most):
+    """Scoring takes two rows at once here, so the larger passes are those of sampling. The responses are the same."""
+    sizes, hidden = [], GPT.hidden
+    expected = rollout(policy, gpt, reward_model).tokens
+    monkeypatch.setattr(GPT, "hidden", lambda self, tokens, *args: sizes.append(len(tokens)) or hidden(
+        self, tokens, *args))
+    got = rollout(policy, gpt, reward_model, rows=2, sample_rows=sample_rows)
+    assert max(sizes) == most and torch.equal(got.tokens, expected)
 
 
 def test_collect_scores_each_response_as_if_it_were_the_only_one(policy, gpt, reward_model):
