@@ -1,4 +1,4 @@
-# make run       the three stages in order and how close PPO came to the optimum, into runs/
+# make run       the three stages in order and how close PPO came to the optimum, into runs/, replacing what is there
 # make test      the tests, except the slow ones
 # make test-all  all tests
 # make lint      ruff, if it is installed
@@ -7,9 +7,9 @@ PYTHON = .venv/bin/python
 export OMP_WAIT_POLICY = passive
 
 run: .venv/installed
-	$(PYTHON) train_sft.py
-	$(PYTHON) train_reward.py
-	$(PYTHON) train_ppo.py
+	$(PYTHON) train_sft.py --overwrite
+	$(PYTHON) train_reward.py --overwrite
+	$(PYTHON) train_ppo.py --overwrite
 	@if $(PYTHON) -c "import matplotlib" 2> /dev/null; then $(PYTHON) -m rlhf.tools.plot runs; fi
 	$(PYTHON) -m rlhf.tools.optimality
 

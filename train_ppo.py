@@ -23,11 +23,14 @@ Left out: whitening of rewards, dropout, top-k and top-p (the policy that sample
 
 from dataclasses import dataclass
 
+from rlhf.support import cli  # first, so that Ctrl-C prints one line even while torch loads
+
+# isort: split
 import torch
 
-from rlhf import evaluate
+from rlhf import data, evaluate
 from rlhf.advantages import explained_variance, gae
-from rlhf.data import batch_indices, load_prompts, pad_rows
+from rlhf.extras import report
 from rlhf.extras.lora import trained_and_frozen
 from rlhf.extras.ptx import PretrainingMix
 from rlhf.losses import mean_entropy, policy_loss, value_loss
@@ -35,7 +38,7 @@ from rlhf.masked import action_logprobs, chosen_logprobs, masked_mean, masked_wh
 from rlhf.model import PolicyWithValue
 from rlhf.rewards import adapt_kl_coef, kl_k1, kl_k3, shape_rewards
 from rlhf.rollout import Frozen, collect
-from rlhf.support import checkpoints, cli, judge, runtime, tables
+from rlhf.support import checkpoints, judge, runtime, tables
 from rlhf.tokenizer import find_tokenizer
 
 
@@ -77,11 +80,9 @@ class PPOConfig(cli.TrainConfig):
         cli.check_not_negative(self, "sample_rows", "kl_coef", "kl_target", "value_coef", "entropy_coef", "ptx_coef")
         for broken, message in (
             (self.batch_size % self.minibatch_size, "--batch-size must be a multiple of --minibatch-size"),
-            (min(self.value_clip_eps, self.max_kl_old) <= 0, "--value-clip-eps and --max-kl-old must be above 0"),
-            (self.kl_target and self.kl_horizon < self.batch_size,
-             "--kl-horizon counts responses: give --batch-size or more"),
+            (not min(self.value_clip_eps, self.max_kl_old) > 0, "--value-clip-eps and --max-kl-old must be above 0"),
+            (self.kl_target and self.kl_horizon < self.batch_size, "--kl-horizon must be at least --batch-size"),
             (self.kl_target and not self.kl_coef, "--kl-target multiplies --kl-coef, which must start above 0"),
-            (not abs(self.missing_eos_score) <= 1e6, "--missing-eos-score must lie between -1e6 and 1e6"),
             (not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1), "--gamma and --lam must lie between 0 and 1"),
         ):
             if broken:
@@ -93,27 +94,23 @@ def main(cfg: PPOConfig) -> None:
     policy, frozen, inputs = load_models(cfg, device, amp)
     tokenizer, gold_judge = frozen.tokenizer, judge.load_judge(cfg.data)
     limit = min(policy.gpt.config.block_size, frozen.reward_model.gpt.config.block_size) - cfg.max_new_tokens
-    if limit < 1:
-        raise cli.InputError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room for a prompt in a context of "
-                             f"{limit + cfg.max_new_tokens} tokens; lower it")
-    prompts = load_prompts(cfg.data, tokenizer, limit)
-    heldout = load_prompts(cfg.data, tokenizer, limit, heldout=True)[: cfg.eval_prompts]
+    prompts = data.load_prompts(cfg.data, tokenizer, limit)
+    heldout = data.load_prompts(cfg.data, tokenizer, limit, heldout=True)[: cfg.eval_prompts]
     ptx = PretrainingMix(cfg, tokenizer, policy.gpt.config.block_size, device, amp) if cfg.ptx_coef else None
 
     # No decay: it would pull the policy away from its reference. eps is that of OpenAI's PPO code (baselines).
     optimizer = runtime.make_optimizer(policy, cfg.lr, weight_decay=0.0, eps=1e-5)
-    path, start, kl_coef = cfg.checkpoint("ppo"), 0, cfg.kl_coef
-    if cfg.resume:
-        checkpoint = checkpoints.resume(path, cfg, tokenizer, inputs, policy, optimizer, scaler)
-        start, kl_coef = checkpoint["step"], checkpoint["kl_coef"]
+    path = cfg.checkpoint("ppo")
+    begun = checkpoints.begin(path, cfg, tokenizer, inputs, policy, optimizer, scaler)
+    kl_coef = begun.get("kl_coef", cfg.kl_coef)
     print(f"{len(prompts):,} prompts ({len(heldout):,} held out), {cfg.steps * cfg.batch_size:,} responses, "
           f"on {device}, amp {cfg.amp}, seed {cfg.seed}")
 
-    progress = tables.Progress(path.with_suffix(".csv"), cfg.steps, start, (
+    progress = tables.Progress(path.with_suffix(".csv"), cfg.steps, begun, (
         "score", "gold", "kl_ref", "value_loss", "entropy", "clip_fraction", "eos_rate"), cfg.tensorboard)
-    for step in range(start, cfg.steps):
-        batch = [prompts[i] for i in batch_indices(len(prompts), cfg.batch_size, step, cfg.seed)]
-        tokens, prompt_lens = pad_rows([prompt.tokens for prompt in batch], tokenizer.pad_id, device)  # (B, P), (B,)
+    for step in range(begun["step"], cfg.steps):
+        batch = [prompts[i] for i in data.batch_indices(len(prompts), cfg.batch_size, step, cfg.seed)]
+        tokens, prompt_lens = data.pad_rows([one.tokens for one in batch], tokenizer.pad_id, device)  # (B, P), (B,)
 
         # ---- 1 generate, 2 score ----
         generator = runtime.make_generator(device, cfg.seed, "rollout", step)
@@ -129,9 +126,9 @@ def main(cfg: PPOConfig) -> None:
         lr = runtime.set_lr(optimizer, cfg.lr * runtime.linear_schedule(step, cfg.steps, cfg.warmup))
         learned = update(policy, optimizer, scaler, rollout, advantages, returns, cfg, amp, step, ptx)
 
-        runtime.check_finite(policy, step + 1)
         score = rollout.scores.mean().item()
         kl_ref = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1).mean().item()  # nats per response
+        runtime.check_finite(policy, step + 1, score, kl_ref, learned["policy_loss"], learned["value_loss"])
         check_first_step(step, kl_ref, learned["first_log_ratio"], amp)
         progress.tokens += int(rollout.mask.sum())
         progress.log(  # every column of ppo.csv; docs/metrics.md explains them
@@ -151,17 +148,20 @@ def main(cfg: PPOConfig) -> None:
             kl_coef = adapt_kl_coef(kl_coef, kl_ref, cfg.kl_target, cfg.kl_horizon, cfg.batch_size)
         done = step + 1
         if done % cfg.eval_every == 0 or done == cfg.steps:
-            tables.print_responses(evaluate.respond(policy.gpt, heldout[:3], frozen, gold_judge))
-            checkpoints.save(path, "ppo", policy, cfg, done, tokenizer, optimizer, scaler, inputs, kl_coef=kl_coef)
+            said = evaluate.respond(policy.gpt, heldout[:3], frozen, gold_judge)
+            report.print_responses(now=said)
+            runtime.check_finite(policy, done, *(one["kl_ref"] for one in said))
+            checkpoints.save(path, "ppo", policy, cfg, done, tokenizer, optimizer, scaler, inputs, progress,
+                             kl_coef=kl_coef)
 
     print("\nbefore and after, on held-out prompts:")
     frozen = frozen._replace(rows=cfg.micro_batch_size or 128)
     table, before, after = evaluate.compare(policy.gpt, heldout, frozen, gold_judge, kl_coef, cfg.seed)
     tables.write_csv(path.with_name("evaluation.csv"), table)
-    tables.write_csv(path.with_name("ppo_samples.csv"), tables.sample_rows(before, after))
-    tables.print_pairs(before, after, 3)
+    tables.write_csv(path.with_name("ppo_samples.csv"), report.sample_rows(before, after))
+    report.print_responses(before=before[:3], after=after[:3])
     print(f"\nwrote {path}, evaluation.csv and ppo_samples.csv; next: python -m rlhf.tools.optimality\n")
-    tables.print_table(table)
+    report.print_table(table)
 
 
 def update(policy, optimizer, scaler, rollout, advantages, returns, cfg: PPOConfig, amp, step, ptx=None) -> dict:
@@ -227,23 +227,22 @@ def load_models(cfg: PPOConfig, device, amp):
     tokenizer = find_tokenizer(cfg.data, sft["config"]["tokenizer"])
     checkpoints.check_tokenizer(sft_path, sft, tokenizer)
     checkpoints.check_tokenizer(reward_path, reward, tokenizer)
+    inputs = checkpoints.digests(sft=sft_path, reward=reward_path, prompts=tables.csv_path(cfg.data, "prompts"))
+    checkpoints.check_input(reward_path, reward, "sft", sft_path)
 
     gpt.temperature = cfg.temperature
     generator = runtime.make_generator("cpu", cfg.seed, "adapters")
     policy_gpt, reference = trained_and_frozen(gpt, cfg.lora_rank, generator)
     value_gpt = None
     if cfg.value_network == "reward":
-        if reward_model.gpt.config.n_embd != gpt.config.n_embd:
-            raise cli.InputError("--value-network reward needs a reward model as wide (n_embd) as the policy")
         # Its network already tells good responses from bad ones. The value head is new and starts at zero.
         value_gpt, reward_model.gpt = trained_and_frozen(reward_model.gpt, cfg.lora_rank, generator)
     policy = PolicyWithValue(policy_gpt, value_gpt)
-    files = {"sft": sft_path, "reward": reward_path, "prompts": tables.csv_path(cfg.data, "prompts")}
     if cfg.ptx_coef:
-        files["demonstrations"] = tables.csv_path(cfg.data, "demonstrations")
+        inputs |= checkpoints.digests(demonstrations=tables.csv_path(cfg.data, "demonstrations"))
     frozen = Frozen(reference.to(device), reward_model.to(device), tokenizer, cfg.max_new_tokens,
                     cfg.missing_eos_score, cfg.micro_batch_size or cfg.minibatch_size, amp, cfg.sample_rows)
-    return policy.to(device), frozen, checkpoints.digests(**files)
+    return policy.to(device), frozen, inputs
 
 
 def check_first_step(step: int, kl_ref: float, first_log_ratio: float, amp) -> None:

@@ -19,6 +19,9 @@ pretrained one overfits after one.
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf.support import cli  # first, so that Ctrl-C prints one line even while torch loads
+
+# isort: split
 import torch
 
 from rlhf.data import batch_indices, chunks, comparison_batch, load_comparisons, load_demonstrations, pad_rows
@@ -27,7 +30,7 @@ from rlhf.extras.rankings import load_rankings, score_rankings
 from rlhf.extras.yardsticks import judge_accuracies, share_positive, swap_prompts
 from rlhf.losses import bradley_terry_loss
 from rlhf.model import RewardModel
-from rlhf.support import checkpoints, cli, judge, runtime, tables
+from rlhf.support import checkpoints, judge, runtime, tables
 from rlhf.tokenizer import find_tokenizer
 
 
@@ -60,7 +63,7 @@ class RewardConfig(cli.TrainConfig):
 
 def main(cfg: RewardConfig) -> None:
     device, amp, scaler = runtime.setup(cfg.device, cfg.amp)
-    sft_path, path, start = cfg.checkpoint("sft"), cfg.checkpoint("reward"), 0
+    sft_path, path = cfg.checkpoint("sft"), cfg.checkpoint("reward")
     gpt, sft = checkpoints.load_policy(sft_path, "sft")
     tokenizer = find_tokenizer(cfg.data, sft["config"]["tokenizer"])
     checkpoints.check_tokenizer(sft_path, sft, tokenizer)
@@ -78,8 +81,7 @@ def main(cfg: RewardConfig) -> None:
     optimizer = runtime.make_optimizer(model, cfg.lr, cfg.weight_decay)
     inputs = checkpoints.digests(sft=sft_path, demonstrations=tables.csv_path(cfg.data, "demonstrations"),
                                  **{f"{kind} {i}": name for i, name in enumerate(train_files, start=1)})
-    if cfg.resume:
-        start = checkpoints.resume(path, cfg, tokenizer, inputs, model, optimizer, scaler)["step"]
+    begun = checkpoints.begin(path, cfg, tokenizer, inputs, model, optimizer, scaler)
 
     gold_judge = judge.load_judge(cfg.data)
     judged = judge_accuracies(gold_judge, heldout_rows, tokenizer) if gold_judge else {}
@@ -90,9 +92,9 @@ def main(cfg: RewardConfig) -> None:
     if epochs > 10:
         print(f"warning: {epochs:.0f} epochs over the same {kind} will overfit; lower --steps")
 
-    progress = tables.Progress(path.with_suffix(".csv"), cfg.steps, start, (
+    progress = tables.Progress(path.with_suffix(".csv"), cfg.steps, begun, (
         "loss", "accuracy", "heldout", "margin", "grad_norm", "lr"), cfg.tensorboard)
-    for step in range(start, cfg.steps):
+    for step in range(begun["step"], cfg.steps):
         rows = [train_rows[i] for i in batch_indices(len(train_rows), cfg.batch_size, step, cfg.seed)]
         lr = runtime.set_lr(optimizer, cfg.lr * runtime.cosine_schedule(step, cfg.steps, cfg.warmup))
         optimizer.zero_grad()
@@ -114,21 +116,24 @@ def main(cfg: RewardConfig) -> None:
         progress.tokens += sum(row.size for row in rows)
 
         done = step + 1
-        runtime.check_finite(model, done)
+        runtime.check_finite(model, done, loss)
         evaluated = done % cfg.eval_every == 0 and done < cfg.steps
         if evaluated or step == 0 or done % cfg.log_every == 0 or done == cfg.steps:
             heldout = accuracy(model, heldout_rows[:500], pad_id, device, amp) if evaluated else None
             progress.log(done, loss=loss.item(), accuracy=share_positive(margins), heldout=heldout,
                          margin=margins.mean().item(), grad_norm=grad_norm.item(), lr=lr)
         if evaluated:
-            checkpoints.save(path, "reward", model, cfg, done, tokenizer, optimizer, scaler, inputs)
+            checkpoints.save(path, "reward", model, cfg, done, tokenizer, optimizer, scaler, inputs, progress)
 
-    if start < cfg.steps:  # fix shift and scale of the scores, once
+    if begun["step"] < cfg.steps:  # fix shift and scale of the scores, once
         scores = score_rows(model, [row.tokens for row in demonstrations], pad_id, device, amp)
         std = scores.std(correction=0)
         model.mean.fill_(scores.mean())
         model.scale.fill_(std if std > 1e-6 else 1.0)  # a single demonstration has no spread
-        checkpoints.save(path, "reward", model, cfg, cfg.steps, tokenizer, optimizer, scaler, inputs)
+        if std < 0.01:  # sigmoid(0.01) is 0.5025: no vote was learned
+            print(f"warning: the scores hardly differ (standard deviation {std:.1e}): PPO would follow noise")
+        runtime.check_finite(model, cfg.steps)  # of scores that are not finite, neither mean nor std is
+        checkpoints.save(path, "reward", model, cfg, cfg.steps, tokenizer, optimizer, scaler, inputs, progress)
         print(f"scores: (raw - {model.mean:.3f}) / {model.scale:.3f}, so that demonstrations have mean 0 and std 1")
 
     result = {"accuracy": accuracy(model, heldout_rows, pad_id, device, amp), **judged}

@@ -13,6 +13,9 @@ Left out: packing of short rows into long ones, epochs of plain text before the 
 
 from dataclasses import dataclass
 
+from rlhf.support import cli  # first, so that Ctrl-C prints one line even while torch loads
+
+# isort: split
 import torch
 
 from rlhf.data import batch_indices, chunks, demonstration_batch, load_demonstrations, pad_rows
@@ -21,7 +24,7 @@ from rlhf.extras.pretrained import init_from
 from rlhf.losses import sft_loss
 from rlhf.model import GPT, GPTConfig
 from rlhf.rollout import generate
-from rlhf.support import checkpoints, cli, runtime, tables
+from rlhf.support import checkpoints, runtime, tables
 from rlhf.tokenizer import find_tokenizer
 
 
@@ -71,9 +74,8 @@ def main(cfg: SFTConfig) -> None:
     heldout_rows = load_demonstrations(cfg.data, tokenizer, gpt.config.block_size, heldout=True)
 
     optimizer = runtime.make_optimizer(gpt, cfg.lr, cfg.weight_decay)
-    path, start = cfg.checkpoint("sft"), 0
-    if cfg.resume:
-        start = checkpoints.resume(path, cfg, tokenizer, inputs, gpt, optimizer, scaler)["step"]
+    path = cfg.checkpoint("sft")
+    begun = checkpoints.begin(path, cfg, tokenizer, inputs, gpt, optimizer, scaler)
     print(f"{sum(p.numel() for p in gpt.parameters()):,} parameters, {tokenizer.vocab_size} tokens, "
           f"{len(train_rows):,} demonstrations ({len(heldout_rows):,} held out), on {device}, amp {cfg.amp}, "
           f"seed {cfg.seed}")
@@ -82,8 +84,8 @@ def main(cfg: SFTConfig) -> None:
           f"{tokenizer.decode(first.tokens[first.prompt_len:])!r}")
 
     progress = tables.Progress(
-        path.with_suffix(".csv"), cfg.steps, start, ("loss", "valid", "grad_norm", "lr"), cfg.tensorboard)
-    for step in range(start, cfg.steps):
+        path.with_suffix(".csv"), cfg.steps, begun, ("loss", "valid", "grad_norm", "lr"), cfg.tensorboard)
+    for step in range(begun["step"], cfg.steps):
         rows = [train_rows[i] for i in batch_indices(len(train_rows), cfg.batch_size, step, cfg.seed)]
         actions = sum(len(row.tokens) - row.prompt_len for row in rows)
         lr = runtime.set_lr(optimizer, cfg.lr * runtime.cosine_schedule(step, cfg.steps, cfg.warmup))
@@ -100,23 +102,22 @@ def main(cfg: SFTConfig) -> None:
         progress.tokens += sum(row.size for row in rows)
 
         done = step + 1
-        runtime.check_finite(gpt, done)
         evaluated = done % cfg.eval_every == 0 or done == cfg.steps
+        valid = validation_loss(gpt, heldout_rows, cfg, tokenizer.pad_id, device, amp) if evaluated else None
+        runtime.check_finite(gpt, done, loss, valid)
         if evaluated or step == 0 or done % cfg.log_every == 0:
-            size = cfg.micro_batch_size or cfg.batch_size
-            valid = validation_loss(gpt, heldout_rows, size, tokenizer.pad_id, device, amp) if evaluated else None
             progress.log(done, loss=loss.item(), valid=valid, grad_norm=grad_norm.item(), lr=lr)
         if evaluated:
             print_samples(gpt, heldout_rows, tokenizer, device, amp, cfg.seed)
-            checkpoints.save(path, "sft", gpt, cfg, done, tokenizer, optimizer, scaler, inputs)
+            checkpoints.save(path, "sft", gpt, cfg, done, tokenizer, optimizer, scaler, inputs, progress)
     print(f"wrote {path}; next: python train_reward.py")
 
 
 @torch.no_grad()
-def validation_loss(gpt, rows, size: int, pad_id: int, device, amp) -> float:
-    """Loss on held-out demonstrations, `size` at a time: the mean over all of their response tokens."""
+def validation_loss(gpt, rows, cfg: SFTConfig, pad_id: int, device, amp) -> float:
+    """Loss on held-out demonstrations: the mean over all of their response tokens."""
     actions, total = sum(len(row.tokens) - row.prompt_len for row in rows), 0.0
-    for part in tables.ticker(chunks(rows, size), "validation, batches"):
+    for part in tables.ticker(chunks(rows, cfg.micro_batch_size or cfg.batch_size), "validation, batches"):
         tokens, mask = demonstration_batch(part, pad_id, device)  # (B, T), (B, T-1)
         with runtime.autocast(device, amp):
             total += (sft_loss(gpt.hidden(tokens), tokens, mask, gpt.logits) * (mask.sum() / actions)).item()

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf.support.checkpoints import digests
+
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "data" / "tiny_assistant"
 POISON = [math.nan, math.inf, -math.inf, 1e6]  # what may stand in a pad and must reach neither a loss nor a gradient
@@ -60,6 +62,16 @@ def copy_some_rows(folder):
     for name in ("tokenizer.tiktoken", "judge.py"):
         (folder / name).write_bytes((BUNDLED / name).read_bytes())
     return folder
+
+
+def change_sft(source, folder, change):
+    """Write sft.pt of the folder `source`, changed, and its reward.pt, as if that had been trained from it."""
+    sft = torch.load(source / "sft.pt", weights_only=True)
+    change(sft["model"])
+    torch.save(sft, folder / "sft.pt")
+    reward = torch.load(source / "reward.pt", weights_only=True)
+    reward["inputs"] |= digests(sft=folder / "sft.pt")
+    torch.save(reward, folder / "reward.pt")
 
 
 # ---- the three scripts ----

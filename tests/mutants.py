@@ -64,6 +64,8 @@ HAND = [
     ("losses", "clip fraction as |r - 1| > eps", "return loss, masked_mean((clipped > unclipped).float(), mask)\n\n\ndef value_loss", "return loss, masked_mean(((ratio - 1).abs() > clip_eps).float(), mask)\n\n\ndef value_loss"),
     ("losses", "value loss without a half", "0.5 * masked_mean", "masked_mean"),
     ("losses", "value clip takes the smaller", "0.5 * masked_mean(torch.maximum", "0.5 * masked_mean(torch.minimum"),
+    ("losses", "value clip fraction counts a V at the edge", ".abs() > clip_eps", ".abs() >= clip_eps"),
+    ("losses", "value clip fraction counts equal branches", "(beyond & (clipped > unclipped))", "(beyond & (clipped >= unclipped))"),
     ("losses", "value clip centred on the returns", "clipped_values = old_values + (new_values - old_values)", "clipped_values = returns + (new_values - returns)"),
     ("losses", "Bradley-Terry reversed", "logsigmoid(chosen_scores - rejected_scores)", "logsigmoid(rejected_scores - chosen_scores)"),
     ("losses", "log of sigmoid", "-F.logsigmoid(chosen_scores - rejected_scores)", "-torch.log(torch.sigmoid(chosen_scores - rejected_scores))"),

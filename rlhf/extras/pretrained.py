@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from rlhf.model import GPT, GPTConfig
-from rlhf.support.checkpoints import digests, save_tensors
+from rlhf.support.checkpoints import digests
 from rlhf.support.cli import InputError
+from rlhf.support.tables import replacing
 
 # The published GPT-2s: layers, heads, channels. All know 50,257 tokens and read 1,024.
 PRETRAINED = {
@@ -95,6 +96,7 @@ def save_gpt2(gpt: GPT, folder: Path, eos_id: int) -> None:
         name, transposed = published_name(ours)
         state[f"transformer.{name}"] = (weight.t() if transposed else weight).contiguous()
     state["lm_head.weight"] = state["transformer.wte.weight"]
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / "pytorch_model.bin", state)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with replacing(folder / "pytorch_model.bin", "wb") as file:
+        torch.save(state, file)
+    with replacing(folder / "config.json", encoding="utf-8") as file:
+        file.write(json.dumps(config, indent=2) + "\n")

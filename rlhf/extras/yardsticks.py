@@ -1,8 +1,11 @@
-"""What a reward model's accuracy is compared with: a perfect model's, and its own with the prompts of other rows."""
+"""What a reward model's accuracy is compared with: the judge's, and its own with the prompts of other rows."""
+
+from types import ModuleType
 
 import torch
 
-from rlhf.support.judge import gold_scores, vote_probabilities
+from rlhf.support.cli import InputError
+from rlhf.support.judge import gold_scores
 from rlhf.support.runtime import make_generator
 
 
@@ -35,3 +38,14 @@ def judge_accuracies(gold_judge, rows, tokenizer) -> dict[str, float]:
     if (p := vote_probabilities(gold_judge, chosen, rejected)) is not None:
         result["bayes_accuracy"] = sum(max(x, 1 - x) for x in p) / len(p)
     return result
+
+
+def vote_probabilities(judge: ModuleType, first: list[float], second: list[float]) -> list[float] | None:
+    """P(an annotator prefers the first) for each pair of gold scores; None if the judge does not know it."""
+    if not hasattr(judge, "preference_probability"):
+        return None
+    p = [float(judge.preference_probability(a, b)) for a, b in zip(first, second)]
+    if wrong := [x for x in p if not 0 <= x <= 1]:
+        raise InputError(f"preference_probability() in {judge.__file__} must return a number from 0 to 1, got "
+                         f"{wrong[0]}")
+    return p

@@ -6,7 +6,6 @@ all weights and no optimizer state. Adapters (rlhf/extras/lora.py) are merged in
 
 import dataclasses
 import hashlib
-import os
 import zipfile
 from pathlib import Path
 
@@ -14,51 +13,44 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.model import GPT, GPTConfig, RewardModel
+from rlhf.support import cli
 from rlhf.support.cli import InputError
-from rlhf.tokenizer import Tokenizer, find_tokenizer
+from rlhf.support.tables import Progress, check_file, replacing
+from rlhf.tokenizer import Tokenizer
 
-FORMAT = 2  # of a checkpoint
+FORMAT = 3  # of a checkpoint
+# What a run writes beside its checkpoint.
+RESULTS = {"sft": ("sft.csv",), "reward": ("reward.csv", "reward_evaluation.csv"),
+           "ppo": ("ppo.csv", "evaluation.csv", "ppo_samples.csv", "optimality.csv")}
 
 # ---- save ----
 
 
 def save(path: Path, kind: str, model: nn.Module, config, step: int, tokenizer, optimizer, scaler, inputs: dict,
-         **state) -> None:
-    """Write a checkpoint.
+         progress: Progress, **state) -> None:
+    """Write a checkpoint, and after it the metrics that belong to it.
 
-    Args: kind: "sft", "reward" or "ppo"; inputs: what the run is made from, see `digests`; state: what else the run
-        needs to resume.
+    Args: kind: "sft", "reward" or "ppo"; inputs: what the run is made from, see `digests`; progress: its metrics;
+        state: what else the run needs to resume.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     finished = step == config.steps
-    save_tensors(path, {
-        "format": FORMAT,
-        "kind": kind,
-        "model": model.state_dict() if finished else trained_state(model),
-        "model_config": dataclasses.asdict(model.gpt.config if hasattr(model, "gpt") else model.config),
-        "config": dataclasses.asdict(config),
-        "step": step,
-        "tokenizer": tokenizer.fingerprint,
-        "tokenizer_name": tokenizer.name,
-        "inputs": inputs,
-        **({} if finished else {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}),
-        **state,
-    })
-
-
-def save_tensors(path: Path, content: dict) -> None:
-    """torch.save to a temporary name, then rename: a kill leaves the old file or the new one, never half of one.
-
-    Raises InputError if the disk is full.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        torch.save(content, temporary)
-    except RuntimeError as error:  # what torch makes of a full disk
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written; free some space, or give another --out. What was there before is "
-                         f"untouched ({str(error).splitlines()[0]})") from error
-    os.replace(temporary, path)
+    with replacing(path, "wb") as file:
+        torch.save({
+            "format": FORMAT,
+            "kind": kind,
+            "model": model.state_dict() if finished else trained_state(model),
+            "model_config": dataclasses.asdict(model.gpt.config if hasattr(model, "gpt") else model.config),
+            "config": dataclasses.asdict(config),
+            "step": step,
+            "metrics": progress.rows,
+            "tokenizer": tokenizer.fingerprint,
+            "tokenizer_name": tokenizer.name,
+            "inputs": inputs,
+            **({} if finished else {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}),
+            **state,
+        }, file)
+    cli.resumable = path
+    progress.saved()
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -68,53 +60,42 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 def digests(**paths: Path) -> dict[str, str]:
     """{name: SHA-256} of the files that a run is made from, so that it resumes with the same ones."""
-    for path in paths.values():
-        if not path.is_file():
-            raise InputError(f"{path} does not exist; give --data a folder that holds it, or the right name")
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
+    return {name: hashlib.sha256(check_file(path).read_bytes()).hexdigest() for name, path in paths.items()}
 
 
-# ---- resume ----
+# ---- begin, or resume ----
 
 # Settings that may change on --resume: they change no training step, or are compared by their contents (inputs).
-MAY_CHANGE = {"resume", "tensorboard", "device", "out", "data", "sft", "reward", "comparison_files", "log_every",
-              "eval_every", "eval_prompts"}
+MAY_CHANGE = {"resume", "overwrite", "tensorboard", "device", "out", "data", "sft", "reward", "comparison_files",
+              "log_every", "eval_every", "eval_prompts"}
 
 
-def resume(path: Path, config, tokenizer, inputs: dict[str, str], model, optimizer, scaler) -> dict:
-    """Put model, optimizer and scaler back to where the checkpoint left them. Returns the checkpoint."""
-    checkpoint = load_resumable(path, config, tokenizer, inputs)
-    load_state(model, checkpoint["model"])
+def begin(path: Path, config, tokenizer, inputs: dict[str, str], model, optimizer, scaler) -> dict:
+    """Where a run starts: at step 0 or, with --resume, at its checkpoint, whose state model, optimizer and scaler get.
+
+    Raises InputError if a new run would replace the results of another one without --overwrite.
+    """
+    if not config.resume:
+        old = [file for file in (path, *map(path.with_name, RESULTS[path.stem])) if file.exists()]
+        if old and not config.overwrite:
+            raise InputError(f"{old[0]} is of another run; give --resume to continue it, --overwrite to replace it, or "
+                             f"another --out")
+        return {"step": 0, "metrics": [], "replaced": old[1:] if path in old else old}
+    check_file(path, "so there is nothing to resume from; drop --resume")
+    checkpoint = load_checkpoint(path, path.stem, unfinished=True)
+    check_tokenizer(path, checkpoint, tokenizer)
+    before, now = ({**settings, **{f"{name} file": digest for name, digest in files.items()}} for settings, files in (
+        (checkpoint["config"], checkpoint["inputs"]), (dataclasses.asdict(config), inputs)))
+    for name in sorted((before.keys() | now.keys()) - MAY_CHANGE):
+        if before.get(name) != now.get(name):
+            raise InputError(f"--resume: {path} was begun with another {name} ({before.get(name)}, now "
+                             f"{now.get(name)}); give the same, or --overwrite to start afresh")
+    load_weights(path, model, checkpoint["model"], resume=True)
     if "optimizer" in checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
+    cli.resumable = path
     return checkpoint
-
-
-def load_resumable(path: Path, config, tokenizer, inputs: dict[str, str]) -> dict:
-    """The checkpoint of the run to resume. Raises InputError if the tokenizer, an input file or a setting differs."""
-    if not path.is_file():
-        raise InputError(f"--resume: {path} does not exist, so there is nothing to resume from; drop --resume")
-    checkpoint = load_checkpoint(path, path.stem, unfinished=True)
-    check_tokenizer(path, checkpoint, tokenizer)
-    theirs = checkpoint["config"]
-    for name, ours in dataclasses.asdict(config).items():
-        if name not in MAY_CHANGE and theirs.get(name) != ours:
-            raise InputError(f"--resume: {path} was trained with --{name.replace('_', '-')} {theirs.get(name)}, "
-                             f"not {ours}; give the same flags, or start afresh without --resume")
-    for name in sorted(inputs.keys() | checkpoint["inputs"].keys()):
-        if checkpoint["inputs"].get(name) != inputs.get(name):
-            raise InputError(f"--resume: {path} was begun with another {name} file; give the one that it was begun "
-                             f"with, or start afresh without --resume")
-    return checkpoint
-
-
-def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a checkpoint's weights. Raises RuntimeError if a trained parameter is missing or a name is unknown."""
-    missing = trained_state(model).keys() - state.keys()
-    unknown = model.load_state_dict(state, strict=False).unexpected_keys
-    if missing or unknown:
-        raise RuntimeError(f"weights missing: {sorted(missing)[:3]}; unknown: {unknown[:3]}")
 
 
 # ---- load for use ----
@@ -126,23 +107,19 @@ def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
     Raises InputError if it is missing, garbled, another script's or, unless allowed, unfinished.
     """
     scripts = " or ".join(f"train_{kind}.py" for kind in kinds)
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: run `python {scripts}` first, with the same --out")
+    check_file(path, f"run `python {scripts}` first, with the same --out")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script = f"train_{checkpoint['kind']}.py"
-        if checkpoint["format"] != FORMAT:
-            raise InputError(f"{path} has format {checkpoint['format']}, this code reads {FORMAT}: "
-                             f"run `python {script}` again")
-        step, steps = checkpoint["step"], checkpoint["config"]["steps"]
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # which torch does not look for
-                raise InputError(f"{path} is damaged, in {damaged}: run `python {scripts}` again")
-    except InputError:
-        raise
+                raise ValueError(f"damaged in {damaged}")
+        if checkpoint["format"] != FORMAT:
+            raise ValueError(f"of format {checkpoint['format']}, this code reads {FORMAT}")
+        GPTConfig(**checkpoint["model_config"])  # refuses sizes that make no network
+        step, steps, script = checkpoint["step"], checkpoint["config"]["steps"], f"train_{checkpoint['kind']}.py"
     except Exception as error:  # a zip that is cut short, a pickle of something else, a missing key, ...
-        raise InputError(f"{path} is not a checkpoint of this project ({type(error).__name__}): "
-                         f"run `python {scripts}` again") from error
+        raise InputError(f"{path} is not a checkpoint of this project, or not a whole one ({type(error).__name__}: "
+                         f"{error}): run `python {scripts}` again") from error
     if checkpoint["kind"] not in kinds:
         raise InputError(f"{path} was written by {script}; a checkpoint of {scripts} is needed here")
     if not unfinished and step < steps:
@@ -163,6 +140,21 @@ def merged(state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     return state
 
 
+def load_weights(path: Path, model: nn.Module, state: dict[str, Tensor], prefix="", resume=False) -> None:
+    """Load the weights of the checkpoint at path: for use, `merged`; to resume, the trained ones, as they are.
+
+    Raises InputError if one is missing, unknown, of another shape, or NaN or infinite.
+    """
+    try:
+        state = state if resume else merged(state, prefix)
+        trained = trained_state(model) if resume else model.state_dict()
+        model.load_state_dict({**{name: x for name, x in model.state_dict().items() if name not in trained}, **state})
+    except (KeyError, RuntimeError) as error:  # torch names what is missing, unknown or of another shape
+        raise InputError(f"{path} does not fit its own settings ({error}); train it again") from error
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise InputError(f"{path}: the weight {broken[0]} is NaN or infinite; train it again")
+
+
 def load_policy(path: Path, *kinds: str) -> tuple[GPT, dict]:
     """The GPT of a checkpoint of one of the kinds "sft" and "ppo", without the value estimate, and the checkpoint.
 
@@ -171,7 +163,7 @@ def load_policy(path: Path, *kinds: str) -> tuple[GPT, dict]:
     """
     checkpoint = load_checkpoint(path, *kinds)
     gpt = GPT(GPTConfig(**checkpoint["model_config"]))
-    gpt.load_state_dict(merged(checkpoint["model"], prefix="gpt." if checkpoint["kind"] == "ppo" else ""))
+    load_weights(path, gpt, checkpoint["model"], prefix="gpt." if checkpoint["kind"] == "ppo" else "")
     with torch.no_grad():
         for parameter in gpt.ln_f.parameters():
             parameter /= checkpoint["config"].get("temperature", 1.0)
@@ -182,22 +174,17 @@ def load_reward_model(path: Path) -> tuple[RewardModel, dict]:
     """The reward model of reward.pt, and the checkpoint."""
     checkpoint = load_checkpoint(path, "reward")
     model = RewardModel(GPT(GPTConfig(**checkpoint["model_config"])))
-    model.load_state_dict(merged(checkpoint["model"]))
+    load_weights(path, model, checkpoint["model"])
     return model, checkpoint
 
 
 def check_tokenizer(path: Path, checkpoint: dict, tokenizer: Tokenizer) -> None:
     """Raise InputError if a checkpoint was trained with another tokenizer than this one."""
     if checkpoint["tokenizer"] != tokenizer.fingerprint:
-        raise InputError(f"{path} was trained with another tokenizer than this data set's: "
-                         f"give the same --data to all three scripts, or train it again")
+        raise InputError(f"{path} was trained with another tokenizer; give the same --data to all scripts")
 
 
-def tokenizer_of(path: Path, checkpoint: dict, folder: str) -> Tokenizer:
-    """The tokenizer that a checkpoint was trained with: the data set's or, failing that, the one it names."""
-    name = checkpoint["tokenizer_name"]
-    tokenizer = find_tokenizer(folder, "auto" if (Path(folder) / "tokenizer.tiktoken").is_file() else name)
-    if checkpoint["tokenizer"] != tokenizer.fingerprint:
-        tokenizer = find_tokenizer(folder, name)
-    check_tokenizer(path, checkpoint, tokenizer)
-    return tokenizer
+def check_input(path: Path, checkpoint: dict, name: str, file: Path) -> None:
+    """Raise InputError if a checkpoint was not made from this file, which is one of its inputs."""
+    if checkpoint["inputs"][name] != digests(file=file)["file"]:
+        raise InputError(f"{path} was made from another {name} file than {file}; name the right one, or train it again")

@@ -1,15 +1,26 @@
-"""Flags: a frozen dataclass becomes the command line, with one field, one flag, one default and one line of help."""
+"""Flags: a frozen dataclass becomes the command line, with one field, one flag, one default and one line of help.
+
+And how a program ends: a user error is one line and status 2, Ctrl-C one line and status 130.
+"""
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import io
 import math
+import os
 import re
 import sys
+import textwrap
+import traceback
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+if os.name == "posix":
+    import fcntl
 
 
 class InputError(Exception):
@@ -33,6 +44,7 @@ class TrainConfig:
     data: str = arg("data/tiny_assistant", "data set folder", group="run")
     out: str = arg("runs", "folder for checkpoints and metrics")
     resume: bool = arg(False, "resume from the checkpoint in --out")
+    overwrite: bool = arg(False, "replace the results of another run in --out")
     tensorboard: bool = arg(False, "also write the metrics for TensorBoard")
     device: str = arg("auto", "auto: a CUDA GPU if there is one", ("auto", "cpu", "cuda"))
     amp: str = arg("off", "mixed precision; auto: bf16 on a GPU that has it", ("auto", "off", "bf16", "fp16"))
@@ -49,24 +61,17 @@ class TrainConfig:
     def __post_init__(self):
         check_positive(self, "steps", "batch_size", "lr", "max_grad_norm", "eval_every")
         check_not_negative(self, "micro_batch_size", "warmup", "lora_rank")
+        if not self.data or not self.out:
+            raise ValueError("--data and --out must name a folder")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume continues a run and --overwrite replaces it; give one of them")
+
+    def lock_file(self) -> Path:
+        return Path(self.out) / ".lock"
 
     def checkpoint(self, name: str) -> Path:
         """The file named by the flag --sft or --reward or, without such a flag, the one in --out."""
         return Path(getattr(self, name, "") or Path(self.out) / f"{name}.pt")
-
-
-def number(text: str) -> float:
-    """float(text), but NaN is refused: it would pass every check of a range."""
-    if math.isnan(value := float(text)):
-        raise ValueError
-    return value
-
-
-def whole(text: str) -> int:
-    """int(text), of a size that torch can count with."""
-    if abs(value := int(text)) >= 2**63:
-        raise ValueError
-    return value
 
 
 def described(cls: type):
@@ -82,6 +87,7 @@ def parse_cli(cls: type, argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=cls.__doc__, usage="%(prog)s [flags]", allow_abbrev=False, add_help=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110))
+    parser.error = lambda message: fail(f"{message} (--help shows all flags)")  # no usage, which would hide the error
     hints, group = typing.get_type_hints(cls), parser
     for field, about in described(cls):
         flag = "--" + field.name.replace("_", "-") if about["flag"] else field.name
@@ -95,7 +101,7 @@ def parse_cli(cls: type, argv: list[str] | None = None):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
             options["metavar"] = None if choices else {float: "X", int: "N"}.get(kind, "S")
-            group.add_argument(flag, type={float: number, int: whole}.get(kind, kind), choices=choices, **options)
+            group.add_argument(flag, type=kind, choices=choices, **options)
     group.add_argument("-h", "--help", action="help", help="show this page")
     flags = vars(parser.parse_args(argv))
     try:
@@ -105,38 +111,81 @@ def parse_cli(cls: type, argv: list[str] | None = None):
 
 
 def run(main: Callable, cls: type) -> None:
-    """Parse, then run a script's main. A user error is printed as one line, with exit status 2."""
-    sys.stdin = sys.stdin or io.StringIO()  # None if it was closed
+    """Parse, then run a program's main. A user error is printed as one line, with exit status 2."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a letter that a terminal or a log cannot hold is no reason to stop
             stream.reconfigure(errors="replace")
+    cfg = parse_cli(cls)
     try:
-        main(parse_cli(cls))
-    except (InputError, OSError) as error:  # an OSError is a folder that cannot be written, a full disk, ...
+        with lock(cfg.lock_file()) if hasattr(cfg, "lock_file") else contextlib.nullcontext():
+            main(cfg)
+        print(end="", flush=True)  # a full disk shows here and not while Python shuts down
+    except SystemExit as error:
+        raise RuntimeError("a judge.py called sys.exit, which would pass for the end of the program") from error
+    except BrokenPipeError:  # the reader has seen enough: `| head`
+        os._exit(141)  # what a shell reports; an ordinary exit would try to write what is left, and complain
+    except InputError as error:
         fail(str(error))
+    except OSError as error:
+        if any(frame.f_globals.get("__name__") == "judge" for frame, _ in traceback.walk_tb(error.__traceback__)):
+            raise  # a bug in the user's code
+        if error.filename:
+            fail(f"{error.filename} cannot be read or written: {error.strerror}")
+        print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        os._exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not re.search("out of memory|can't allocate memory", str(error)) and not isinstance(error, MemoryError):
+        if not re.search("out of memory|can't allocate|MemoryError", f"{error} {type(error).__name__}"):
             raise
         fail(f"not enough memory: give a smaller --micro-batch-size, or a smaller model ({error})")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; what was written stays, and training resumes from its checkpoint with --resume")
 
 
 def fail(message: str) -> None:
     """One line, and exit status 2."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + textwrap.shorten(message, 600, placeholder=" ..."), file=sys.stderr)
     sys.exit(2)
 
 
-def check_positive(config, *names: str) -> None:
-    """Raise ValueError if a numeric field is not above 0, or infinite."""
-    for name in names:
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}: it must be above 0 and finite")
+@contextlib.contextmanager
+def lock(path: Path):
+    """One program at a time writes where this file lies. The system releases the lock when the process dies.
+
+    Raises InputError if another process holds it. On Windows nothing is locked.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+        if os.name == "posix":
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another program writes here and holds {path}; wait, or give another --out") from None
+    with file:
+        yield
 
 
-def check_not_negative(config, *names: str) -> None:
-    """Raise ValueError if a numeric field is below 0, or infinite."""
+resumable: Path | None = None  # the checkpoint that this process has written or resumed from
+
+
+def on_error(kind: type, error: BaseException, where) -> None:
+    """Python's excepthook. Ctrl-C ends a program with one line, also while it still imports torch."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, where)
+    try:
+        print("\ninterrupted" + (f"; --resume continues from {resumable}" if resumable else ""), file=sys.stderr)
+        sys.stdout.flush()
+    finally:
+        os._exit(130)  # without waiting for threads
+
+
+sys.excepthook = on_error
+
+
+def check_positive(config, *names: str, zero: bool = False) -> None:
+    """Raise ValueError if a numeric field is not above 0 (or 0, if that is allowed), or infinite."""
     for name in names:
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}: it must be 0 or more, and finite")
+        value = getattr(config, name)
+        if not (0 < value < math.inf or zero and value == 0):
+            flag, least = "--" + name.replace("_", "-"), "0 or more" if zero else "above 0"
+            raise ValueError(f"{flag} is {value}: it must be {least}, and finite")
+
+
+check_not_negative = functools.partial(check_positive, zero=True)

@@ -6,7 +6,6 @@
 judge.py is code of the data set and runs as such. An error inside it keeps its traceback.
 """
 
-import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -21,15 +20,9 @@ def load_judge(folder: str) -> ModuleType | None:
     path = Path(folder) / "judge.py"
     if not path.is_file():
         return None
-    spec = importlib.util.spec_from_file_location("judge_of_the_data", path)
-    judge = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
-    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no __pycache__ in the user's data
-    try:
-        spec.loader.exec_module(judge)
-    finally:
-        sys.dont_write_bytecode = writes
-    if not hasattr(judge, "score"):
-        raise InputError(f"{path} defines no score(prompts, responses)")
+    judge = sys.modules["judge"] = ModuleType("judge")  # dataclasses look their module up there
+    judge.__file__ = str(path)
+    exec(compile(path.read_bytes(), path, "exec"), judge.__dict__)  # an import would leave a __pycache__ in the data
     gold_scores(judge, ["\n\nHuman: Hello.\n\nAssistant:"] * 2, ["Hello.", ""])
     return judge
 
@@ -41,14 +34,3 @@ def gold_scores(judge: ModuleType, prompts: list[str], responses: list[str]) -> 
         raise InputError(f"score() in {judge.__file__} must return one finite number for each of {len(responses)} "
                          f"responses, got {len(scores)}: {str(scores)[:60]}")
     return scores
-
-
-def vote_probabilities(judge: ModuleType, first: list[float], second: list[float]) -> list[float] | None:
-    """P(an annotator prefers the first) for each pair of gold scores; None if the judge does not know it."""
-    if not hasattr(judge, "preference_probability"):
-        return None
-    p = [float(judge.preference_probability(a, b)) for a, b in zip(first, second)]
-    if wrong := [x for x in p if not 0 <= x <= 1]:
-        raise InputError(f"preference_probability() in {judge.__file__} must return a number from 0 to 1, got "
-                         f"{wrong[0]}")
-    return p

@@ -97,17 +97,24 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler, max_grad_norm: float) -> Tensor:
     """Clip the gradient, step. Returns the norm of the gradient before clipping.
 
-    In float16 the gradient has been multiplied by the scaler, so it is divided again before its norm is taken.
+    In float16 the gradient has been multiplied by the scaler, so it is divided again before its norm is taken. A step
+    whose gradient is not finite is skipped. Raises InputError if that happens again and again.
     """
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     scaler.step(optimizer)
     scaler.update()
+    if scaler.get_scale() < 1:  # 2**16 at first, halved by each gradient that is not finite; 1 without a scaler
+        raise InputError("no gradient is finite any more: the run has diverged; lower --lr, or use --amp bf16")
     return grad_norm
 
 
-def check_finite(model: nn.Module, step: int) -> None:
-    """Raise InputError if a weight is NaN or infinite: nothing that follows would mean anything."""
-    if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
-        raise InputError(f"the weights are no longer finite after step {step}: the run has diverged. Lower --lr, or "
-                         f"use --amp bf16 instead of fp16; the last checkpoint, if there is one, is from before")
+def check_finite(model: nn.Module, step: int, *numbers: Tensor | float | None) -> None:
+    """Raise InputError if a trained weight, a buffer, or one of the numbers (losses, scores) is NaN or infinite.
+
+    In float16 the scaler skips a step whose gradient is not finite, so the weights stay finite if every loss is NaN.
+    """
+    tensors = [parameter for parameter in model.parameters() if parameter.requires_grad] + [*model.buffers()]
+    tensors += [torch.as_tensor(number, device=tensors[0].device) for number in numbers if number is not None]
+    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+        raise InputError(f"step {step}: weights, losses or scores are not finite: the run has diverged; lower --lr")

@@ -1,5 +1,6 @@
-"""CSV files in and out, the lines printed while a program runs, and printed tables."""
+"""CSV files in and out, and the lines printed while a program runs."""
 
+import contextlib
 import csv
 import os
 import time
@@ -9,21 +10,47 @@ import pandas
 
 from rlhf.support.cli import InputError
 
-# ---- CSV files ----
+# ---- files ----
+
+
+def check_file(path: Path, fix: str = "give --data a folder that holds it, or the right name") -> Path:
+    """The path. Raises InputError if there is no such file."""
+    if not path.is_file():
+        raise InputError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}; {fix}")
+    return path
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "w", **options):
+    """An open file with a temporary name, renamed to `path` in the end: a kill leaves the old file or the new one,
+    never half of one.
+
+    Raises InputError if it cannot be written; then the old file stays, and nothing temporary.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open(mode, **options) as file:
+            yield file
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: what torch may make of a full disk
+        raise InputError(f"{path} cannot be written ({error}); free some space, or give another --out. What was there "
+                         f"before is untouched") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def read_csv(path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = ()) -> pandas.DataFrame:
     """The named columns as text, and the optional ones if they are there. Raises InputError if the file is missing,
     garbled or empty, a column is missing, or a cell is empty."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; give --data a folder that holds it, or the right name")
+    check_file(path)
     try:
         frame = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     except (ValueError, pandas.errors.ParserError) as error:  # UnicodeDecodeError and EmptyDataError are ValueErrors
         raise InputError(f"{path} is not a CSV file in UTF-8: {str(error).strip()}") from None
     if not isinstance(frame.index, pandas.RangeIndex):  # pandas reads an extra cell as a row's name
-        raise InputError(f"{path}: its rows have more cells than the {len(frame.columns)} columns of its header; put "
-                         f"quotes around text that holds a comma")
+        raise InputError(f"{path}: a row has more cells than the header; put quotes around text that holds a comma")
     missing = [column for column in columns if column not in frame]
     if missing:
         raise InputError(f"{path}: no column {missing[0]!r} (found: {', '.join(map(str, frame.columns))}; needed: "
@@ -32,11 +59,10 @@ def read_csv(path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = (
     frame = frame[list(columns)].fillna("")
     if frame.empty:
         raise InputError(f"{path} has a header but no rows")
-    empty = frame.apply(lambda column: column.str.strip() == "")
-    if empty.any(axis=None):
-        row = int(empty.any(axis=1).to_numpy().argmax())
-        raise InputError(f"{path}, row {row + 1}: {columns[int(empty.iloc[row].to_numpy().argmax())]} is empty "
-                         f"({int(empty.any(axis=1).sum())} such rows); fill it or remove the row")
+    for column in columns:
+        if (wrong := (frame[column].str.strip() == "") | (frame[column].str.len() > 100_000)).any():
+            raise InputError(f"{path}, row {wrong.argmax() + 1}: {column} is empty, or longer than 100,000 characters "
+                             f"({wrong.sum()} such rows); fix the row or remove it")
     return frame
 
 
@@ -46,8 +72,7 @@ def check_lengths(path: Path, lengths: list[int], limit: int, what: str, fix: st
     if too_long:
         row = too_long[0]
         raise InputError(f"{path}, row {row}: {what} takes {lengths[row - 1]} tokens and there is room for {limit} "
-                         f"({len(too_long)} such rows); shorten or remove them, {fix}or train_sft.py with a larger "
-                         f"--block-size")
+                         f"({len(too_long)} such rows); shorten or remove them, {fix}or give SFT a larger --block-size")
 
 
 def csv_path(folder: str | Path, name: str, heldout: bool = False) -> Path:
@@ -56,14 +81,12 @@ def csv_path(folder: str | Path, name: str, heldout: bool = False) -> Path:
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Rows of the same keys; written whole to a temporary name and renamed."""
-    temporary = path.with_name(path.name + ".tmp")
     # pandas reads a lone \r as the end of a row unless it is quoted, which Python's csv does only from 3.13 on.
     quoting = csv.QUOTE_ALL if any("\r" in str(x) for row in rows for x in row.values()) else csv.QUOTE_MINIMAL
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path, newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n", quoting=quoting)
         writer.writeheader()
         writer.writerows([{name: f"{x:.6g}" if isinstance(x, float) else x for name, x in row.items()} for row in rows])
-    os.replace(temporary, path)
 
 
 # ---- progress ----
@@ -77,33 +100,27 @@ class Progress:
     """One row of metrics in a CSV for each logged step, and one aligned line on the screen with some of them.
 
     Args:
-        path: the CSV; steps: of the whole run; start: steps done before a resume, whose rows are kept.
+        path: the CSV; steps: of the whole run.
+        begun: what `checkpoints.begin` returns: the steps done before a resume, and their rows.
         screen: the metrics on the screen; the others are only in the CSV.
         tensorboard: write them to a folder `tensorboard` beside the CSV as well.
     """
 
-    def __init__(self, path: Path, steps: int, start: int, screen: tuple[str, ...], tensorboard: bool = False):
-        self.path, self.steps, self.start, self.screen = path, steps, start, screen
+    def __init__(self, path: Path, steps: int, begun: dict, screen: tuple[str, ...], tensorboard: bool = False):
+        self.path, self.steps, self.start, self.screen = path, steps, begun["step"], screen
         self.began, self.tokens, self.lines = time.perf_counter(), 0, 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows, self.seconds_before = [], 0.0
-        if start > 0 and path.is_file():
-            try:
-                with path.open(newline="", encoding="utf-8") as file:
-                    self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
-                self.seconds_before = max((float(row["seconds"]) for row in self.rows), default=0.0)
-            except (KeyError, TypeError, ValueError, csv.Error) as error:
-                raise InputError(f"{path} is not the record of this run ({type(error).__name__}: {error}); move it "
-                                 f"away, and the run goes on without its earlier rows") from error
+        self.rows = list(begun["metrics"])
+        self.seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
+        self.replaced = begun.get("replaced", [])  # these files stay until there is a checkpoint of the new run
+        if self.rows:
+            write_csv(path, self.rows)
         self.writer = None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise InputError("--tensorboard needs the package: pip install tensorboard") from error
-            self.writer = SummaryWriter(path.parent / "tensorboard" / path.stem, purge_step=start + 1)
-        self.header = "  ".join(name.rjust(8) for name in ("step", *screen, "tokens/s", "left"))
-        print(self.header, flush=True)
+            self.writer = SummaryWriter(path.parent / "tensorboard" / path.stem, purge_step=self.start + 1)
 
     def log(self, step: int, **metrics: float | None) -> None:
         """step: how many are done. None: not measured at this step."""
@@ -111,25 +128,29 @@ class Progress:
         left = elapsed / max(1, step - self.start) * (self.steps - step)
         row = {"step": step, **metrics, "tokens_per_s": round(self.tokens / elapsed),
                "seconds": round(self.seconds_before + elapsed, 1)}
-        if self.rows and self.rows[0].keys() != row.keys():
-            raise InputError(f"{self.path} has other columns than this run writes; move it away, and the run goes on "
-                             f"without its earlier rows")
         cells = {"step": f"{step}/{self.steps}"}
-        for name in self.screen:
-            value = metrics[name]
-            cells[name] = "" if value is None else f"{value:{'.1e' if name == 'lr' else '.3f'}}"
+        cells |= {name: "" if metrics[name] is None else f"{metrics[name]:{'.1e' if name == 'lr' else '.3f'}}"
+                  for name in self.screen}
         cells |= {"tokens/s": f"{row['tokens_per_s']:,}", "left": format_seconds(left)}
-        if self.lines and self.lines % 25 == 0:
-            print(self.header)
+        if self.lines % 25 == 0:
+            print("  ".join(name.rjust(8) for name in cells))
         print("  ".join(cell.rjust(max(8, len(name))) for name, cell in cells.items()), flush=True)
         self.lines += 1
         self.rows.append(row)
-        write_csv(self.path, self.rows)
+        if self.path not in self.replaced:
+            write_csv(self.path, self.rows)
         if self.writer:
             for name, value in row.items():
                 if value is not None:
                     self.writer.add_scalar(f"{self.path.stem}/{name}", value, step)
             self.writer.flush()
+
+
+    def saved(self) -> None:
+        """There is a checkpoint of this run: what is left of the one it replaces goes, and its metrics are written."""
+        while self.replaced:
+            self.replaced.pop().unlink(missing_ok=True)
+        write_csv(self.path, self.rows)
 
 
 def ticker(items, what: str, seconds: float = 10.0):
@@ -155,42 +176,3 @@ class Means:
 
     def over(self, count: int) -> dict[str, float]:
         return {name: total.item() / count for name, total in self.sums.items()}
-
-
-# ---- what is printed after training ----
-
-
-def sample_rows(before: list[dict], after: list[dict]) -> list[dict]:
-    """Rows of ppo_samples.csv: a response to each prompt before and after."""
-    return [{"Prompt": a["prompt"], "Before": a["response"], "After": b["response"],
-             "score_before": round(a["score"], 4), "score_after": round(b["score"], 4),
-             "gold_before": a["gold"], "gold_after": b["gold"]} for a, b in zip(before, after)]
-
-
-def shown(value) -> str:
-    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def print_table(rows: list[dict]) -> None:
-    """The rows of evaluation.csv, aligned."""
-    rows = [{name: shown(value) for name, value in row.items()} for row in rows]
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-    print("  ".join(name.rjust(width) for name, width in widths.items()))
-    for row in rows:
-        print("  ".join(row[name].rjust(width) for name, width in widths.items()))
-
-
-def verdict(one: dict) -> str:
-    return f"score {one['score']:+.2f}" + ("" if one["gold"] is None else f", gold {one['gold']:+.1f}")
-
-
-def print_responses(responses: list[dict]) -> None:
-    for one in responses:
-        print(f"    {one['prompt'].strip().splitlines()[0]}\n        -> {one['response']}   ({verdict(one)})")
-
-
-def print_pairs(before: list[dict], after: list[dict], count: int) -> None:
-    for a, b in list(zip(before, after))[:count]:
-        print(f"\n    {' / '.join(a['prompt'].split(chr(10) * 2)).strip(' /')}")
-        for name, one in (("before", a), ("after", b)):
-            print(f"      {name:>6} ({verdict(one)}): {one['response']}")

@@ -27,9 +27,10 @@ import torch
 
 from rlhf import rollout
 from rlhf.extras.measure import clock, matmul_rate, medians, noting, peak_memory, ratios, training_flops
+from rlhf.extras.report import print_table
 from rlhf.extras.trl_ppo import trl_iterations
 from rlhf.model import GPT, GPTConfig, PolicyWithValue, RewardModel
-from rlhf.support import cli, runtime, tables
+from rlhf.support import cli, runtime
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,14 @@ def main(cfg: BenchConfig) -> None:
     found = medians(base, cfg.repeats)
     sampled, read = cfg.batch * cfg.response, cfg.batch * cfg.response + int(cfg.prompt_lens().sum())
     tokens = {"sampling": sampled, "scoring": read, "update": cfg.inner_epochs * read, "iteration": sampled}
-    tables.print_table([
+    print_table([
         {"part": part, "seconds": found[part], "tokens/s": f"{n / found[part]:,.0f}"} for part, n in tokens.items()])
     print(f"\nupdate: {update_flops(cfg) / found['update'] / found['peak']:.1%} of the {found['peak'] / 1e9:,.1f} "
           f"GFLOP/s of a large matrix product; peak memory: {peak_memory():.2f} GB\n")
     if trl:
-        tables.print_table([{"seconds": "ours / TRL's", **ratios(base, trl, cfg.repeats)}])
+        print_table([{"seconds": "ours / TRL's", **ratios(base, trl, cfg.repeats)}])
     elif cfg.against == "doubled":
-        tables.print_table([
+        print_table([
             {"doubled": name, **ratios(iterations(replace(cfg, **{name: 2 * getattr(cfg, name)})), base, cfg.repeats)}
             for name in ("batch", "response", "n_embd", "vocab")])
 

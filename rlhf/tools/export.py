@@ -12,8 +12,9 @@ tokenizer.tiktoken, which transformers does not read.
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf.extras.from_checkpoint import tokenizer_of
 from rlhf.extras.pretrained import save_gpt2
-from rlhf.support.checkpoints import load_policy, tokenizer_of
+from rlhf.support.checkpoints import load_policy
 from rlhf.support.cli import arg, run
 
 

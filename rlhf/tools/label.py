@@ -30,11 +30,14 @@ import torch
 
 from rlhf.data import Prompt, batch_indices, encode_response, load_prompts, pad_rows
 from rlhf.evaluate import decode_responses
+from rlhf.extras.from_checkpoint import judge_of, tokenizer_of
+from rlhf.extras.yardsticks import vote_probabilities
 from rlhf.rollout import generate, has_ended
-from rlhf.support.checkpoints import load_policy, tokenizer_of
+from rlhf.support.checkpoints import load_policy
 from rlhf.support.cli import InputError, arg, check_not_negative, check_positive, run
-from rlhf.support.judge import gold_scores, load_judge, vote_probabilities
+from rlhf.support.judge import gold_scores
 from rlhf.support.runtime import make_generator, pick_device
+from rlhf.support.tables import replacing
 from rlhf.tools.sample import find_reward_model
 
 COLUMNS = ("Pair", "Prompt", "Chosen", "Rejected", "Answer")
@@ -65,6 +68,9 @@ class LabelConfig:
         if self.annotator == "judge" and not self.count:
             raise ValueError("--annotator judge needs --count: how many choices to take")
 
+    def lock_file(self) -> Path:
+        return Path(f"{self.out}.lock")
+
 
 # ---- the file: one line an answer, whole or not at all ----
 
@@ -81,7 +87,6 @@ class AnswerFile:
     def __init__(self, path: Path):
         self.path, self.answers = path, []
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._rewrite()
             return
         text = path.read_bytes().decode("utf-8", errors="replace")
@@ -106,12 +111,11 @@ class AnswerFile:
 
     @staticmethod
     def _sound(row: list[str]) -> bool:
-        return len(row) == len(COLUMNS) and row[0].isdecimal() and all(row) and row[4] in ANSWERS
+        return len(row) == len(COLUMNS) and row[0].isdecimal() and len(row[0]) < 10 and all(row) and row[4] in ANSWERS
 
     def _rewrite(self) -> None:
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(map(line_of, [COLUMNS, *self.answers])), encoding="utf-8", newline="")
-        os.replace(temporary, self.path)
+        with replacing(self.path, encoding="utf-8", newline="") as file:
+            file.writelines(map(line_of, [COLUMNS, *self.answers]))
 
     def append(self, *cells) -> None:
         with self.path.open("a", encoding="utf-8", newline="") as file:
@@ -240,7 +244,8 @@ def main(cfg: LabelConfig) -> None:
     data = cfg.data or checkpoint["config"]["data"]
     tokenizer = tokenizer_of(path, checkpoint, data)
     prompts = load_prompts(data, tokenizer, gpt.config.block_size - cfg.max_new_tokens)
-    judge, reward_model = load_judge(data), find_reward_model(cfg.reward, path, tokenizer)
+    reward_model = find_reward_model(cfg.reward, path, tokenizer)
+    judge = judge_of(cfg.data, data) if cfg.annotator == "judge" else None
     if cfg.annotator == "judge" and judge is None:
         raise InputError(f"--annotator judge: {data} has no judge.py")
     if reward_model is not None:

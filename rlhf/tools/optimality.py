@@ -20,11 +20,12 @@ from torch import Tensor
 
 from rlhf import evaluate
 from rlhf.data import Prompt, load_prompts
+from rlhf.extras.from_checkpoint import judge_of, tokenizer_of
 from rlhf.extras.optimum import best_of_n, best_of_n_kl, column, matching_n, optimality_error, ppo_and_optimum
+from rlhf.extras.report import print_table
 from rlhf.model import GPT, PolicyWithValue
 from rlhf.rollout import Frozen
 from rlhf.support import checkpoints, cli, runtime, tables
-from rlhf.support.judge import load_judge
 
 UNRELIABLE = 10  # effective sample size
 
@@ -66,17 +67,17 @@ def load_run(cfg: RunConfig) -> Run:
     """The models of a finished PPO run, and what they were evaluated with."""
     path = Path(cfg.checkpoint)
     checkpoint = checkpoints.load_checkpoint(path, "ppo")
-    config, state = checkpoint["config"], checkpoints.merged(checkpoint["model"])
+    config = checkpoint["config"]
     device, amp, _ = runtime.setup(cfg.device, config["amp"])
     reference, _ = checkpoints.load_policy(trained_file(checkpoint, "sft", cfg.sft, path), "sft")
     reward_model, _ = checkpoints.load_reward_model(trained_file(checkpoint, "reward", cfg.reward, path))
-    separate = any(name.startswith("value_gpt.") for name in state)
+    separate = any(name.startswith("value_gpt.") for name in checkpoint["model"])
     policy = PolicyWithValue(GPT(reference.config), GPT(reward_model.gpt.config) if separate else None)
-    policy.load_state_dict(state)
+    checkpoints.load_weights(path, policy, checkpoint["model"])
     policy.gpt.temperature = reference.temperature = config["temperature"]
 
     data = cfg.data or config["data"]
-    tokenizer, judge = checkpoints.tokenizer_of(path, checkpoint, data), load_judge(data)
+    tokenizer, judge = tokenizer_of(path, checkpoint, data), judge_of(cfg.data, config["data"])
     frozen = Frozen(reference.to(device), reward_model.to(device), tokenizer, config["max_new_tokens"],
                     config["missing_eos_score"], config["micro_batch_size"] or 128, amp)
     limit = min(reference.config.block_size, reward_model.gpt.config.block_size) - config["max_new_tokens"]
@@ -90,8 +91,8 @@ def trained_file(checkpoint: dict, name: str, given: str, beside: Path) -> Path:
     path = Path(given or config[name] or Path(config["out"]) / f"{name}.pt")
     if not given and not path.is_file():
         path = beside.with_name(f"{name}.pt")  # the folder has been moved
-    if path.is_file() and checkpoints.digests(file=path)["file"] != checkpoint["inputs"][name]:
-        raise cli.InputError(f"{path} is not the {name}.pt that {beside} was trained with; name it with --{name}")
+    if path.is_file():
+        checkpoints.check_input(beside, checkpoint, name, path)
     return path
 
 
@@ -174,7 +175,7 @@ def main(cfg: OptimalityConfig) -> None:
     tables.write_csv(folder / "evaluation.csv", table)
     tables.write_csv(folder / "optimality.csv", rows)
     print(f"{text}\nwrote {folder / 'evaluation.csv'} and optimality.csv\n")
-    tables.print_table(table)
+    print_table(table)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from rlhf.data import pad_rows
 from rlhf.evaluate import decode_responses
+from rlhf.extras.from_checkpoint import judge_of, tokenizer_of
 from rlhf.model import GPT, KVCache, RewardModel
 from rlhf.rollout import generate, has_ended
-from rlhf.support.checkpoints import check_tokenizer, load_policy, load_reward_model, tokenizer_of
+from rlhf.support.checkpoints import check_tokenizer, load_policy, load_reward_model
 from rlhf.support.cli import InputError, arg, check_not_negative, check_positive, run
-from rlhf.support.judge import gold_scores, load_judge
+from rlhf.support.judge import gold_scores
 from rlhf.support.runtime import make_generator, pick_device
 from rlhf.tokenizer import Tokenizer
 
@@ -32,7 +33,7 @@ class SampleConfig:
     checkpoint: tuple[str, ...] = arg(("runs/ppo.pt",), "sft.pt or ppo.pt; several respond side by side")
     prompt: str = arg("", "the prompt (empty: typed at the terminal)")
     plain: bool = arg(False, "no Human: and Assistant: around the prompt")
-    data: str = arg("", "data set folder (empty: the first checkpoint's)")
+    data: str = arg("", "data set folder (empty: the first checkpoint's, without its judge)")
     reward: str = arg("", "reward model (empty: reward.pt beside the first checkpoint)")
     temperature: float = arg(1.0, "sampling temperature")
     top_k: int = arg(0, "sample among the k likeliest tokens (0: all)")
@@ -156,7 +157,7 @@ def main(cfg: SampleConfig) -> None:
     data = cfg.data or loaded[0][1]["config"]["data"]
     tokenizers = [tokenizer_of(path, checkpoint, data) for path, (_, checkpoint) in zip(paths, loaded)]
     policies = [gpt.to(device) for gpt, _ in loaded]
-    judge, reward_model = load_judge(data), find_reward_model(cfg.reward, paths[0], tokenizers[0])
+    judge, reward_model = judge_of(cfg.data, data, needed=False), find_reward_model(cfg.reward, paths[0], tokenizers[0])
     if reward_model is not None:
         reward_model.to(device)
 

@@ -27,7 +27,7 @@ from rlhf.data import load_comparisons, load_prompts
 from rlhf.extras.optimum import best_of_n, best_of_n_kl
 from rlhf.rollout import Frozen
 from rlhf.support.checkpoints import load_policy, load_reward_model
-from rlhf.support.cli import InputError, arg, check_positive, number, run
+from rlhf.support.cli import InputError, arg, check_positive, run
 from rlhf.support.judge import load_judge
 from rlhf.support.runtime import pick_device
 from rlhf.support.tables import csv_path, write_csv
@@ -56,13 +56,16 @@ class StudyConfig:
         check_positive(self, "prompts", "jobs")
         if self.largest_n < 8:
             raise ValueError("--largest-n must be at least 8: a curve needs three points")
-        for name, kind, least in (("seeds", int, 0), ("comparisons", int, 1), ("kl_coefs", number, 0)):
+        for name, kind, least in (("seeds", int, 0), ("comparisons", int, 1), ("kl_coefs", float, 0)):
             try:
                 values = [kind(value) for value in getattr(self, name).split(",")]
             except ValueError:
                 values = [-1]
-            if min(values) < least:
+            if not min(values) >= least:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)!r}: give numbers, with commas")
+
+    def lock_file(self) -> Path:
+        return Path(self.out) / ".lock"
 
 
 def script(cfg: StudyConfig, name: str, seed: int, out: Path, *flags) -> None:
@@ -78,10 +81,14 @@ def script(cfg: StudyConfig, name: str, seed: int, out: Path, *flags) -> None:
     print(f"$ {shown}", flush=True)
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if cfg.jobs > 1 else {})}
     out.mkdir(parents=True, exist_ok=True)
-    with (out / f"{name}.log").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    if done.returncode:
-        raise InputError(f"train_{name}.py stopped with status {done.returncode}; see {out / name}.log")
+    command.append("--resume" if (out / f"{name}.pt").is_file() else "--overwrite")
+    # What the script prints comes through a pipe: if this program is killed, the script ends at its next line.
+    with (out / f"{name}.log").open("wb", buffering=0) as log, subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as running:
+        for line in running.stdout:
+            log.write(line)
+    if running.returncode:
+        raise InputError(f"train_{name}.py stopped with status {running.returncode}; see {out / name}.log")
     finished.write_text(shown, encoding="utf-8")
 
 
@@ -198,7 +205,8 @@ def main(cfg: StudyConfig) -> None:
     seeds, sizes = ([int(x) for x in values.split(",")] for values in (cfg.seeds, cfg.comparisons))
     if max(sizes) > rows:
         raise InputError(f"--comparisons {max(sizes)}: {cfg.data} has {rows}")
-    with ThreadPoolExecutor(cfg.jobs) as pool:
+    pool = ThreadPoolExecutor(cfg.jobs)
+    try:
         for seed, _ in zip(seeds, pool.map(
                 lambda seed: script(cfg, "sft", seed, Path(cfg.out) / f"seed{seed}"), seeds)):
             print(f"seed {seed}: fine-tuned", flush=True)
@@ -208,6 +216,8 @@ def main(cfg: StudyConfig) -> None:
                 lambda key: one_reward_model(cfg, *key, whole=key[1] == max(sizes)), runs)), start=1):
             points += made
             print(f"seed {key[0]}, {key[1]} comparisons: {done} of {len(runs)} done", flush=True)
+    finally:  # after Ctrl-C or an error, begin no other run
+        pool.shutdown(wait=False, cancel_futures=True)
     write_csv(Path(cfg.out) / "study.csv", points)
     table = fits(points)
     write_csv(Path(cfg.out) / "fits.csv", table)

@@ -26,8 +26,9 @@ from rlhf.data import (
     pad_rows,
     response_mask,
 )
+from rlhf.extras.yardsticks import vote_probabilities
 from rlhf.support.cli import InputError
-from rlhf.support.judge import load_judge, vote_probabilities
+from rlhf.support.judge import load_judge
 from rlhf.support.tables import csv_path, read_csv
 from rlhf.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from tests.helpers import rows
@@ -310,12 +311,11 @@ def test_judge_reads_only_the_last_question(bundled):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x = 1", "defines no score"),
         ("def score(prompts, responses): return [1.0]", "one finite number for each of 2 responses, got 1"),
         ("def score(prompts, responses): return [float('nan')] * len(prompts)", "one finite number"),
     ],
 )
-def test_load_judge_rejects_a_broken_judge(tmp_path, text, message):
+def test_load_judge_rejects_scores_that_are_none(tmp_path, text, message):
     (tmp_path / "judge.py").write_text(text)
     with pytest.raises(InputError, match=message):
         load_judge(str(tmp_path))

@@ -216,6 +216,15 @@ def test_value_clip_fraction_does_not_count_rounding(eps):
     assert_close(loss, ((new - ret) ** 2).mean() / 2)
 
 
+@pytest.mark.parametrize(("new", "old", "ret", "eps"), [(0.9, 0.3, 0, 0.9 - 0.3), (0.5, 0, 0.375, 0.25)])
+def test_value_clip_fraction_does_not_count_the_edge_or_equal_branches(new, old, ret, eps):
+    """V has moved by exactly eps, and 0.3 + (0.9 - 0.3) is above 0.9 in float64, so the clipped branch is larger, by
+    rounding only. V has moved by 1/2 and eps is 1/4, but R = 3/8 lies half-way: both branches are 1/64."""
+    _, clip_fraction = value_loss(f64([new]), f64([old]), f64([ret]), torch.tensor([[True]]), eps)
+    assert old + (new - old) > new or (new - ret) ** 2 == (old + eps - ret) ** 2
+    assert clip_fraction.item() == 0
+
+
 @pytest.mark.parametrize("poison", POISON)
 def test_value_loss_ignores_masked_values(poison):
     """The two slots of the hand computation above, loss 1.06, with poison in the pad of one of the three inputs at a

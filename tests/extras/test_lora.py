@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -153,12 +154,13 @@ def test_trained_state_holds_adapters_only_and_loads_back(gpt):
     assert checkpoints.trained_state(gpt).keys() == gpt.state_dict().keys()
     state = checkpoints.trained_state(adapted(gpt))
     assert all(name.endswith((".A", ".B")) for name in state) and len(state) == 2 * 4 * 2
-    checkpoints.load_state(gpt, {name: torch.zeros_like(tensor) for name, tensor in state.items()})
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    checkpoints.load_weights(Path("sft.pt"), gpt, zeros, resume=True)
     assert not any(tensor.any() for tensor in checkpoints.trained_state(gpt).values())
     name = next(iter(state))
     for wrong in ({k: v for k, v in state.items() if k != name}, {**state, "other": torch.zeros(1)}):
-        with pytest.raises(RuntimeError, match="weights missing"):
-            checkpoints.load_state(gpt, wrong)
+        with pytest.raises(InputError, match="sft.pt does not fit its own settings"):
+            checkpoints.load_weights(Path("sft.pt"), gpt, wrong, resume=True)
 
 
 def test_memory_table_matches_counts_on_paper():

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -15,15 +16,15 @@ from rlhf.model import GPT, GPTConfig, RewardModel
 from rlhf.support import checkpoints
 from rlhf.support.cli import parse_cli
 from rlhf.tokenizer import find_tokenizer
-from tests.helpers import TINY, process, rows, script, tiny
+from tests.helpers import TINY, change_sft, process, rows, script, tiny
 
 
 def test_three_stages_write_their_files(trained):
     """Checkpoints, one metrics CSV per stage, the evaluations."""
     data, out, printed = trained
     assert sorted(path.name for path in out.iterdir()) == [
-        "evaluation.csv", "ppo.csv", "ppo.pt", "ppo_samples.csv", "reward.csv", "reward.pt", "reward_evaluation.csv",
-        "sft.csv", "sft.pt"]
+        ".lock", "evaluation.csv", "ppo.csv", "ppo.pt", "ppo_samples.csv", "reward.csv", "reward.pt",
+        "reward_evaluation.csv", "sft.csv", "sft.pt"]
     assert [len(rows(out / f"{name}.csv")) for name in TINY] == [8, 6, 4]
     table = rows(out / "evaluation.csv")
     assert [row["policy"] for row in table] == ["sft", "ppo"]
@@ -102,7 +103,8 @@ def test_resumed_run_equals_the_uninterrupted_run_bit_for_bit(trained, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "save", save_and_stop)
-        assert script(name, *flags, ok=False).returncode == 1
+        with pytest.raises(KeyboardInterrupt):
+            script(name, *flags)
     check_interrupted_run(tmp_path, name)
     script(name, *flags, "--resume")
     check_same_run(out, tmp_path, name)
@@ -126,7 +128,7 @@ def test_run_resumed_in_a_new_process_equals_the_uninterrupted_run(trained, tmp_
     data, out, _ = trained
     flags = tiny(name, *inputs_of(name, data, out), "--out", tmp_path)
     cut = process("-c", STOP_AFTER_SAVE.format(name), *flags)
-    assert cut.returncode == 1 and "interrupted" in cut.stderr, cut.stderr
+    assert cut.returncode == 130 and cut.stderr == f"\ninterrupted; --resume continues from {tmp_path}/{name}.pt\n"
     check_interrupted_run(tmp_path, name)
     resumed = process(f"train_{name}.py", *flags, "--resume")
     assert resumed.returncode == 0, resumed.stderr
@@ -168,7 +170,7 @@ def test_missing_checkpoint_names_the_script_to_run_first(trained, tmp_path):
         assert done.returncode == 2 and f"run `python {first}` first" in done.stderr
     done = script("ppo", "--data", data, "--out", tmp_path, "--sft", out / "sft.pt", ok=False)
     assert done.returncode == 2 and "run `python train_reward.py` first" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(
@@ -180,15 +182,19 @@ def test_missing_checkpoint_names_the_script_to_run_first(trained, tmp_path):
         ("sft", ["--steps", "0"], "must be above 0"),
         ("reward", ["--sft", "OUT/reward.pt"], "written by train_reward.py"),
         ("reward", ["--sft", "data/tiny_assistant/judge.py"], "not a checkpoint"),
-        ("reward", ["--resume", "--lr", "0.5"], "was trained with --lr"),
-        ("ppo", ["--max-new-tokens", "500"], "leaves no room"),
+        ("reward", ["--resume", "--lr", "0.5"], "begun with another lr"),
+        ("ppo", ["--max-new-tokens", "500"], "there is room for -420"),
         ("ppo", ["--max-new-tokens", "70"], "there is room for 10"),
         ("ppo", ["--minibatch-size", "3"], "must be a multiple"),
         ("ppo", ["--gamma", "1.5"], "between 0 and 1"),
-        ("ppo", ["--kl-coef", "nan"], "invalid number value"),
-        ("ppo", ["--missing-eos-score", "inf"], "must lie between"),
-        ("ppo", ["--missing-eos-score", "1e300"], "must lie between"),
-        ("ppo", ["--kl-target", "6", "--kl-horizon", "2"], "counts responses"),
+        ("ppo", ["--kl-coef", "nan"], "must be 0 or more"),
+        ("ppo", ["--value-clip-eps", "nan"], "must be above 0"),
+        ("ppo", ["--kl-target", "6", "--kl-horizon", "2"], "at least --batch-size"),
+        ("sft", ["--data", ""], "must name a folder"),
+        ("sft", [], "sft.pt is of another run"),
+        ("reward", [], "reward.pt is of another run"),
+        ("ppo", [], "ppo.pt is of another run"),
+        ("ppo", ["--resume", "--overwrite"], "give one of them"),
         ("sft", ["--weight-decay", "-1"], "must be 0 or more"),
         ("ppo", ["--device", "quantum"], "invalid choice"),
     ],
@@ -203,12 +209,86 @@ def test_bad_input_gives_one_line_and_status_2(trained, name, flags, message):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_diverging_run_stops_with_one_line(trained, tmp_path):
+DIVERGING = [  # in float16 the scaler skips steps whose gradient is NaN, so that the weights stay finite
+    ("sft", ["--lr", "1e30"]),
+    ("sft", ["--lr", "1e10", "--steps", "1"]),  # the weights are finite, the loss on held-out rows is not
+    ("sft", ["--amp", "fp16", "--lr", "60"]),
+    ("reward", ["--lr", "1e30"]),
+    ("reward", ["--lr", "1e20", "--steps", "1"]),
+    ("reward", ["--amp", "fp16", "--lr", "3000", "--steps", "30", "--eval-every", "30"]),
+    ("ppo", ["--lr", "1e30"]),
+    ("ppo", ["--lr", "1e10", "--steps", "1"]),
+    ("ppo", ["--amp", "fp16", "--lr", "3000"]),
+]
+
+
+@pytest.mark.parametrize(("name", "flags"), DIVERGING)
+def test_diverging_run_stops_with_one_line_and_saves_nothing(trained, tmp_path, name, flags):
     data, out, _ = trained
-    done = script("ppo", "--data", data, "--out", tmp_path, "--sft", out / "sft.pt", "--reward", out / "reward.pt",
-                  "--lr", "1e30", "--warmup", "0", ok=False)
+    done = script(name, *inputs_of(name, data, out), "--out", tmp_path, "--warmup", "0", *flags, ok=False)
     assert done.returncode == 2 and "the run has diverged" in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "ppo.pt").exists()
+    assert not (tmp_path / f"{name}.pt").exists()
+
+
+def test_reward_model_that_learned_nothing_is_not_scaled_up_in_silence(trained, tmp_path):
+    data, out, printed = trained
+    shown = script("reward", *inputs_of("reward", data, out), "--out", tmp_path, "--lr", "1e-9").stdout
+    assert "warning: the scores hardly differ" in shown
+
+
+# ---- one run, one folder ----
+
+
+def test_ppo_refuses_a_reward_model_of_another_sft(trained, tmp_path):
+    data, out, _ = trained
+    change_sft(out, tmp_path, lambda weights: weights["ln_f.bias"].add_(0.01))
+    done = script("ppo", "--data", data, "--out", tmp_path, "--reward", out / "reward.pt", ok=False)
+    assert done.returncode == 2 and "was made from another sft file than" in done.stderr
+    assert not (tmp_path / "ppo.csv").exists()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_overwrite_keeps_the_old_run_until_the_new_one_has_a_checkpoint(trained, tmp_path, monkeypatch, name):
+    """Then nothing of the old run is left, until the new one writes its own tables."""
+    data, out, _ = trained
+    folder = tmp_path / "runs"
+    flags = [*inputs_of(name, data, out), "--out", folder, "--overwrite", "--seed", "1"]
+    shutil.copytree(out, folder)
+    results = [path for path in folder.iterdir() if path.name in (f"{name}.pt", *checkpoints.RESULTS[name])]
+    before = {path: path.read_bytes() for path in results}
+    save = checkpoints.save
+
+    def stop(*args, **state):
+        raise KeyboardInterrupt
+
+    def save_and_stop(*args, **state):
+        save(*args, **state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        script(name, *flags)
+    assert {path: path.read_bytes() for path in results} == before
+    assert len(before) == {"sft": 2, "reward": 3, "ppo": 4}[name]
+    monkeypatch.setattr(checkpoints, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        script(name, *flags)
+    assert [path.name for path in results if path.exists()] == [path.name for path in results
+                                                                if path.name in (f"{name}.pt", f"{name}.csv")]
+    assert all(path.read_bytes() != before[path] for path in results if path.exists())
+
+
+def test_metrics_of_a_resumed_run_come_from_its_checkpoint(trained, tmp_path):
+    """A kill between the two files leaves the metrics of an older run beside the new checkpoint."""
+    data, out, _ = trained
+    for name in ("sft.pt", "sft.csv"):
+        shutil.copy(out / name, tmp_path)
+    (tmp_path / "sft.csv").write_text("of an older run")
+    script("sft", "--data", data, "--out", tmp_path, "--resume")
+    assert (tmp_path / "sft.csv").read_bytes() == (out / "sft.csv").read_bytes()
+
+
+# ---- the rest of the input ----
 
 
 def test_unwritable_folder_gives_one_line(small_data, tmp_path):

@@ -105,6 +105,9 @@ class Recorder:
     def update(self):
         pass
 
+    def get_scale(self):
+        return 1.0
+
 
 def record(policy, rollout, cfg, step=0, ptx=None):
     """train_ppo.update with a Recorder. Returns it and the metrics."""
@@ -282,7 +285,7 @@ def test_a_gradient_step_waits_twice(trained, tmp_path, module, config, name):
     counts = []
     for steps in (2, 6):
         with Waits() as waits:
-            module.main(parse_cli(config, [*map(str, flags), "--steps", str(steps)]))
+            module.main(parse_cli(config, [*map(str, flags), "--steps", str(steps), "--overwrite"]))
         counts.append(waits.count)
     assert counts[1] - counts[0] == 8
 

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,26 +12,27 @@ from torch.testing import assert_close
 from rlhf.model import GPT, GPTConfig, PolicyWithValue, RewardModel
 from rlhf.support import checkpoints
 from rlhf.support.checkpoints import (
+    begin,
+    check_input,
     check_tokenizer,
     digests,
     load_checkpoint,
     load_policy,
-    load_resumable,
     load_reward_model,
-    load_state,
+    load_weights,
     merged,
     save,
-    tokenizer_of,
     trained_state,
 )
 from rlhf.support.cli import InputError
 from rlhf.support.runtime import make_optimizer, optimizer_step, setup
-from rlhf.tokenizer import load_tokenizer
+from rlhf.support.tables import Progress
 from tests.helpers import Digits, f64, noisy
 
 SHAPE = GPTConfig(11, 8, 1, 2, 8)
 INPUTS = {"demonstrations": "123"}
 TOKENS = torch.tensor([[3, 1, 4]])
+NEW = {"step": 0, "metrics": []}
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Config:
     lr: float = 0.5
     steps: int = 9
     resume: bool = False
+    overwrite: bool = False
     out: str = "runs"
 
 
@@ -58,7 +61,9 @@ def run(request, tmp_path):
     step(gpt, made.optimizer, made.scaler)
 
     def save_run(number, **state):
-        save(made.path, "sft", gpt, Config(), number, Digits(), made.optimizer, made.scaler, INPUTS, **state)
+        progress = Progress(tmp_path / "sft.csv", 9, NEW, ())
+        progress.rows.append({"step": number, "loss": 0.5, "seconds": 7.0})
+        save(made.path, "sft", gpt, Config(), number, Digits(), made.optimizer, made.scaler, INPUTS, progress, **state)
         return made.path
 
     made.save = save_run
@@ -66,7 +71,8 @@ def run(request, tmp_path):
 
 
 def save_finished(path, kind, model, config=None, tokenizer=None):
-    save(path, kind, model, config or Config(), 9, tokenizer or Digits(), None, None, INPUTS)
+    progress = SimpleNamespace(rows=[], saved=lambda: None)
+    save(path, kind, model, config or Config(), 9, tokenizer or Digits(), None, None, INPUTS, progress)
     return path
 
 
@@ -79,9 +85,10 @@ def test_checkpoint_holds_weights_and_what_the_run_was_made_from(run):
     gpt.load_state_dict(checkpoint["model"])
     assert torch.equal(gpt(TOKENS), run.gpt(TOKENS))
     assert (checkpoint["step"], checkpoint["kl_coef"]) == (7, 0.25) and checkpoint["inputs"] == INPUTS
-    assert checkpoint["config"] == {"lr": 0.5, "steps": 9, "resume": False, "out": "runs"}
+    assert checkpoint["config"] == {"lr": 0.5, "steps": 9, "resume": False, "overwrite": False, "out": "runs"}
     assert (checkpoint["tokenizer"], checkpoint["tokenizer_name"]) == ("abc", "digits")
-    assert [file.name for file in run.path.parent.iterdir()] == ["sft.pt"]
+    assert checkpoint["metrics"] == [{"step": 7, "loss": 0.5, "seconds": 7.0}]
+    assert sorted(file.name for file in run.path.parent.iterdir()) == ["sft.csv", "sft.pt"]
 
 
 def test_unfinished_checkpoint_holds_optimizer_and_scaler_state(run):
@@ -115,32 +122,54 @@ def test_digests_follow_from_the_contents(tmp_path):
     assert digests(x=tmp_path / "x")["x"].startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
-FULL_DISK = RuntimeError("unexpected pos 57792 vs 57744\n(a page of C++)")  # what torch raises
+def test_failed_save_leaves_the_old_checkpoint_and_the_metrics_that_belong_to_it(run, monkeypatch):
+    before = run.save(7).read_bytes(), run.path.with_suffix(".csv").read_bytes()
 
-
-@pytest.mark.parametrize("error", [OSError("no room"), FULL_DISK])
-def test_failed_save_leaves_the_old_checkpoint(run, monkeypatch, error):
-    before = run.save(7).read_bytes()
-
-    def write_half(content, to):
-        to.write_bytes(b"half")
-        raise error
+    def write_half(content, file):
+        file.write(b"half")
+        raise RuntimeError("unexpected pos 57792 vs 57744")  # what torch makes of a full disk
 
     monkeypatch.setattr(torch, "save", write_half)
-    with pytest.raises((OSError, InputError)):
+    with pytest.raises(InputError, match="sft.pt cannot be written"):
         run.save(8)
-    assert run.path.read_bytes() == before
+    assert (run.path.read_bytes(), run.path.with_suffix(".csv").read_bytes()) == before
+    assert len(list(run.path.parent.iterdir())) == 2
 
 
-def test_save_on_a_full_disk_gives_one_line_and_leaves_no_temporary_file(run, monkeypatch):
-    def write_half(content, to):
-        to.write_bytes(b"half")
-        raise FULL_DISK
+# ---- begin ----
 
-    monkeypatch.setattr(torch, "save", write_half)
-    with pytest.raises(InputError, match="cannot be written") as raised:
-        run.save(8)
-    assert "C++" not in str(raised.value) and not list(run.path.parent.iterdir())
+
+def start(run, config=None, tokenizer=None, inputs=INPUTS, path=None):
+    """What `begin` returns to a run of these settings."""
+    optimizer, scaler = make_optimizer(run.gpt, 0.1, 0.0), setup("cpu", "off")[2]
+    return begin(path or run.path, config or Config(resume=True), tokenizer or Digits(), inputs, run.gpt, optimizer,
+                 scaler)
+
+
+def test_begin_of_a_new_run_is_at_step_0(run):
+    assert start(run, Config()) == {"step": 0, "metrics": [], "replaced": []}
+
+
+@pytest.mark.parametrize("name", ["sft.pt", "sft.csv"])
+def test_begin_refuses_to_replace_another_run(run, name):
+    """The checkpoint or the metrics are there."""
+    (run.path.parent / name).write_text("old")
+    with pytest.raises(InputError, match=f"{name} is of another run; give --resume .*, --overwrite .* another --out"):
+        start(run, Config())
+
+
+def test_begin_with_overwrite_names_what_goes_when_the_run_is_first_saved(run):
+    """Not the checkpoint, which is renamed over the old one."""
+    folder = run.path.parent
+    for name in ("ppo.pt", "ppo.csv", "optimality.csv", "sft.csv"):
+        (folder / name).write_text("old")
+    begun = start(run, Config(overwrite=True), path=folder / "ppo.pt")
+    assert begun == {"step": 0, "metrics": [], "replaced": [folder / "ppo.csv", folder / "optimality.csv"]}
+
+
+def test_begin_without_the_old_checkpoint_replaces_what_it_left(run):
+    (run.path.parent / "sft.csv").write_text("old")
+    assert start(run, Config(overwrite=True))["replaced"] == [run.path.parent / "sft.csv"]
 
 
 # ---- resume ----
@@ -154,8 +183,8 @@ def test_resume_continues_as_the_uninterrupted_run(run):
         run.scaler.update(128.0)  # another scale than that of a new scaler
     path, gpt = run.save(7), GPT(SHAPE)
     optimizer, scaler = make_optimizer(gpt, 0.1, 0.0), setup("cpu", "fp16" if half else "off")[2]
-    checkpoint = checkpoints.resume(path, Config(resume=True), Digits(), INPUTS, gpt, optimizer, scaler)
-    assert checkpoint["step"] == 7 and scaler.get_scale() == run.scaler.get_scale()
+    checkpoint = begin(path, Config(resume=True), Digits(), INPUTS, gpt, optimizer, scaler)
+    assert checkpoint["step"] == 7 and len(checkpoint["metrics"]) == 1 and scaler.get_scale() == run.scaler.get_scale()
     for _ in range(2):
         step(run.gpt, run.optimizer, run.scaler)
         step(gpt, optimizer, scaler)
@@ -165,61 +194,83 @@ def test_resume_continues_as_the_uninterrupted_run(run):
 def test_resume_of_a_finished_run_loads_the_weights(run):
     gpt = GPT(SHAPE)
     optimizer, scaler = make_optimizer(gpt, 0.1, 0.0), setup("cpu", "off")[2]
-    checkpoint = checkpoints.resume(run.save(9), Config(), Digits(), INPUTS, gpt, optimizer, scaler)
+    checkpoint = begin(run.save(9), Config(resume=True), Digits(), INPUTS, gpt, optimizer, scaler)
     assert checkpoint["step"] == 9 and torch.equal(gpt(TOKENS), run.gpt(TOKENS))
 
 
 def test_resume_allows_settings_that_change_no_training_step(run):
     run.save(7)
-    assert load_resumable(run.path, Config(resume=True, out="elsewhere"), Digits(), INPUTS)["step"] == 7
+    assert start(run, Config(resume=True, out="elsewhere"))["step"] == 7
 
 
 def test_resume_rejects_another_setting(run):
     run.save(7)
-    with pytest.raises(InputError, match="trained with --lr 0.5, not 0.1"):
-        load_resumable(run.path, Config(lr=0.1), Digits(), INPUTS)
+    with pytest.raises(InputError, match=r"begun with another lr \(0.5, now 0.1\)"):
+        start(run, Config(resume=True, lr=0.1))
 
 
 @pytest.mark.parametrize("inputs", [{"demonstrations": "456"}, {}, {**INPUTS, "weights": "789"}])
 def test_resume_rejects_another_input_file(run, inputs):
     run.save(7)
     with pytest.raises(InputError, match="begun with another (demonstrations|weights) file"):
-        load_resumable(run.path, Config(), Digits(), inputs)
+        start(run, inputs=inputs)
 
 
 def test_resume_rejects_another_tokenizer(run):
     run.save(7)
     with pytest.raises(InputError, match="another tokenizer"):
-        load_resumable(run.path, Config(), SimpleNamespace(fingerprint="xyz"), INPUTS)
+        start(run, tokenizer=SimpleNamespace(fingerprint="xyz"))
 
 
 def test_resume_rejects_missing_checkpoint(run):
     with pytest.raises(InputError, match="nothing to resume from; drop --resume"):
-        load_resumable(run.path, Config(), Digits(), INPUTS)
+        start(run)
 
 
 def test_resume_rejects_the_checkpoint_of_another_script(run):
     """The name of the file says whose it should be."""
     other = run.save(7).rename(run.path.with_name("reward.pt"))
     with pytest.raises(InputError, match="written by train_sft.py; a checkpoint of train_reward.py is needed"):
-        load_resumable(other, Config(), Digits(), INPUTS)
+        start(run, path=other)
 
 
-def test_load_state_rejects_missing_and_unknown_names():
-    gpt = GPT(SHAPE)
-    state = trained_state(gpt)
-    load_state(gpt, state)
-    with pytest.raises(RuntimeError, match=r"missing: \['wte.weight'\]"):
-        load_state(gpt, {name: tensor for name, tensor in state.items() if name != "wte.weight"})
-    with pytest.raises(RuntimeError, match=r"unknown: \['extra'\]"):
-        load_state(gpt, {**state, "extra": torch.zeros(1)})
+BROKEN = {
+    "missing": (lambda state: state.pop("wte.weight"), 'Missing key.*"wte.weight"'),
+    "unknown": (lambda state: state.update(extra=torch.zeros(1)), 'Unexpected key.*"extra"'),
+    "of another shape": (lambda state: state.update({"ln_f.bias": torch.zeros(9)}), "size mismatch for ln_f.bias"),
+    "NaN": (lambda state: state["ln_f.bias"].fill_(torch.nan), "the weight ln_f.bias is NaN or infinite"),
+    "infinite": (lambda state: state["ln_f.bias"].fill_(torch.inf), "the weight ln_f.bias is NaN or infinite"),
+}
 
 
-def test_load_state_needs_only_the_trained_parameters():
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", BROKEN)
+def test_load_weights_names_the_file_and_what_does_not_fit(resume, name):
+    state = {name: tensor.clone() for name, tensor in GPT(SHAPE).state_dict().items()}
+    load_weights(Path("x.pt"), GPT(SHAPE), state, resume=resume)
+    change, message = BROKEN[name]
+    change(state)
+    with pytest.raises(InputError, match=f"(?s)x.pt.*{message}.*train it again"):
+        load_weights(Path("x.pt"), GPT(SHAPE), state, resume=resume)
+
+
+@pytest.mark.parametrize("change", [{"c.B": None}, {"c.A": f64([1, 2, 3])}])
+def test_load_weights_rejects_adapters_that_fit_no_layer(change):
+    """B is missing, or A is of another width than B."""
+    state = {"c.A": f64([1, -1]), "c.B": f64([2], [0]), "c.scale": torch.tensor(0.5), "c.linear.bias": f64(5, 6),
+             "c.linear.weight": f64([1, 2], [3, 4])}
+    state = {name: tensor for name, tensor in {**state, **change}.items() if tensor is not None}
+    with pytest.raises(InputError, match="x.pt does not fit its own settings"):
+        load_weights(Path("x.pt"), GPT(SHAPE), state)
+
+
+def test_load_weights_to_resume_needs_only_the_trained_parameters():
     gpt = GPT(SHAPE)
     gpt.wte.requires_grad_(False)
-    load_state(gpt, trained_state(gpt))
+    load_weights(Path("x.pt"), gpt, trained_state(gpt), resume=True)
     assert "wte.weight" not in trained_state(gpt)
+    with pytest.raises(InputError, match="wte.weight"):
+        load_weights(Path("x.pt"), gpt, trained_state(gpt))
 
 
 # ---- load for use ----
@@ -260,7 +311,7 @@ def test_load_checkpoint_rejects_a_file_of_something_else(tmp_path, content):
 def test_load_checkpoint_rejects_another_format(run):
     content = torch.load(run.save(9), weights_only=True)
     torch.save({**content, "format": 1}, run.path)
-    with pytest.raises(InputError, match="has format 1, this code reads 2: run .*train_sft.py.* again"):
+    with pytest.raises(InputError, match=r"of format 1, this code reads 3\): run .*train_sft.py.* again"):
         load_checkpoint(run.path, "sft")
 
 
@@ -270,8 +321,32 @@ def test_load_checkpoint_rejects_a_flipped_bit(run):
     content[content.index(run.gpt.wte.weight.detach().numpy().tobytes()) + 5] ^= 1
     run.path.write_bytes(content)
     assert torch.load(run.path, weights_only=True)["kind"] == "sft"
-    with pytest.raises(InputError, match="is damaged, in .*: run `python train_sft.py` again"):
+    with pytest.raises(InputError, match="not a whole one .*damaged in .*: run `python train_sft.py` again"):
         load_checkpoint(run.path, "sft")
+
+
+def test_load_checkpoint_rejects_sizes_that_make_no_network(run):
+    content = torch.load(run.save(9), weights_only=True)
+    for sizes in ({"n_head": 3}, {"n_embd": 0}, {"width": 8}):
+        torch.save({**content, "model_config": {**content["model_config"], **sizes}}, run.path)
+        with pytest.raises(InputError, match="is not a checkpoint of this project"):
+            load_checkpoint(run.path, "sft")
+
+
+def test_load_policy_rejects_weights_of_another_config(run):
+    content = torch.load(run.save(9), weights_only=True)
+    torch.save({**content, "model_config": {**content["model_config"], "n_layer": 2}}, run.path)
+    with pytest.raises(InputError, match="sft.pt does not fit its own settings"):
+        load_policy(run.path, "sft")
+
+
+def test_check_input_rejects_another_file_than_the_checkpoint_was_made_from(run, tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "b").write_bytes(b"abd")
+    checkpoint = {"inputs": digests(sft=tmp_path / "a")}
+    check_input(run.path, checkpoint, "sft", tmp_path / "a")
+    with pytest.raises(InputError, match="sft.pt was made from another sft file than .*b"):
+        check_input(run.path, checkpoint, "sft", tmp_path / "b")
 
 
 def test_merged_folds_an_adapter_into_its_matrix():
@@ -319,28 +394,3 @@ def test_check_tokenizer_rejects_another_tokenizer(run):
     check_tokenizer(run.path, checkpoint, Digits())
     with pytest.raises(InputError, match="another tokenizer"):
         check_tokenizer(run.path, checkpoint, SimpleNamespace(fingerprint="xyz"))
-
-
-@pytest.fixture
-def two_tokenizers(tmp_path, small_data):
-    """The tokenizer of the small data set and another outside of it, with 44 merges."""
-    own = small_data / "tokenizer.tiktoken"
-    (tmp_path / "short.tiktoken").write_text("".join(own.read_text().splitlines(keepends=True)[:300]))
-    return SimpleNamespace(folder=str(small_data), own=load_tokenizer(str(own)),
-                           other=load_tokenizer(str(tmp_path / "short.tiktoken")))
-
-
-@pytest.mark.parametrize("name", ["own", "other"])
-def test_tokenizer_of_is_the_one_of_the_checkpoint(tmp_path, two_tokenizers, name):
-    """The data set's own or, if the checkpoint was trained with another, the one that it names."""
-    expected = getattr(two_tokenizers, name)
-    path = save_finished(tmp_path / "sft.pt", "sft", GPT(SHAPE), tokenizer=expected)
-    got = tokenizer_of(path, load_checkpoint(path, "sft"), two_tokenizers.folder)
-    assert got.fingerprint == expected.fingerprint
-
-
-def test_tokenizer_of_rejects_a_tokenizer_file_that_has_changed(tmp_path, two_tokenizers):
-    path = save_finished(tmp_path / "sft.pt", "sft", GPT(SHAPE), tokenizer=two_tokenizers.other)
-    (tmp_path / "short.tiktoken").write_bytes((tmp_path / "data" / "tokenizer.tiktoken").read_bytes())
-    with pytest.raises(InputError, match="another tokenizer"):
-        tokenizer_of(path, load_checkpoint(path, "sft"), two_tokenizers.folder)

@@ -1,8 +1,12 @@
 """Flags, the help page, and what a script prints if the user has made an error."""
 
 import io
+import os
+import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,8 @@ from rlhf.support.cli import (
     parse_cli,
     run,
 )
+from rlhf.support.judge import load_judge
+from tests.helpers import ROOT
 from train_ppo import PPOConfig
 from train_reward import RewardConfig
 from train_sft import SFTConfig
@@ -96,21 +102,22 @@ def test_parse_cli_reads_values_without_a_flag():
 
 @pytest.mark.parametrize(
     "argv",
-    [["--stepz", "3"], ["--steps", "many"], ["--steps", "0"], ["--steps", str(2**63)], ["--amp", "fp8"],
-     ["--step", "3"], ["--lr", "nan"]],
+    [["--stepz", "3"], ["--steps", "many"], ["--steps", "0"], ["--steps", "9" * 5000], ["--amp", "fp8"],
+     ["--step", "3"], ["--lr", "much"]],
 )
-def test_parse_cli_rejects_impossible_flags_with_status_2(argv, capsys):
-    """An unknown flag, a value of the wrong type, a value out of range, an abbreviation, NaN."""
+def test_parse_cli_rejects_impossible_flags_with_one_line_and_status_2(argv, capsys):
+    """An unknown flag, a value of the wrong type, a value out of range, a number of 5,000 digits, an abbreviation."""
     with pytest.raises(SystemExit) as stop:
         parse_cli(Config, argv)
-    assert stop.value.code == 2
-    assert argv[0] in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and argv[0] in shown
+    assert shown.startswith("error: ") and shown.count("\n") == 1 and len(shown) < 700
 
 
 @pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
 def test_check_positive_rejects_zero_negative_and_infinite_numbers(value):
     check_positive(Config(lr=1e-9), "lr")
-    with pytest.raises(ValueError, match="--lr is .*: it must be above 0 and finite"):
+    with pytest.raises(ValueError, match="--lr is .*: it must be above 0, and finite"):
         check_positive(Config(lr=value), "lr")
 
 
@@ -198,7 +205,7 @@ def without_flags(monkeypatch):
 
 @pytest.mark.parametrize(
     ("error", "line"),
-    [(InputError("one\n  two"), "error: one two"), (OSError("no room"), "error: no room"),
+    [(InputError("one\n  two"), "error: one two"), (InputError("a " + "b" * 10**6), "error: a ..."),
      (MemoryError(), "error: not enough memory"), (torch.OutOfMemoryError("CUDA out of memory."), "not enough memory"),
      (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "give a smaller --micro-batch-size")])
 def test_run_prints_a_user_error_as_one_line(without_flags, capsys, error, line):
@@ -219,11 +226,24 @@ def test_run_keeps_the_traceback_of_a_bug(without_flags):
         run(main, Config)
 
 
-def test_run_says_how_to_resume_after_an_interrupt(without_flags):
-    def main(cfg):
-        raise KeyboardInterrupt
+def test_run_names_a_file_that_cannot_be_read(without_flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(lambda cfg: open("/no/such/file"), Config)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: /no/such/file cannot be read or written: No such file or directory\n"
 
-    with pytest.raises(SystemExit, match="interrupted; .* --resume"):
+
+def test_run_keeps_the_traceback_of_a_judge_that_cannot_open_its_file(without_flags, tmp_path):
+    (tmp_path / "judge.py").write_text("def score(prompts, responses):\n    open('/no/such/file')\n")
+    with pytest.raises(FileNotFoundError):
+        run(lambda cfg: load_judge(tmp_path), Config)
+
+
+def test_run_does_not_let_a_judge_end_the_program(without_flags):
+    def main(cfg):
+        sys.exit(0)
+
+    with pytest.raises(RuntimeError, match="called sys.exit"):
         run(main, Config)
 
 
@@ -235,9 +255,74 @@ def test_run_replaces_letters_that_the_terminal_lacks(without_flags, monkeypatch
     assert out.buffer.getvalue() == b"caf?\n"
 
 
-def test_run_reads_a_closed_standard_input_as_empty(without_flags, monkeypatch):
-    """`script.py <&-` leaves None in sys.stdin."""
-    read = []
-    monkeypatch.setattr("sys.stdin", None)
-    run(lambda cfg: read.append(sys.stdin.readline()), Config)
-    assert read == [""]
+# ---- Ctrl-C, closed pipes, full disks: in a process of its own ----
+
+
+def program(text, *command, **streams):
+    """Start a program whose main(cfg) has this text; it has a --out, as the scripts have."""
+    text = f"""import os, signal, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+from rlhf.support import cli
+@dataclass(frozen=True)
+class Config(cli.TrainConfig):
+    "A program."
+def main(cfg):
+    {text}
+cli.run(main, Config)"""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    return subprocess.Popen([sys.executable, "-c", text, *map(str, command)], cwd=ROOT, text=True, **streams)
+
+
+def test_interrupted_program_promises_resume_only_if_there_is_a_checkpoint(tmp_path):
+    kill = "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
+    for before, line in (("", "interrupted\n"), ("cli.resumable = Path('runs/x.pt'); ",
+                                                 "interrupted; --resume continues from runs/x.pt\n")):
+        done = program(before + kill, "--out", tmp_path)
+        assert (done.communicate()[1], done.returncode) == ("\n" + line, 130)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["train_sft.py"], ["-m", "rlhf.tools.sample"]])
+def test_interrupt_during_imports_is_one_line(command):
+    """A module that torch imports early sends the signal."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "sitecustomize.py").write_text(
+            "import os, signal, sys\nclass Finder:\n    def find_spec(self, name, path=None, target=None):\n"
+            "        if name == 'torch':\n            os.kill(os.getpid(), signal.SIGINT)\n"
+            "sys.meta_path.insert(0, Finder())\n")
+        done = subprocess.run([sys.executable, *command, "--out", folder], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": folder})
+    assert (done.stderr, done.returncode) == ("\ninterrupted\n", 130)
+
+
+def test_closed_pipe_ends_a_program_quietly(tmp_path):
+    done = program("[print('line', flush=True) for _ in range(100_000)]", "--out", tmp_path)
+    done.stdout.readline()
+    done.stdout.close()
+    assert (done.stderr.read(), done.wait()) == ("", 141)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("flush", [True, False])
+def test_full_disk_under_standard_output_is_one_line(tmp_path, flush):
+    with open("/dev/full", "w") as full:
+        done = program(f"print('line', flush={flush})", "--out", tmp_path, stdout=full)
+        assert done.communicate()[1] == "error: standard output cannot be written: No space left on device\n"
+    assert done.returncode == 2
+
+
+# ---- one program per folder ----
+
+
+def test_second_program_in_a_folder_is_refused_until_the_first_has_died(tmp_path):
+    """The first is killed, so that it cannot clean up."""
+    first = program("print('in', flush=True); time.sleep(60)", "--out", tmp_path)
+    assert first.stdout.readline() == "in\n"
+    second = program("print('in')", "--out", tmp_path)
+    out, err = second.communicate()
+    assert (out, second.returncode) == ("", 2) and err.startswith("error: another program writes here and holds")
+    first.kill()
+    first.wait()
+    third = program("print('in')", "--out", tmp_path)
+    assert third.communicate()[0] == "in\n" and third.returncode == 0

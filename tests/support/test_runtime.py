@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from rlhf.model import GPT, GPTConfig
+from rlhf.model import GPT, GPTConfig, RewardModel
 from rlhf.support.cli import InputError
 from rlhf.support.runtime import (
     autocast,
@@ -152,10 +152,33 @@ def test_optimizer_step_in_float16_skips_an_infinite_gradient():
     assert model.weight.item() == before and scaler.get_scale() < 65536
 
 
+def test_optimizer_step_in_float16_gives_up_after_17_infinite_gradients():
+    """The scale is 2**16 at first and is halved each time: after 17 it is 1/2. One finite gradient between them does
+    not raise it."""
+    model = nn.Linear(1, 1, bias=False)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=1.0), setup("cpu", "fp16")[2]
+
+    def step(x):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.tensor([x])).sum()).backward()
+        optimizer_step(model, optimizer, scaler, 1.0)
+
+    for x in [math.inf] * 9 + [1.0] + [math.inf] * 7:
+        step(x)
+    assert scaler.get_scale() == 1
+    with pytest.raises(InputError, match="no gradient is finite any more"):
+        step(math.nan)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_check_finite_rejects_weights_that_are_not_finite(value):
-    gpt = GPT(GPTConfig(11, 8, 1, 2, 8))
-    check_finite(gpt, 3)
-    gpt.wte.weight.data[2, 1] = value
-    with pytest.raises(InputError, match="after step 3: the run has diverged"):
-        check_finite(gpt, 3)
+def test_check_finite_rejects_weights_buffers_and_numbers_that_are_not_finite(value):
+    def model():
+        return RewardModel(GPT(GPTConfig(11, 8, 1, 2, 8)))
+
+    broken = [(model(), [value]), (model(), [1.0, torch.tensor([0.0, value])]), (model(), []), (model(), [])]
+    check_finite(model(), 3, 0.5, None, torch.tensor([1.0, 2.0]))
+    broken[2][0].gpt.wte.weight.data[2, 1] = value
+    broken[3][0].mean.fill_(value)
+    for one, numbers in broken:
+        with pytest.raises(InputError, match="step 3: .* are not finite: the run has diverged"):
+            check_finite(one, 3, *numbers)

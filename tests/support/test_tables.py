@@ -1,4 +1,4 @@
-"""CSV files, the lines printed while a program runs, and printed tables."""
+"""CSV files, and the lines printed while a program runs."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,14 +11,12 @@ from rlhf.support.cli import InputError
 from rlhf.support.tables import (
     Means,
     Progress,
+    check_file,
     check_lengths,
     csv_path,
     format_seconds,
-    print_pairs,
-    print_responses,
-    print_table,
     read_csv,
-    sample_rows,
+    replacing,
     ticker,
     write_csv,
 )
@@ -50,8 +48,9 @@ def write(path: Path, content: str | bytes) -> Path:
         (b"Prompt\n\xff\xfe\x00bad\n", "is not a CSV file in UTF-8"),
         ('Prompt\n"never closed\n', "is not a CSV file"),
         ("Prompt\na\nb,c\n", "is not a CSV file"),
-        ("Prompt\na,b\nc,d\n", "more cells than the 1 columns"),
-        ('Prompt\nfine\n"  "\n""\n', r"row 2: Prompt is empty \(2 such rows\)"),
+        ("Prompt\na,b\nc,d\n", "a row has more cells than the header"),
+        ('Prompt\nfine\n"  "\n""\n', r"row 2: Prompt is empty, or longer than .* \(2 such rows\)"),
+        (f"Prompt\nfine\na{' ' * 10**6}b\n", r"row 2: .* longer than 100,000 characters \(1 such rows\)"),
     ],
 )
 def test_read_csv_rejects_bad_file(tmp_path, content, message):
@@ -62,6 +61,14 @@ def test_read_csv_rejects_bad_file(tmp_path, content, message):
 def test_read_csv_rejects_missing_file(tmp_path):
     with pytest.raises(InputError, match="prompts.csv does not exist"):
         read_csv(tmp_path / "prompts.csv", ("Prompt",))
+
+
+def test_check_file_tells_a_folder_from_nothing(tmp_path):
+    (tmp_path / "a.csv").mkdir()
+    with pytest.raises(InputError, match="a.csv is a folder, not a file; fix it"):
+        check_file(tmp_path / "a.csv", "fix it")
+    with pytest.raises(InputError, match="b.csv does not exist; give --data"):
+        check_file(tmp_path / "b.csv")
 
 
 def test_read_csv_keeps_numbers_and_nan_as_text(tmp_path):
@@ -99,13 +106,26 @@ def test_write_csv_rounds_floats_to_six_digits(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
 
 
+@pytest.mark.parametrize("error", [OSError("no room"), RuntimeError("unexpected pos 57792"), KeyboardInterrupt()])
+def test_replacing_keeps_the_old_file_and_nothing_temporary(tmp_path, error):
+    """A full disk, as Python and as torch put it, is one line that names the file. Ctrl-C stays Ctrl-C."""
+    path = write(tmp_path / "x.csv", "before")
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else InputError
+    with pytest.raises(expected) as raised, replacing(path) as file:
+        file.write("half")
+        raise error
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    assert expected is KeyboardInterrupt or f"{path} cannot be written" in str(raised.value)
+
+
 # ---- Progress ----
 
+NEW = {"step": 0, "metrics": []}  # what checkpoints.begin returns for a new run
 METRICS = {"loss": 0.125, "valid": None, "lr": 0.0005, "grad_norm": 2.0}
 
 
 def test_progress_shows_only_the_metrics_of_screen_and_writes_all(tmp_path, clock, capsys):
-    progress = Progress(tmp_path / "x.csv", steps=4, start=0, screen=("loss", "lr", "valid"))
+    progress = Progress(tmp_path / "x.csv", steps=4, begun=NEW, screen=("loss", "lr", "valid"))
     clock.now += 10
     progress.log(1, **METRICS)
     header, line = capsys.readouterr().out.splitlines()
@@ -116,7 +136,7 @@ def test_progress_shows_only_the_metrics_of_screen_and_writes_all(tmp_path, cloc
 
 
 def test_progress_lines_are_aligned_with_the_header(tmp_path, clock, capsys):
-    progress = Progress(tmp_path / "x.csv", steps=999, start=0, screen=("loss", "clip_fraction"))
+    progress = Progress(tmp_path / "x.csv", steps=999, begun=NEW, screen=("loss", "clip_fraction"))
     for step in (1, 999):
         clock.now += 5
         progress.log(step, loss=0.5, clip_fraction=0.25)
@@ -128,7 +148,7 @@ def test_progress_lines_are_aligned_with_the_header(tmp_path, clock, capsys):
 
 
 def test_progress_repeats_the_header_every_25_lines(tmp_path, clock, capsys):
-    progress = Progress(tmp_path / "x.csv", steps=60, start=0, screen=("loss",))
+    progress = Progress(tmp_path / "x.csv", steps=60, begun=NEW, screen=("loss",))
     for step in range(1, 52):
         clock.now += 1
         progress.log(step, loss=0.5)
@@ -139,7 +159,7 @@ def test_progress_repeats_the_header_every_25_lines(tmp_path, clock, capsys):
 def test_progress_says_tokens_per_second_and_the_time_left(tmp_path, clock, capsys):
     """200 tokens in 10 seconds are 20 a second, and 3 more steps take 30 seconds. After 150 seconds and 2 steps, 2
     more take 150 seconds."""
-    progress = Progress(tmp_path / "x.csv", steps=4, start=0, screen=())
+    progress = Progress(tmp_path / "x.csv", steps=4, begun=NEW, screen=())
     progress.tokens += 200
     clock.now += 10
     progress.log(1)
@@ -151,52 +171,47 @@ def test_progress_says_tokens_per_second_and_the_time_left(tmp_path, clock, caps
 
 def test_progress_after_resume_estimates_the_time_left_from_its_own_steps(tmp_path, clock, capsys):
     """Steps 11 and 12 took 20 seconds. 8 more take 80."""
-    progress = Progress(tmp_path / "x.csv", steps=20, start=10, screen=())
+    progress = Progress(tmp_path / "x.csv", steps=20, begun={"step": 10, "metrics": []}, screen=())
     clock.now += 20
     progress.log(12)
     assert capsys.readouterr().out.splitlines()[1].split()[-2:] == ["1.3", "min"]
 
 
-def test_progress_after_resume_keeps_the_rows_up_to_the_checkpoint(tmp_path):
-    """The checkpoint is of step 2, so the row of step 3 is written again."""
-    first = Progress(tmp_path / "x.csv", steps=4, start=0, screen=())
-    for step in (1, 2, 3):
+def test_progress_after_resume_keeps_the_rows_of_the_checkpoint(tmp_path):
+    """The checkpoint is of step 2, so the row of step 3 is written again, whatever the file holds by now."""
+    first = Progress(tmp_path / "x.csv", steps=4, begun=NEW, screen=())
+    for step in (1, 2):
         first.log(step, loss=step / 8, valid=None)
-    again = Progress(tmp_path / "x.csv", steps=4, start=2, screen=())
-    again.log(3, loss=9.0, valid=1.0)
-    got = [(row["step"], row["loss"], row["valid"]) for row in rows(tmp_path / "x.csv")]
-    assert got == [("1", "0.125", ""), ("2", "0.25", ""), ("3", "9", "1")]
+    saved = {"step": 2, "metrics": list(first.rows)}
+    first.log(3, loss=3 / 8, valid=None)
+    for text in ("of another run", None):
+        if text:
+            write(tmp_path / "x.csv", text)
+        again = Progress(tmp_path / "x.csv", steps=4, begun=saved, screen=())
+        assert len(rows(tmp_path / "x.csv")) == 2
+        again.log(3, loss=9.0, valid=1.0)
+        got = [(row["step"], row["loss"], row["valid"]) for row in rows(tmp_path / "x.csv")]
+        assert got == [("1", "0.125", ""), ("2", "0.25", ""), ("3", "9", "1")]
 
 
-def test_progress_of_a_new_run_drops_the_old_rows(tmp_path):
-    for loss in (0.5, 0.25):
-        Progress(tmp_path / "x.csv", steps=4, start=0, screen=()).log(1, loss=loss)
-    assert [row["loss"] for row in rows(tmp_path / "x.csv")] == ["0.25"]
+def test_progress_leaves_the_results_of_a_replaced_run_until_its_own_are_saved(tmp_path):
+    old = [write(tmp_path / name, "old") for name in ("x.csv", "evaluation.csv")]
+    progress = Progress(tmp_path / "x.csv", steps=4, begun={**NEW, "replaced": list(old)}, screen=())
+    progress.log(1, loss=0.5)
+    assert [path.read_text() for path in old] == ["old", "old"]
+    progress.saved()
+    assert [row["loss"] for row in rows(tmp_path / "x.csv")] == ["0.5"] and not old[1].exists()
+    progress.log(2, loss=0.25)
+    assert [row["loss"] for row in rows(tmp_path / "x.csv")] == ["0.5", "0.25"]
 
 
 def test_progress_after_resume_adds_the_seconds_before(tmp_path, clock):
     """200 seconds up to step 2, then 15."""
-    path = write(tmp_path / "x.csv", "step,loss,tokens_per_s,seconds\n1,0.5,9,100\n2,0.4,9,200\n3,0.3,9,300\n")
-    again = Progress(path, steps=4, start=2, screen=())
+    saved = {"step": 2, "metrics": [{"step": step, "tokens_per_s": 9, "seconds": 100.0 * step} for step in (1, 2)]}
+    again = Progress(tmp_path / "x.csv", steps=4, begun=saved, screen=())
     clock.now += 15
-    again.log(3, loss=0.3)
+    again.log(3)
     assert again.rows[-1]["seconds"] == 215
-
-
-@pytest.mark.parametrize("text", ["step,loss,seconds\none,0.5,100\n", "loss,seconds\n0.5,100\n", "step\n1\n"])
-def test_progress_rejects_the_csv_of_something_else(tmp_path, text):
-    path = write(tmp_path / "x.csv", text)
-    with pytest.raises(InputError, match="not the record of this run"):
-        Progress(path, steps=4, start=2, screen=())
-    assert path.read_text() == text
-
-
-def test_progress_rejects_a_csv_with_other_columns(tmp_path):
-    text = "step,loss,tokens_per_s,seconds\n1,0.5,9,100\n"
-    path = write(tmp_path / "x.csv", text)
-    with pytest.raises(InputError, match="other columns than this run writes"):
-        Progress(path, steps=4, start=1, screen=()).log(2, loss=0.3, valid=0.4)
-    assert path.read_text() == text
 
 
 # ---- ticker, format_seconds, Means ----
@@ -235,37 +250,3 @@ def test_means_hold_no_gradient():
     means = Means()
     means.add(1.0, loss=torch.tensor(2.0, requires_grad=True) * 3)
     assert not means.sums["loss"].requires_grad and means.over(1) == {"loss": 6.0}
-
-
-# ---- what is printed after training ----
-
-BEFORE = {"prompt": "\n\nHuman: Hi.\n\nAssistant:", "response": "Go away.", "score": -0.123456, "gold": -1.0}
-AFTER = {**BEFORE, "response": "Hello.", "score": 1.5, "gold": 2.0}
-
-
-def test_print_table_is_aligned_and_leaves_missing_numbers_empty(capsys):
-    print_table([{"policy": "sft", "score": 0.25, "prompts": 500}, {"policy": "optimum", "score": None, "prompts": 3}])
-    assert capsys.readouterr().out.splitlines() == [
-        " policy  score  prompts",
-        "    sft  0.250      500",
-        "optimum               3"]
-
-
-def test_sample_rows_put_both_responses_side_by_side():
-    assert sample_rows([BEFORE], [AFTER]) == [{
-        "Prompt": BEFORE["prompt"], "Before": "Go away.", "After": "Hello.", "score_before": -0.1235,
-        "score_after": 1.5, "gold_before": -1.0, "gold_after": 2.0}]
-
-
-def test_print_responses_shows_prompt_response_and_numbers(capsys):
-    print_responses([AFTER, {**BEFORE, "gold": None}])
-    assert capsys.readouterr().out.splitlines() == [
-        "    Human: Hi.", "        -> Hello.   (score +1.50, gold +2.0)",
-        "    Human: Hi.", "        -> Go away.   (score -0.12)"]
-
-
-def test_print_pairs_shows_the_first_pairs(capsys):
-    print_pairs([BEFORE, BEFORE], [AFTER, AFTER], 1)
-    assert capsys.readouterr().out.splitlines() == [
-        "", "    Human: Hi. / Assistant:", "      before (score -0.12, gold -1.0): Go away.",
-        "       after (score +1.50, gold +2.0): Hello."]

@@ -9,7 +9,8 @@ import pytest
 
 import train_reward
 from rlhf.data import load_comparisons
-from rlhf.support.cli import InputError, parse_cli
+from rlhf.support.cli import InputError, lock, parse_cli
+from rlhf.support.cli import run as cli_run
 from rlhf.tokenizer import load_tokenizer
 from rlhf.tools import label
 from rlhf.tools.label import COLUMNS, AnswerFile, LabelConfig, judge_answer
@@ -175,6 +176,17 @@ def test_judge_as_annotator_stops_at_count(trained, tmp_path, monkeypatch, capsy
     whole.mkdir()
     assert run(trained, whole, monkeypatch, "", "--annotator", "judge", "--count", 20) == got and len(got) == 20
     assert "next: python train_reward.py --comparison-files" in capsys.readouterr().out
+
+
+def test_second_program_on_the_same_file_is_refused(tmp_path, monkeypatch, capsys):
+    """While the first runs. Another file in the same folder is free."""
+    path = tmp_path / "answers.csv"
+    with lock(LabelConfig(out=str(path)).lock_file()):
+        for name, line in (("answers.csv", "another program writes here"), ("other.csv", "nowhere.pt does not exist")):
+            monkeypatch.setattr(sys, "argv", ["label", "--checkpoint", "nowhere.pt", "--out", str(tmp_path / name)])
+            with pytest.raises(SystemExit) as stop:
+                cli_run(label.main, LabelConfig)
+            assert stop.value.code == 2 and line in capsys.readouterr().err
 
 
 def test_judge_votes_for_higher_gold_or_with_known_noise():

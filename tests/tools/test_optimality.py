@@ -26,7 +26,7 @@ from rlhf.tools.optimality import (
     trained_file,
 )
 from tests.core.test_exact import EOS, LONGEST, MISSING_EOS, PROMPTS, World
-from tests.helpers import TINY, Digits, noisy, rows
+from tests.helpers import TINY, Digits, change_sft, noisy, rows
 
 LN2, LN3, LN6 = math.log(2), math.log(3), math.log(6)
 
@@ -244,7 +244,7 @@ def test_trained_file_may_be_named(trained_with):
 def test_trained_file_rejects_another_file(trained_with, given):
     path = trained_with.folder / "sft.pt"
     path.write_bytes(b"trained again")
-    with pytest.raises(InputError, match="is not the sft.pt that .*ppo.pt was trained with; name it with --sft"):
+    with pytest.raises(InputError, match="ppo.pt was made from another sft file than .*sft.pt; name the right one"):
         trained_file(trained_with.checkpoint, "sft", str(path) if given else "", trained_with.folder / "ppo.pt")
 
 
@@ -272,11 +272,12 @@ def ended_run(trained, tmp_path_factory):
     are equal. So 5 is added to the logit of end-of-text here, before the policy is trained."""
     data, out, _ = trained
     folder = tmp_path_factory.mktemp("optimality")
-    shutil.copy(out / "reward.pt", folder)
-    sft = torch.load(out / "sft.pt", weights_only=True)
-    embedding = sft["model"]["wte.weight"][find_tokenizer(str(data)).eos_id]
-    sft["model"]["ln_f.bias"] = 5 * embedding / embedding.square().sum()
-    torch.save(sft, folder / "sft.pt")
+
+    def end_earlier(weights):
+        embedding = weights["wte.weight"][find_tokenizer(str(data)).eos_id]
+        weights["ln_f.bias"] = 5 * embedding / embedding.square().sum()
+
+    change_sft(out, folder, end_earlier)
     flags = ["--data", data, "--out", folder, "--device", "cpu", *TINY["ppo"].split(), "--lr", "0.003",
              "--temperature", "0.8"]
     train_ppo.main(parse_cli(train_ppo.PPOConfig, list(map(str, flags))))
@@ -289,8 +290,15 @@ def copied(ended_run, tmp_path):
     return shutil.copytree(ended_run, tmp_path / "copy")
 
 
+def config(folder, *flags):
+    """The data set has a judge, so --data has to name it."""
+    data = load_checkpoint(folder / "ppo.pt", "ppo")["config"]["data"]
+    flags = ["--checkpoint", str(folder / "ppo.pt"), "--data", data, "--device", "cpu", *flags]
+    return parse_cli(OptimalityConfig, flags)
+
+
 def run(folder, *flags):
-    main(parse_cli(OptimalityConfig, ["--checkpoint", str(folder / "ppo.pt"), *PROGRAM, *flags]))
+    main(config(folder, *PROGRAM, *flags))
     return rows(folder / "evaluation.csv")
 
 
@@ -332,7 +340,7 @@ def test_optimality_writes_a_row_for_each_prompt(copied):
     found, kl_coef = rows(copied / "optimality.csv"), load_checkpoint(copied / "ppo.pt", "ppo")["kl_coef"]
     assert list(found[0]) == ["prompt", "samples", "ess", "ppo_score", "ppo_gold", "ppo_kl_ref", "ppo_objective",
                               "score", "gold", "kl_ref", "objective"]
-    loaded = load_run(parse_cli(OptimalityConfig, ["--checkpoint", str(copied / "ppo.pt"), "--device", "cpu"]))
+    loaded = load_run(config(copied))
     assert [row.pop("prompt") for row in found] == [prompt.text for prompt in loaded.prompts[:3]]
     found = list(map(numbers, found))
     for row in found:
@@ -347,7 +355,7 @@ def test_optimality_writes_a_row_for_each_prompt(copied):
 def test_load_run_restores_the_models_of_the_run(copied):
     """The policy has all weights of ppo.pt, its value network included. Policy and reference have the temperature of
     the run, and sampling has its settings."""
-    loaded = load_run(parse_cli(OptimalityConfig, ["--checkpoint", str(copied / "ppo.pt"), "--device", "cpu"]))
+    loaded = load_run(config(copied))
     torch.testing.assert_close(
         dict(loaded.policy.state_dict()), load_checkpoint(copied / "ppo.pt", "ppo")["model"], atol=0, rtol=0)
     assert any(name.startswith("value_gpt.") for name in loaded.policy.state_dict())
@@ -361,8 +369,16 @@ def test_load_run_of_a_shared_value_head_has_no_value_network(trained, ended_run
     flags = ["--data", trained[0], "--sft", ended_run / "sft.pt", "--reward", ended_run / "reward.pt",
              "--out", tmp_path, "--device", "cpu", *TINY["ppo"].split(), "--steps", "1", "--value-network", "shared"]
     train_ppo.main(parse_cli(train_ppo.PPOConfig, list(map(str, flags))))
-    loaded = load_run(parse_cli(OptimalityConfig, ["--checkpoint", str(tmp_path / "ppo.pt"), "--device", "cpu"]))
+    loaded = load_run(config(tmp_path))
     assert loaded.policy.value_gpt is None
+
+
+def test_optimality_without_the_judge_of_the_run_changes_nothing(copied):
+    """Only the checkpoint names the folder, so its judge.py does not run. Without gold the table would be another."""
+    before = (copied / "evaluation.csv").read_bytes()
+    with pytest.raises(InputError, match="judge.py is code that only the checkpoint names"):
+        main(parse_cli(OptimalityConfig, ["--checkpoint", str(copied / "ppo.pt"), *PROGRAM]))
+    assert (copied / "evaluation.csv").read_bytes() == before
 
 
 def test_optimality_may_run_again_with_the_same_result(copied):
@@ -376,6 +392,6 @@ def test_optimality_rejects_another_reward_model(copied):
     checkpoint = torch.load(copied / "reward.pt", weights_only=True)
     checkpoint["model"]["head.bias"] += 1
     torch.save(checkpoint, copied / "reward.pt")
-    with pytest.raises(InputError, match="is not the reward.pt that .*ppo.pt was trained with"):
+    with pytest.raises(InputError, match="ppo.pt was made from another reward file than .*reward.pt"):
         run(copied, "--reward", str(copied / "reward.pt"))
     assert (copied / "evaluation.csv").read_bytes() == before

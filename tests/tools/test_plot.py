@@ -49,14 +49,14 @@ def test_missing_package_gives_one_line(monkeypatch, tmp_path):
         main(PlotConfig())
     without(monkeypatch, "tensorboard")
     with pytest.raises(InputError, match="pip install tensorboard"):
-        Progress(tmp_path / "x.csv", 4, 0, ("loss",), tensorboard=True)
+        Progress(tmp_path / "x.csv", 4, {"step": 0, "metrics": []}, ("loss",), tensorboard=True)
 
 
 def test_tensorboard_gets_the_metrics_of_the_csv(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    progress = Progress(tmp_path / "sft.csv", 4, 0, ("loss",), tensorboard=True)
+    progress = Progress(tmp_path / "sft.csv", 4, {"step": 0, "metrics": []}, ("loss",), tensorboard=True)
     for step in (1, 2):
         progress.log(step, loss=step / 4, valid=None)
     events = EventAccumulator(str(tmp_path / "tensorboard" / "sft")).Reload()

@@ -1,6 +1,10 @@
 """rlhf.tools.study: the fits, on curves whose coefficients are known, and bad input."""
 
 import math
+import os
+import subprocess
+import sys
+import time
 
 import numpy
 import pytest
@@ -8,6 +12,7 @@ import pytest
 from rlhf.support.cli import InputError
 from rlhf.tools import study
 from rlhf.tools.study import StudyConfig, fit, fits, main, script, spread
+from tests.helpers import ROOT
 
 
 def test_fit_finds_the_coefficients_of_both_forms():
@@ -64,10 +69,61 @@ def test_study_rejects_bad_input(tmp_path, small_data, monkeypatch):
     with pytest.raises(InputError, match="stopped with status 2; see .*sft.log"):
         script(StudyConfig(data=str(tmp_path / "nowhere")), "sft", 0, tmp_path / "out")
     flags = (tmp_path / "out" / "sft.log").read_text()
-    assert flags == f"--data {tmp_path / 'nowhere'} --device auto --seed 0 --out {tmp_path / 'out'}\n"
+    assert flags == f"--data {tmp_path / 'nowhere'} --device auto --seed 0 --out {tmp_path / 'out'} --overwrite\n"
     (tmp_path / "out" / "sft.done").write_text("train_sft.py --steps 5")
     with pytest.raises(InputError, match="holds another run, train_sft.py --steps 5"):
         script(StudyConfig(data=str(small_data)), "sft", 0, tmp_path / "out")
     (small_data / "judge.py").unlink()
     with pytest.raises(InputError, match="no judge.py"):
         main(StudyConfig(data=str(small_data), out=str(tmp_path / "out"), comparisons="20"))
+
+
+def test_killed_study_leaves_no_script_running(tmp_path):
+    """A script that prints its number and then goes on for a minute takes the place of train_sft.py. kill -9 of the
+    study closes the pipe that it prints into."""
+    (tmp_path / "train_sft.py").write_text(
+        "import os, time\nprint(os.getpid(), flush=True)\n"
+        "for _ in range(600):\n    time.sleep(0.1)\n    print('step', flush=True)\n")
+    text = ("import sys\nfrom pathlib import Path\nfrom rlhf.tools import study\nstudy.ROOT = Path(sys.argv[1])\n"
+            "study.script(study.StudyConfig(), 'sft', 0, study.ROOT / 'out')")
+    running = subprocess.Popen([sys.executable, "-c", text, str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    log = tmp_path / "out" / "sft.log"
+    while not (log.is_file() and "step" in log.read_text()):
+        assert running.poll() is None
+        time.sleep(0.1)
+    number = int(log.read_text().split()[0])
+    os.kill(number, 0)  # it runs
+    running.kill()
+    running.wait()
+    for _ in range(100):
+        time.sleep(0.1)
+        state = subprocess.run(["ps", "-o", "stat=", "-p", str(number)], capture_output=True, text=True).stdout.strip()
+        if state in ("", "Z"):  # gone, or dead and not yet collected
+            return
+    raise AssertionError(f"{number} still runs: {state}")
+
+
+def test_interrupted_study_begins_no_other_run(tmp_path, monkeypatch, small_data):
+    """One run at a time, and the first one fails: the other two seeds are not begun."""
+    begun = []
+
+    def fail(cfg, name, seed, out, *flags):
+        begun.append(seed)
+        time.sleep(0.2)
+        raise InputError("stopped")
+
+    monkeypatch.setattr(study, "script", fail)
+    with pytest.raises(InputError, match="stopped"):
+        main(StudyConfig(data=str(small_data), out=str(tmp_path / "out"), comparisons="20"))
+    time.sleep(0.5)
+    assert begun == [0] or begun == [0, 1]  # the second may have begun before the first was seen to fail
+
+
+def test_study_resumes_a_run_that_was_cut_off(tmp_path, monkeypatch):
+    (tmp_path / "train_sft.py").write_text("import sys\nprint(*sys.argv[1:])\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sft.pt").touch()
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    script(StudyConfig(), "sft", 0, tmp_path / "out")
+    assert (tmp_path / "out" / "sft.log").read_text().rstrip().endswith("--resume")
+    assert not (tmp_path / "out" / "sft.done").read_text().endswith("--resume")

@@ -66,12 +66,12 @@ def test_after_step_shows_ratio_and_losses_of_each_slot(policy):
 
 
 def test_walk_prints_a_line_for_each_token_of_the_response(trained, capsys):
-    _, out, _ = trained
-    main(WalkConfig(checkpoint=str(out / "ppo.pt"), prompt=2))
+    data, out, _ = trained
+    main(WalkConfig(checkpoint=str(out / "ppo.pt"), prompt=2, data=str(data)))
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("prompt    Human: ") and max(map(len, printed)) <= 120
     tables = [[line for line in block.splitlines()] for block in "\n".join(printed).split("\n\n")]
     before, after = (table for table in tables if table[0].startswith("slot"))
     assert len(before) - 2 == len(after) - 1 <= 8  # a header, and the sums under the first
     with pytest.raises(InputError, match="held-out prompts, numbered from 0"):
-        main(WalkConfig(checkpoint=str(out / "ppo.pt"), prompt=10))
+        main(WalkConfig(checkpoint=str(out / "ppo.pt"), prompt=10, data=str(data)))
