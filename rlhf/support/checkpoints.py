@@ -115,7 +115,7 @@ def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
                 raise ValueError(f"damaged in {damaged}")
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"of format {checkpoint['format']}, this code reads {FORMAT}")
-        GPTConfig(**checkpoint["model_config"])  # refuses sizes that make no network
+        GPTConfig(**checkpoint["model_config"]), [weight.shape for weight in checkpoint["model"].values()]  # or it is none
         step, steps, script = checkpoint["step"], checkpoint["config"]["steps"], f"train_{checkpoint['kind']}.py"
     except Exception as error:  # a zip that is cut short, a pickle of something else, a missing key, ...
         raise InputError(f"{path} is not a checkpoint of this project, or not a whole one ({type(error).__name__}: "
