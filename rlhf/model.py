@@ -189,7 +189,7 @@ class PolicyWithValue(nn.Module):
         super().__init__()
         self.gpt = gpt
         self.value_gpt = value_gpt
-        self.value_head = ScalarHead(gpt.config.n_embd)
+        self.value_head = ScalarHead((gpt if value_gpt is None else value_gpt).config.n_embd)
 
     def hidden(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens (B, T) -> the policy's hidden states (B, T, C), values (B, T)."""
