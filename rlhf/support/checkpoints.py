@@ -121,7 +121,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
-    """Read a checkpoint of one of the kinds "sft", "reward" and "ppo", on the CPU.
+    """Read a checkpoint of one of the kinds "sft", "reward" and "ppo", on the CPU. With "ppo" goes "dpo".
 
     Raises InputError if it is missing, garbled, another script's or, unless allowed, unfinished.
     """
@@ -130,7 +130,7 @@ def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
         raise InputError(f"{path} does not exist: run `python {scripts}` first, with the same --out")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script = f"train_{checkpoint['kind']}.py"
+        script = "-m rlhf.tools.train_dpo" if checkpoint["kind"] == "dpo" else f"train_{checkpoint['kind']}.py"
         if checkpoint["format"] != FORMAT:
             raise InputError(f"{path} has format {checkpoint['format']}, this code reads {FORMAT}: "
                              f"run `python {script}` again")
@@ -143,7 +143,7 @@ def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
     except Exception as error:  # a zip that is cut short, a pickle of something else, a missing key, ...
         raise InputError(f"{path} is not a checkpoint of this project ({type(error).__name__}): "
                          f"run `python {scripts}` again") from error
-    if checkpoint["kind"] not in kinds:
+    if checkpoint["kind"] not in kinds and not (checkpoint["kind"] == "dpo" and "ppo" in kinds):
         raise InputError(f"{path} was written by {script}; a checkpoint of {scripts} is needed here")
     if not unfinished and step < steps:
         raise InputError(f"{path} stopped at step {step} of {steps}: finish it with `python {script} --resume`")
@@ -164,14 +164,15 @@ def merged(state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
 
 
 def load_policy(path: Path, *kinds: str) -> tuple[GPT, dict]:
-    """The GPT of a checkpoint of one of the kinds "sft" and "ppo", without the value estimate, and the checkpoint.
+    """The GPT of a checkpoint of one of the kinds "sft" and "ppo" (or "dpo"), without the value estimate, and the
+    checkpoint.
 
     A policy that was trained at another temperature than 1 is sampled at it: the temperature is folded into the last
     LayerNorm, from which the logits are made.
     """
     checkpoint = load_checkpoint(path, *kinds)
     gpt = GPT(GPTConfig(**checkpoint["model_config"]))
-    gpt.load_state_dict(merged(checkpoint["model"], prefix="gpt." if checkpoint["kind"] == "ppo" else ""))
+    gpt.load_state_dict(merged(checkpoint["model"], prefix="" if checkpoint["kind"] == "sft" else "gpt."))
     with torch.no_grad():
         for parameter in gpt.ln_f.parameters():
             parameter /= checkpoint["config"].get("temperature", 1.0)

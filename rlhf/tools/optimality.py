@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlhf import evaluate
 from rlhf.data import Prompt, load_prompts
+from rlhf.extras.alternatives import PolicyWithoutValue
 from rlhf.extras.optimum import best_of_n, best_of_n_kl, column, matching_n, optimality_error, ppo_and_optimum
 from rlhf.model import GPT, PolicyWithValue
 from rlhf.rollout import Frozen
@@ -31,7 +32,7 @@ UNRELIABLE = 10  # effective sample size
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A finished PPO run, for the programs that look at one."""
+    """A finished run of train_ppo.py or train_dpo.py, for the programs that look at one."""
 
     checkpoint: str = cli.arg("runs/ppo.pt", "the policy", group="run")
     sft: str = cli.arg("", "its reference (empty: the file it was trained from)")
@@ -41,12 +42,13 @@ class RunConfig:
 
 
 class Run(NamedTuple):
-    policy: PolicyWithValue
+    policy: PolicyWithValue | PolicyWithoutValue
     frozen: Frozen
     judge: ModuleType | None
     prompts: list[Prompt]  # held out
-    config: dict  # of train_ppo.py
+    config: dict  # of train_ppo.py, or train_dpo.py
     kl_coef: float
+    kind: str  # "ppo" or "dpo"
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,19 @@ class OptimalityConfig(RunConfig):
 
 
 def load_run(cfg: RunConfig) -> Run:
-    """The models of a finished PPO run, and what they were evaluated with."""
+    """The models of a finished run, and what they were evaluated with."""
     path = Path(cfg.checkpoint)
     checkpoint = checkpoints.load_checkpoint(path, "ppo")
     config, state = checkpoint["config"], checkpoints.merged(checkpoint["model"])
     device, amp, _ = runtime.setup(cfg.device, config["amp"])
     reference, _ = checkpoints.load_policy(trained_file(checkpoint, "sft", cfg.sft, path), "sft")
     reward_model, _ = checkpoints.load_reward_model(trained_file(checkpoint, "reward", cfg.reward, path))
-    separate = any(name.startswith("value_gpt.") for name in state)
-    policy = PolicyWithValue(GPT(reference.config), GPT(reward_model.gpt.config) if separate else None)
+    gpt, separate = GPT(reference.config), any(name.startswith("value_gpt.") for name in state)
+    policy = PolicyWithValue(gpt, GPT(reward_model.gpt.config) if separate else None)
+    if "value_head.weight" not in state:  # another --advantage than gae, or DPO
+        policy = PolicyWithoutValue(gpt)
     policy.load_state_dict(state)
-    policy.gpt.temperature = reference.temperature = config["temperature"]
+    policy.gpt.temperature = reference.temperature = config.get("temperature", 1.0)
 
     data = cfg.data or config["data"]
     tokenizer, judge = checkpoints.tokenizer_of(path, checkpoint, data), load_judge(data)
@@ -81,11 +85,11 @@ def load_run(cfg: RunConfig) -> Run:
                     config["missing_eos_score"], config["micro_batch_size"] or 128, amp)
     limit = min(reference.config.block_size, reward_model.gpt.config.block_size) - config["max_new_tokens"]
     prompts = load_prompts(data, tokenizer, limit, heldout=True)[: config["eval_prompts"]]
-    return Run(policy.to(device), frozen, judge, prompts, config, checkpoint["kl_coef"])
+    return Run(policy.to(device), frozen, judge, prompts, config, checkpoint["kl_coef"], checkpoint["kind"])
 
 
 def trained_file(checkpoint: dict, name: str, given: str, beside: Path) -> Path:
-    """sft.pt or reward.pt of a ppo.pt. Raises InputError if it is not the file that the policy was trained with."""
+    """sft.pt or reward.pt of a ppo.pt or dpo.pt. Raises InputError if it is not the file that the policy was trained with."""
     config = checkpoint["config"]
     path = Path(given or config[name] or Path(config["out"]) / f"{name}.pt")
     if not given and not path.is_file():
@@ -164,7 +168,8 @@ def add_optimum(table: list[dict], said: list[tuple[list[dict], list[dict]]], kl
 
 def main(cfg: OptimalityConfig) -> None:
     run, folder = load_run(cfg), Path(cfg.checkpoint).parent
-    table, *_ = evaluate.compare(run.policy.gpt, run.prompts, run.frozen, run.judge, run.kl_coef, run.config["seed"])
+    table, *_ = evaluate.compare(
+        run.policy.gpt, run.prompts, run.frozen, run.judge, run.kl_coef, run.config["seed"], run.kind)
     some, policy, reference = run.prompts[: cfg.prompts], run.policy.gpt, run.frozen.reference
     # The same number for every prompt. To sample more only where the effective sample size is small would make J* too
     # low: it is large on the prompts whose rare good responses happen to be missing, and these would get no more.
