@@ -25,7 +25,8 @@ for the KL from itself on, as GAE does. Both are right on average. The sum is wh
 import torch
 from torch import Tensor, nn
 
-from rlhf.data import comparison_batch, response_mask
+from rlhf.data import Comparison, chunks, comparison_batch, response_mask
+from rlhf.extras.yardsticks import share_positive
 from rlhf.losses import bradley_terry_loss
 from rlhf.masked import check_same_shape, token_logprobs
 from rlhf.model import GPT
@@ -154,9 +155,9 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor,
     return bradley_terry_loss(beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected))
 
 
-def pair_logprobs(policy: GPT, reference: nn.Module, rows: list, pad_id: int, device, amp) -> tuple[Tensor, ...]:
-    """Log-probabilities of the responses of N comparisons: policy chosen, policy rejected, reference chosen, reference
-    rejected, (N,) each, in the order of dpo_loss. The reference's have no gradient."""
+def pair_logprobs(rows: list[Comparison], policy: GPT, reference: nn.Module, pad_id: int, device, amp) -> Tensor:
+    """Log-probabilities (4, N) of the responses of N comparisons, in the order of dpo_loss: policy chosen, policy
+    rejected, reference chosen, reference rejected. The reference's have no gradient."""
     tokens, lengths = comparison_batch(rows, pad_id, device)  # (2N, T), (2N,)
     prompt_lens = torch.tensor([len(row.prompt.tokens) for row in rows] * 2, device=device)  # (2N,)
     mask = response_mask(prompt_lens, lengths, tokens.size(1))  # (2N, T-1)
@@ -164,4 +165,12 @@ def pair_logprobs(policy: GPT, reference: nn.Module, rows: list, pad_id: int, de
         ours = token_logprobs(policy.hidden(tokens), tokens, mask, policy.logits).sum(dim=1)  # (2N,)
         with torch.no_grad():
             theirs = token_logprobs(reference.hidden(tokens), tokens, mask, reference.logits).sum(dim=1)  # (2N,)
-    return *ours.chunk(2), *theirs.chunk(2)
+    return torch.cat([ours, theirs]).view(4, -1)
+
+
+@torch.no_grad()
+def pair_accuracy(rows: list[Comparison], *models) -> float:
+    """Share of comparisons in which log(pi / pi_ref) is higher for the chosen response. models: as in pair_logprobs."""
+    logprobs = torch.cat([pair_logprobs(part, *models) for part in chunks(rows, 128)], dim=1)  # (4, N)
+    chosen, rejected = logprobs[:2] - logprobs[2:]  # (N,), (N,)
+    return share_positive(chosen - rejected)
