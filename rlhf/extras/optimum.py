@@ -149,7 +149,7 @@ def optimality_error(gained: float, lacking: Tensor, bias: float) -> tuple[float
 
 
 def add_optimum(table: list[dict], said: list[tuple[list[dict], list[dict]]], kl_coef: float) -> tuple[list[dict], str]:
-    """Append the rows best_of_n and optimum to the table [sft, ..., ppo], and to every row its optimality
+    """Append the rows best_of_n and optimum to the table [sft, ..., ppo or dpo], and to every row its optimality
 
         (J - J_sft) / (J* - J_sft),    J = score - kl_coef * kl_ref
 
@@ -186,10 +186,11 @@ def add_optimum(table: list[dict], said: list[tuple[list[dict], list[dict]]], kl
     bias, ess = evaluate.mean(halves, "objective") - evaluate.mean(rows, "objective"), evaluate.mean(rows, "ess")
     lacking = (column(rows, "objective") - column(rows, "ppo_objective")).squeeze(0)  # (Q,)
     error, bias = optimality_error(ppo["objective"] - start, lacking, bias)
-    nearest = "nearest to PPO's" if beyond == n else f"below PPO's: {most} samples allow no larger n"
+    who = f"{ppo['policy'].upper()}'s"
+    nearest = f"nearest to {who}" if beyond == n else f"below {who}: {most} samples allow no larger n"
     text = (f"best_of_n: n = {n}, whose KL is {nearest}\noptimum: {rows[0]['samples']} samples for each of {len(rows)} "
-            f"prompts, half the reference's, half PPO's; effective sample size {ess:.1f} on average\n"
-            f"PPO's optimality has a standard error of {error:.3f} from these prompts and is biased "
+            f"prompts, half the reference's, half {who}; effective sample size {ess:.1f} on average\n"
+            f"{who} optimality has a standard error of {error:.3f} from these prompts and is biased "
             f"{'downward' if bias < 0 else 'upward'} by at least {abs(bias):.3f}")
     if poor := [row["prompt"].strip().splitlines()[0][:40] for row in rows if row["ess"] < UNRELIABLE]:
         names = "; ".join(poor[:2] + ["..."] * (len(poor) > 2))

@@ -83,7 +83,8 @@ def test_plot_has_a_panel_for_each_method_and_score(tmp_path):
 
 
 @pytest.mark.parametrize("flag", [{"seeds": "1,x"}, {"comparisons": ""}, {"kl_coefs": "-1"}, {"jobs": 0},
-                                  {"largest_n": 4}, {"comparisons": "0"}, {"kl_coefs": "nan"}, {"seeds": "0.5"}, {"kl_coefs": "0,,1"}])
+                                  {"largest_n": 4}, {"comparisons": "0"}, {"kl_coefs": "nan"},
+                                  {"seeds": "0.5"}, {"kl_coefs": "0,,1"}])
 def test_study_config_rejects_impossible_values(flag):
     with pytest.raises(ValueError):
         StudyConfig(**flag)
