@@ -13,7 +13,7 @@ What each does to the objective (tests/extras/test_alternatives.py checks the la
     reinforce   k1, in the reward        one mean over tokens   that of J
     grpo here   k1, in the reward        one mean over tokens   not J's: each prompt is weighted by about 1 / std of R
     GRPO paper  k3, a term of the loss   mean of each response  not J's, for three reasons: see grpo_advantages
-    DPO         none: beta               a sum over tokens      not J's, but the same optimum: see dpo_loss
+    DPO         by its constant, beta    a sum over tokens      not J's, but the same optimum: see dpo_loss
 
 "One mean over tokens" divides by the number of tokens in the rollout, which rescales the gradient of a rollout and
 does not turn it (rlhf/losses.py). Advantages are not whitened here: RLOO and REINFORCE have the scale of R.

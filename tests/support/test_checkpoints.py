@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from rlhf.extras.alternatives import PolicyWithoutValue
 from rlhf.model import GPT, GPTConfig, PolicyWithValue, RewardModel
 from rlhf.support import checkpoints
 from rlhf.support.checkpoints import (
@@ -303,6 +304,15 @@ def test_load_policy_of_ppo_is_the_policy_at_its_temperature(tmp_path):
     policy = noisy(PolicyWithValue(GPT(SHAPE), GPT(SHAPE)))
     got, _ = load_policy(save_finished(tmp_path / "ppo.pt", "ppo", policy, PPOConfig()), "ppo")
     assert_close(got(TOKENS), 2 * policy.gpt(TOKENS))
+
+
+def test_load_policy_takes_dpo_wherever_it_takes_ppo(tmp_path):
+    policy = PolicyWithoutValue(noisy(GPT(SHAPE)))
+    path = save_finished(tmp_path / "dpo.pt", "dpo", policy)
+    got, checkpoint = load_policy(path, "sft", "ppo")
+    assert torch.equal(got(TOKENS), policy.gpt(TOKENS)) and checkpoint["kind"] == "dpo"
+    with pytest.raises(InputError, match="rlhf.tools.train_dpo; a checkpoint of train_sft.py is needed here"):
+        load_policy(path, "sft")
 
 
 def test_load_reward_model_has_head_shift_and_scale(tmp_path):
