@@ -13,7 +13,10 @@ The reference is the fine-tuned model, frozen. The second term is the KL penalty
 like the reference's. It is unreliable off-distribution, and the policy exploits its errors (try --kl-coef 0).
 
 `main` goes through the six parts of a step that README.md draws; `update` below it is parts 5 and 6. What is called by
-the name of its module (cli, runtime, checkpoints, judge, tables) is not RLHF and can be skipped on a first reading.
+the name of its module (data, cli, runtime, checkpoints, judge, tables) can be skipped on a first reading.
+
+--advantage takes another part 4 than GAE, without a value network: RLOO, GRPO or REINFORCE
+(rlhf/extras/alternatives.py says what each does to J).
 
 Details that matter and are kept: log-probabilities recomputed the way the update computes them, the k1 penalty inside
 the reward, the score on the last action, V = 0 after it, advantages whitened over the rollout, the clipped ratio, a
@@ -30,7 +33,7 @@ import torch
 
 from rlhf import data, evaluate
 from rlhf.advantages import explained_variance, gae
-from rlhf.extras import report
+from rlhf.extras import alternatives, report
 from rlhf.extras.lora import trained_and_frozen
 from rlhf.extras.ptx import PretrainingMix
 from rlhf.losses import mean_entropy, policy_loss, value_loss
@@ -59,7 +62,9 @@ class PPOConfig(cli.TrainConfig):
     missing_eos_score: float = cli.arg(-3.0, "score of a response without end-of-text")
     temperature: float = cli.arg(1.0, "sampling temperature of policy and reference")
     eval_prompts: int = cli.arg(500, "held-out prompts of the closing evaluation")
-    kl_coef: float = cli.arg(0.07, "KL penalty coefficient", group="PPO")
+    advantage: str = cli.arg("gae", "part 4", ("gae", "rloo", "grpo", "reinforce"), group="PPO")
+    group_size: int = cli.arg(1, "responses to each prompt in a batch")
+    kl_coef: float = cli.arg(0.07, "KL penalty coefficient")
     kl_target: float = cli.arg(0.0, "adapt kl_coef towards this KL, nats/response (0: off)")
     kl_horizon: float = cli.arg(10_000, "responses over which kl_coef adapts")
     minibatch_size: int = cli.arg(16, "minibatch size")
@@ -76,12 +81,15 @@ class PPOConfig(cli.TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         cli.check_positive(self, "max_new_tokens", "minibatch_size", "inner_epochs", "clip_eps", "temperature",
-                           "kl_horizon", "eval_prompts")
+                           "kl_horizon", "eval_prompts", "group_size")
         cli.check_not_negative(self, "sample_rows", "kl_coef", "kl_target", "value_coef", "entropy_coef", "ptx_coef")
         for broken, message in (
             (self.batch_size % self.minibatch_size, "--batch-size must be a multiple of --minibatch-size"),
+            (self.batch_size % self.group_size, "--batch-size must be a multiple of --group-size"),
+            (self.group_size < 2 and self.advantage in ("rloo", "grpo"), "rloo and grpo need --group-size 2 or more"),
+            (self.batch_size < 2 and self.advantage == "reinforce", "reinforce needs --batch-size 2 or more"),
             (not min(self.value_clip_eps, self.max_kl_old) > 0, "--value-clip-eps and --max-kl-old must be above 0"),
-            (self.kl_target and self.kl_horizon < self.batch_size, "--kl-horizon must be at least --batch-size"),
+            (self.kl_target and self.kl_horizon < self.batch_size, "--kl-horizon must be --batch-size or more"),
             (self.kl_target and not self.kl_coef, "--kl-target multiplies --kl-coef, which must start above 0"),
             (not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1), "--gamma and --lam must lie between 0 and 1"),
         ):
@@ -93,7 +101,7 @@ def main(cfg: PPOConfig) -> None:
     device, amp, scaler = runtime.setup(cfg.device, cfg.amp)
     policy, frozen, inputs = load_models(cfg, device, amp)
     tokenizer, gold_judge = frozen.tokenizer, judge.load_judge(cfg.data)
-    limit = min(policy.gpt.config.block_size, frozen.reward_model.gpt.config.block_size) - cfg.max_new_tokens
+    limit = max(0, min(policy.gpt.config.block_size, frozen.reward_model.gpt.config.block_size) - cfg.max_new_tokens)
     prompts = data.load_prompts(cfg.data, tokenizer, limit)
     heldout = data.load_prompts(cfg.data, tokenizer, limit, heldout=True)[: cfg.eval_prompts]
     ptx = PretrainingMix(cfg, tokenizer, policy.gpt.config.block_size, device, amp) if cfg.ptx_coef else None
@@ -109,7 +117,8 @@ def main(cfg: PPOConfig) -> None:
     progress = tables.Progress(path.with_suffix(".csv"), cfg.steps, begun, (
         "score", "gold", "kl_ref", "value_loss", "entropy", "clip_fraction", "eos_rate"), cfg.tensorboard)
     for step in range(begun["step"], cfg.steps):
-        batch = [prompts[i] for i in data.batch_indices(len(prompts), cfg.batch_size, step, cfg.seed)]
+        rows = data.batch_indices(len(prompts), cfg.batch_size // cfg.group_size, step, cfg.seed)
+        batch = [prompts[i] for i in rows for _ in range(cfg.group_size)]
         tokens, prompt_lens = data.pad_rows([one.tokens for one in batch], tokenizer.pad_id, device)  # (B, P), (B,)
 
         # ---- 1 generate, 2 score ----
@@ -118,10 +127,13 @@ def main(cfg: PPOConfig) -> None:
         # ---- 3 shape ----
         rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef)
         # ---- 4 credit ----
-        advantages, returns = gae(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
-        # Subtracting the mean is one more baseline. The division keeps the balance with the other losses and with
-        # gradient clipping whatever the scale of the scores; AdamW already removes most of the scale.
-        advantages = masked_whiten(advantages, rollout.mask)
+        if cfg.advantage == "gae":
+            advantages, returns = gae(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
+            # Subtracting the mean is one more baseline. The division keeps the balance with the other losses and with
+            # gradient clipping whatever the scale of the scores; AdamW already removes most of the scale.
+            advantages = masked_whiten(advantages, rollout.mask)
+        else:  # no value network: values and returns are 0
+            advantages, returns = alternatives.response_advantages(rewards, rollout.mask, cfg.advantage, cfg.group_size)
         # ---- 5 losses, 6 update ----
         lr = runtime.set_lr(optimizer, cfg.lr * runtime.linear_schedule(step, cfg.steps, cfg.warmup))
         learned = update(policy, optimizer, scaler, rollout, advantages, returns, cfg, amp, step, ptx)
@@ -129,10 +141,9 @@ def main(cfg: PPOConfig) -> None:
         score = rollout.scores.mean().item()
         kl_ref = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1).mean().item()  # nats per response
         runtime.check_finite(policy, step + 1, score, kl_ref, learned["policy_loss"], learned["value_loss"])
-        check_first_step(step, kl_ref, learned["first_log_ratio"], amp)
+        report.check_first_step(step, kl_ref, learned["first_log_ratio"], amp)
         progress.tokens += int(rollout.mask.sum())
-        progress.log(  # every column of ppo.csv; docs/metrics.md explains them
-            step + 1,
+        metrics = dict(  # every column of ppo.csv; docs/metrics.md explains them
             score=score,
             gold=evaluate.mean_gold(gold_judge, batch, rollout, tokenizer),
             kl_ref=kl_ref,
@@ -144,6 +155,9 @@ def main(cfg: PPOConfig) -> None:
             eos_rate=rollout.ended(tokenizer.eos_id).float().mean().item(),
             lr=lr,
         )
+        if cfg.advantage != "gae":
+            metrics |= dict.fromkeys(["value_loss", "value_clip_fraction", "explained_variance"])  # empty cells
+        progress.log(step + 1, **metrics)
         if cfg.kl_target:
             kl_coef = adapt_kl_coef(kl_coef, kl_ref, cfg.kl_target, cfg.kl_horizon, cfg.batch_size)
         done = step + 1
@@ -194,8 +208,7 @@ def update(policy, optimizer, scaler, rollout, advantages, returns, cfg: PPOConf
 
                 # ---- 5 losses ----
                 pg_loss, clip_fraction = policy_loss(new_logprobs, mb.logprobs, mb_advantages, mb.mask, cfg.clip_eps)
-                v_loss, v_clip_fraction = value_loss(
-                    new_values[:, :-1], mb.values, mb_returns, mb.mask, cfg.value_clip_eps)
+                v_loss, v_clipped = value_loss(new_values[:, :-1], mb.values, mb_returns, mb.mask, cfg.value_clip_eps)
                 mb_entropy = mean_entropy(logprobs if cfg.entropy_coef else logprobs.detach())
                 loss = pg_loss + cfg.value_coef * v_loss - cfg.entropy_coef * mb_entropy
 
@@ -208,7 +221,7 @@ def update(policy, optimizer, scaler, rollout, advantages, returns, cfg: PPOConf
                     largest = (new_logprobs.detach() - mb.logprobs).abs().max()
                     first_log_ratio = torch.maximum(first_log_ratio, largest)  # NaN stays NaN
                 means.add(share, policy_loss=pg_loss, value_loss=v_loss, entropy=mb_entropy,
-                          clip_fraction=clip_fraction, value_clip_fraction=v_clip_fraction, kl_old=kl_old)
+                          clip_fraction=clip_fraction, value_clip_fraction=v_clipped, kl_old=kl_old)
             if ptx is not None:
                 ptx.backward(policy.gpt, scaler, step, len(grad_norms))
             grad_norms.append(runtime.optimizer_step(policy, optimizer, scaler, cfg.max_grad_norm))
@@ -234,32 +247,17 @@ def load_models(cfg: PPOConfig, device, amp):
     generator = runtime.make_generator("cpu", cfg.seed, "adapters")
     policy_gpt, reference = trained_and_frozen(gpt, cfg.lora_rank, generator)
     value_gpt = None
-    if cfg.value_network == "reward":
+    if cfg.advantage == "gae" and cfg.value_network == "reward":
         # Its network already tells good responses from bad ones. The value head is new and starts at zero.
         value_gpt, reward_model.gpt = trained_and_frozen(reward_model.gpt, cfg.lora_rank, generator)
     policy = PolicyWithValue(policy_gpt, value_gpt)
+    if cfg.advantage != "gae":
+        policy = alternatives.PolicyWithoutValue(policy_gpt)
     if cfg.ptx_coef:
         inputs |= checkpoints.digests(demonstrations=tables.csv_path(cfg.data, "demonstrations"))
     frozen = Frozen(reference.to(device), reward_model.to(device), tokenizer, cfg.max_new_tokens,
                     cfg.missing_eos_score, cfg.micro_batch_size or cfg.minibatch_size, amp, cfg.sample_rows)
     return policy.to(device), frozen, inputs
-
-
-def check_first_step(step: int, kl_ref: float, first_log_ratio: float, amp) -> None:
-    """Facts that hold whatever the data: kl_ref is 0 at step 0, and the ratio is 1 in the first minibatch of each step.
-    If one fails, two of the forward passes disagree."""
-    faults = []
-    tolerance = 1e-4 if amp is None else 0.1
-    if step == 0 and not abs(kl_ref) <= tolerance:  # `not <=`, so that NaN fails too
-        faults.append(f"kl_ref is {kl_ref} before the first update; policy and reference must be the same")
-    if not first_log_ratio <= tolerance:
-        faults.append(f"log ratio {first_log_ratio} in the first minibatch, where old and new policy are the same")
-    if faults and amp is None:
-        raise RuntimeError("; ".join(faults))
-    for fault in faults:  # in half precision an unlikely token may be off by this much
-        print(f"warning: {fault}")
-    if kl_ref < -1:
-        print(f"warning: kl_ref is {kl_ref:.2f} nats; a KL this negative means that sampler and scorer disagree")
 
 
 if __name__ == "__main__":

@@ -136,10 +136,9 @@ def main(cfg: RewardConfig) -> None:
         checkpoints.save(path, "reward", model, cfg, cfg.steps, tokenizer, optimizer, scaler, inputs, progress)
         print(f"scores: (raw - {model.mean:.3f}) / {model.scale:.3f}, so that demonstrations have mean 0 and std 1")
 
-    result = {"accuracy": accuracy(model, heldout_rows, pad_id, device, amp), **judged}
-    swapped = swap_prompts(heldout_rows, cfg.seed, limit)
-    result["swapped_accuracy"] = accuracy(model, swapped, pad_id, device, amp)
-    result["comparisons"] = len(heldout_rows)
+    result = {"accuracy": accuracy(model, heldout_rows, pad_id, device, amp), **judged,
+              "swapped_accuracy": accuracy(model, swap_prompts(heldout_rows, cfg.seed, limit), pad_id, device, amp),
+              "comparisons": len(heldout_rows)}
     tables.write_csv(path.with_name("reward_evaluation.csv"), [result])
     print("held out: " + " | ".join(f"{name} {value:.3f}" for name, value in result.items() if name != "comparisons")
           + "\n          (swapped_accuracy: the same model shown the prompt of another row)")

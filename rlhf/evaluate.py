@@ -36,14 +36,11 @@ def respond(gpt: GPT, prompts: list[Prompt], frozen: Frozen, judge: ModuleType |
         kl_ref = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1)  # (B,): slots off the mask hold 0
         ended = rollout.ended(tokenizer.eos_id)
         texts = decode_responses(tokenizer, rollout.tokens, rollout.mask)
+        golds = [None] * len(some) if judge is None else gold_scores(judge, [prompt.text for prompt in some], texts)
         for row, prompt in enumerate(some):
             responses.append({"prompt": prompt.text, "response": texts[row], "score": rollout.scores[row].item(),
-                              "gold": None, "kl_ref": kl_ref[row].item(), "length": int(rollout.mask[row].sum()),
+                              "gold": golds[row], "kl_ref": kl_ref[row].item(), "length": int(rollout.mask[row].sum()),
                               "ended": bool(ended[row])})
-    if judge is not None:
-        golds = gold_scores(judge, [one["prompt"] for one in responses], [one["response"] for one in responses])
-        for one, gold in zip(responses, golds):
-            one["gold"] = gold
     return responses
 
 
@@ -61,7 +58,8 @@ def mean(responses: list[dict], name: str) -> float | None:
 
 
 def summarise(name: str, responses: list[dict], baseline: list[dict], kl_coef: float) -> dict:
-    """One row of evaluation.csv: means over the prompts, and wins over the baseline, where a tie counts half."""
+    """One row of evaluation.csv: means over the prompts; the share of responses that differ from each other; wins over
+    the baseline, where a tie counts half."""
     yardstick = "score" if responses[0]["gold"] is None else "gold"
     wins = [(ours[yardstick] > theirs[yardstick]) + 0.5 * (ours[yardstick] == theirs[yardstick])
             for ours, theirs in zip(responses, baseline)]
@@ -74,13 +72,14 @@ def summarise(name: str, responses: list[dict], baseline: list[dict], kl_coef: f
         "objective": score - kl_coef * kl_ref,
         "length": mean(responses, "length"),
         "eos_rate": mean(responses, "ended"),
+        "distinct": len({one["response"] for one in responses}) / len(responses),
         "win_rate_vs_sft": sum(wins) / len(wins),
         "prompts": len(responses),
     }
 
 
 def compare(policy: GPT, prompts: list[Prompt], frozen: Frozen, judge: ModuleType | None, kl_coef: float,
-            seed: int) -> tuple[list[dict], list[dict], list[dict]]:
-    """The rows sft and ppo of evaluation.csv, and the responses of the reference and of the policy."""
+            seed: int, name: str = "ppo") -> tuple[list[dict], list[dict], list[dict]]:
+    """The rows of evaluation.csv, sft and the policy's, and the responses of the reference and of the policy."""
     before, after = (respond(gpt, prompts, frozen, judge, seed) for gpt in (frozen.reference, policy))
-    return [summarise(name, said, before, kl_coef) for name, said in (("sft", before), ("ppo", after))], before, after
+    return [summarise(who, said, before, kl_coef) for who, said in (("sft", before), (name, after))], before, after

@@ -24,6 +24,7 @@ from torch import Tensor
 from rlhf import evaluate
 from rlhf.masked import check_same_shape
 
+UNRELIABLE = 10  # effective sample size
 
 def optimum(scores: Tensor, kl_coef: float, log_ratio: Tensor | None = None,
             reference_share: float = 1.0) -> dict[str, Tensor]:
@@ -145,3 +146,55 @@ def optimality_error(gained: float, lacking: Tensor, bias: float) -> tuple[float
     slope = -gained / gain**2
     error = lacking.std().item() / math.sqrt(len(lacking)) if len(lacking) > 1 else math.inf
     return error * abs(slope), bias * slope
+
+
+def add_optimum(table: list[dict], said: list[tuple[list[dict], list[dict]]], kl_coef: float) -> tuple[list[dict], str]:
+    """Append the rows best_of_n and optimum to the table [sft, ..., ppo or dpo], and to every row its optimality
+
+        (J - J_sft) / (J* - J_sft),    J = score - kl_coef * kl_ref
+
+    0 for the reference, 1 for the best policy that this objective has. The two rows come from fewer prompts than the
+    others, and prompts differ more than policies do, so they are paired with PPO's:
+
+        number = PPO's mean over all prompts + (theirs - PPO's, means over the Q prompts that both have responded to)
+
+    except for the KL of best-of-n, which is the same for every prompt.
+
+    Args: said: for each of the Q prompts, the responses of the reference and of PPO, an even number of each.
+    Returns: the rows of optimality.csv, and some lines on how far the estimate can be trusted: its standard error over
+        the Q prompts, and its bias. Half of the samples give a lower J* than all of them. All of them give a J* that is
+        too low by about the same amount, or by more if responses that are good and rare are still missing.
+    """
+    ppo, rows = table[-1], [ppo_and_optimum(theirs, ours, kl_coef) for theirs, ours in said]
+    most = min(len(theirs) for theirs, _ in said)
+    n, beyond = matching_n(ppo["kl_ref"], most), matching_n(ppo["kl_ref"], most + 1)
+    best = [{name: best_of_n(column(theirs, "score"), column(theirs, name), n).item() for name in ("score", "gold")}
+            for theirs, _ in said]
+
+    def beside_ppo(name: str, theirs: list[dict]) -> float | None:
+        ours = evaluate.mean(rows, f"ppo_{name}")
+        return None if ours is None else ppo[name] + evaluate.mean(theirs, name) - ours
+
+    for name, theirs, kl_ref in (("best_of_n", best, best_of_n_kl(n)), ("optimum", rows, beside_ppo("kl_ref", rows))):
+        score = beside_ppo("score", theirs)
+        table.append({**dict.fromkeys(ppo), "policy": name, "score": score, "gold": beside_ppo("gold", theirs),
+                      "kl_ref": kl_ref, "objective": score - kl_coef * kl_ref, "prompts": len(said)})
+    start, gain = table[0]["objective"], table[-1]["objective"] - table[0]["objective"]
+    for row in table:
+        row["optimality"] = (row["objective"] - start) / gain if gain > 0 else None
+    halves = [ppo_and_optimum(theirs[k::2], ours[k::2], kl_coef) for k in (0, 1) for theirs, ours in said]
+    bias, ess = evaluate.mean(halves, "objective") - evaluate.mean(rows, "objective"), evaluate.mean(rows, "ess")
+    lacking = (column(rows, "objective") - column(rows, "ppo_objective")).squeeze(0)  # (Q,)
+    error, bias = optimality_error(ppo["objective"] - start, lacking, bias)
+    who = f"{ppo['policy'].upper()}'s"
+    nearest = f"nearest to {who}" if beyond == n else f"below {who}: {most} samples allow no larger n"
+    text = (f"best_of_n: n = {n}, whose KL is {nearest}\noptimum: {rows[0]['samples']} samples for each of {len(rows)} "
+            f"prompts, half the reference's, half {who}; effective sample size {ess:.1f} on average\n"
+            f"{who} optimality has a standard error of {error:.3f} from these prompts and is biased "
+            f"{'downward' if bias < 0 else 'upward'} by at least {abs(bias):.3f}")
+    if poor := [row["prompt"].strip().splitlines()[0][:40] for row in rows if row["ess"] < UNRELIABLE]:
+        names = "; ".join(poor[:2] + ["..."] * (len(poor) > 2))
+        text += f"\nunreliable (effective sample size below {UNRELIABLE}): {len(poor)} of {len(rows)} prompts: {names}"
+    if not abs(bias) < 0.03 or ess < UNRELIABLE:
+        text += "\nwarning: that is too few samples to trust; more --samples, or a larger --kl-coef"
+    return rows, text

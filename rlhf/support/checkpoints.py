@@ -21,7 +21,7 @@ from rlhf.tokenizer import Tokenizer
 FORMAT = 3  # of a checkpoint
 # What a run writes beside its checkpoint.
 RESULTS = {"sft": ("sft.csv",), "reward": ("reward.csv", "reward_evaluation.csv"),
-           "ppo": ("ppo.csv", "evaluation.csv", "ppo_samples.csv", "optimality.csv")}
+           **{of: (f"{of}.csv", "evaluation.csv", f"{of}_samples.csv", "optimality.csv") for of in ("ppo", "dpo")}}
 
 # ---- save ----
 
@@ -102,7 +102,7 @@ def begin(path: Path, config, tokenizer, inputs: dict[str, str], model, optimize
 
 
 def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
-    """Read a checkpoint of one of the kinds "sft", "reward" and "ppo", on the CPU.
+    """Read a checkpoint of one of the kinds "sft", "reward" and "ppo", on the CPU. With "ppo" goes "dpo".
 
     Raises InputError if it is missing, garbled, another script's or, unless allowed, unfinished.
     """
@@ -115,12 +115,12 @@ def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
                 raise ValueError(f"damaged in {damaged}")
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"of format {checkpoint['format']}, this code reads {FORMAT}")
-        GPTConfig(**checkpoint["model_config"]), [weight.shape for weight in checkpoint["model"].values()]  # or it is none
-        step, steps, script = checkpoint["step"], checkpoint["config"]["steps"], f"train_{checkpoint['kind']}.py"
+        GPTConfig(**checkpoint["model_config"]), [weight.shape for weight in checkpoint["model"].values()]
+        step, steps = checkpoint["step"], checkpoint["config"]["steps"]
+        script = "-m rlhf.tools.train_dpo" if checkpoint["kind"] == "dpo" else f"train_{checkpoint['kind']}.py"
     except Exception as error:  # a zip that is cut short, a pickle of something else, a missing key, ...
-        raise InputError(f"{path} is not a checkpoint of this project, or not a whole one ({type(error).__name__}: "
-                         f"{error}): run `python {scripts}` again") from error
-    if checkpoint["kind"] not in kinds:
+        raise InputError(f"{path} is not a checkpoint of this project: run {scripts} again ({error!r})") from error
+    if checkpoint["kind"] not in kinds and not (checkpoint["kind"] == "dpo" and "ppo" in kinds):
         raise InputError(f"{path} was written by {script}; a checkpoint of {scripts} is needed here")
     if not unfinished and step < steps:
         raise InputError(f"{path} stopped at step {step} of {steps}: finish it with `python {script} --resume`")
@@ -156,14 +156,15 @@ def load_weights(path: Path, model: nn.Module, state: dict[str, Tensor], prefix=
 
 
 def load_policy(path: Path, *kinds: str) -> tuple[GPT, dict]:
-    """The GPT of a checkpoint of one of the kinds "sft" and "ppo", without the value estimate, and the checkpoint.
+    """The GPT of a checkpoint of one of the kinds "sft" and "ppo" (or "dpo"), without the value estimate, and the
+    checkpoint.
 
     A policy that was trained at another temperature than 1 is sampled at it: the temperature is folded into the last
     LayerNorm, from which the logits are made.
     """
     checkpoint = load_checkpoint(path, *kinds)
     gpt = GPT(GPTConfig(**checkpoint["model_config"]))
-    load_weights(path, gpt, checkpoint["model"], prefix="gpt." if checkpoint["kind"] == "ppo" else "")
+    load_weights(path, gpt, checkpoint["model"], prefix="" if checkpoint["kind"] == "sft" else "gpt.")
     with torch.no_grad():
         for parameter in gpt.ln_f.parameters():
             parameter /= checkpoint["config"].get("temperature", 1.0)

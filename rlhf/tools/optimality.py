@@ -20,19 +20,18 @@ from torch import Tensor
 
 from rlhf import evaluate
 from rlhf.data import Prompt, load_prompts
+from rlhf.extras.alternatives import PolicyWithoutValue
 from rlhf.extras.from_checkpoint import judge_of, tokenizer_of
-from rlhf.extras.optimum import best_of_n, best_of_n_kl, column, matching_n, optimality_error, ppo_and_optimum
+from rlhf.extras.optimum import add_optimum, column
 from rlhf.extras.report import print_table
 from rlhf.model import GPT, PolicyWithValue
 from rlhf.rollout import Frozen
 from rlhf.support import checkpoints, cli, runtime, tables
 
-UNRELIABLE = 10  # effective sample size
-
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A finished PPO run, for the programs that look at one."""
+    """A finished run of train_ppo.py or train_dpo.py, for the programs that look at one."""
 
     checkpoint: str = cli.arg("runs/ppo.pt", "the policy", group="run")
     sft: str = cli.arg("", "its reference (empty: the file it was trained from)")
@@ -42,12 +41,13 @@ class RunConfig:
 
 
 class Run(NamedTuple):
-    policy: PolicyWithValue
+    policy: PolicyWithValue | PolicyWithoutValue
     frozen: Frozen
     judge: ModuleType | None
     prompts: list[Prompt]  # held out
-    config: dict  # of train_ppo.py
+    config: dict  # of train_ppo.py, or train_dpo.py
     kl_coef: float
+    kind: str  # "ppo" or "dpo"
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,20 @@ class OptimalityConfig(RunConfig):
 
 
 def load_run(cfg: RunConfig) -> Run:
-    """The models of a finished PPO run, and what they were evaluated with."""
+    """The models of a finished run, and what they were evaluated with."""
     path = Path(cfg.checkpoint)
     checkpoint = checkpoints.load_checkpoint(path, "ppo")
     config = checkpoint["config"]
     device, amp, _ = runtime.setup(cfg.device, config["amp"])
     reference, _ = checkpoints.load_policy(trained_file(checkpoint, "sft", cfg.sft, path), "sft")
     reward_model, _ = checkpoints.load_reward_model(trained_file(checkpoint, "reward", cfg.reward, path))
-    separate = any(name.startswith("value_gpt.") for name in checkpoint["model"])
-    policy = PolicyWithValue(GPT(reference.config), GPT(reward_model.gpt.config) if separate else None)
-    checkpoints.load_weights(path, policy, checkpoint["model"])
-    policy.gpt.temperature = reference.temperature = config["temperature"]
+    gpt, weights = GPT(reference.config), checkpoint["model"]
+    separate = any(name.startswith("value_gpt.") for name in weights)
+    policy = PolicyWithValue(gpt, GPT(reward_model.gpt.config) if separate else None)
+    if "value_head.weight" not in weights:  # another --advantage than gae, or DPO
+        policy = PolicyWithoutValue(gpt)
+    checkpoints.load_weights(path, policy, weights)
+    policy.gpt.temperature = reference.temperature = config.get("temperature", 1.0)
 
     data = cfg.data or config["data"]
     tokenizer, judge = tokenizer_of(path, checkpoint, data), judge_of(cfg.data, config["data"])
@@ -82,11 +85,11 @@ def load_run(cfg: RunConfig) -> Run:
                     config["missing_eos_score"], config["micro_batch_size"] or 128, amp)
     limit = min(reference.config.block_size, reward_model.gpt.config.block_size) - config["max_new_tokens"]
     prompts = load_prompts(data, tokenizer, limit, heldout=True)[: config["eval_prompts"]]
-    return Run(policy.to(device), frozen, judge, prompts, config, checkpoint["kl_coef"])
+    return Run(policy.to(device), frozen, judge, prompts, config, checkpoint["kl_coef"], checkpoint["kind"])
 
 
 def trained_file(checkpoint: dict, name: str, given: str, beside: Path) -> Path:
-    """sft.pt or reward.pt of a ppo.pt. Raises InputError if it is not the file that the policy was trained with."""
+    """sft.pt or reward.pt of a policy. Raises InputError if it is not the file that the policy was trained with."""
     config = checkpoint["config"]
     path = Path(given or config[name] or Path(config["out"]) / f"{name}.pt")
     if not given and not path.is_file():
@@ -112,60 +115,10 @@ def reference_samples(prompts: list[Prompt], samples: int, frozen: Frozen, judge
     return tuple(torch.cat([column(one, name) for one in said]) for name in ("score", "gold"))
 
 
-def add_optimum(table: list[dict], said: list[tuple[list[dict], list[dict]]], kl_coef: float) -> tuple[list[dict], str]:
-    """Append the rows best_of_n and optimum to the table [sft, ..., ppo], and to every row its optimality
-
-        (J - J_sft) / (J* - J_sft),    J = score - kl_coef * kl_ref
-
-    0 for the reference, 1 for the best policy that this objective has. The two rows come from fewer prompts than the
-    others, and prompts differ more than policies do, so they are paired with PPO's:
-
-        number = PPO's mean over all prompts + (theirs - PPO's, means over the Q prompts that both have responded to)
-
-    except for the KL of best-of-n, which is the same for every prompt.
-
-    Args: said: for each of the Q prompts, the responses of the reference and of PPO, an even number of each.
-    Returns: the rows of optimality.csv, and some lines on how far the estimate can be trusted: its standard error over
-        the Q prompts, and its bias. Half of the samples give a lower J* than all of them. All of them give a J* that is
-        too low by about the same amount, or by more if responses that are good and rare are still missing.
-    """
-    ppo, rows = table[-1], [ppo_and_optimum(theirs, ours, kl_coef) for theirs, ours in said]
-    most = min(len(theirs) for theirs, _ in said)
-    n, beyond = matching_n(ppo["kl_ref"], most), matching_n(ppo["kl_ref"], most + 1)
-    best = [{name: best_of_n(column(theirs, "score"), column(theirs, name), n).item() for name in ("score", "gold")}
-            for theirs, _ in said]
-
-    def beside_ppo(name: str, theirs: list[dict]) -> float | None:
-        ours = evaluate.mean(rows, f"ppo_{name}")
-        return None if ours is None else ppo[name] + evaluate.mean(theirs, name) - ours
-
-    for name, theirs, kl_ref in (("best_of_n", best, best_of_n_kl(n)), ("optimum", rows, beside_ppo("kl_ref", rows))):
-        score = beside_ppo("score", theirs)
-        table.append({**dict.fromkeys(ppo), "policy": name, "score": score, "gold": beside_ppo("gold", theirs),
-                      "kl_ref": kl_ref, "objective": score - kl_coef * kl_ref, "prompts": len(said)})
-    start, gain = table[0]["objective"], table[-1]["objective"] - table[0]["objective"]
-    for row in table:
-        row["optimality"] = (row["objective"] - start) / gain if gain > 0 else None
-    halves = [ppo_and_optimum(theirs[k::2], ours[k::2], kl_coef) for k in (0, 1) for theirs, ours in said]
-    bias, ess = evaluate.mean(halves, "objective") - evaluate.mean(rows, "objective"), evaluate.mean(rows, "ess")
-    lacking = (column(rows, "objective") - column(rows, "ppo_objective")).squeeze(0)  # (Q,)
-    error, bias = optimality_error(ppo["objective"] - start, lacking, bias)
-    nearest = "nearest to PPO's" if beyond == n else f"below PPO's: {most} samples allow no larger n"
-    text = (f"best_of_n: n = {n}, whose KL is {nearest}\noptimum: {rows[0]['samples']} samples for each of {len(rows)} "
-            f"prompts, half the reference's, half PPO's; effective sample size {ess:.1f} on average\n"
-            f"PPO's optimality has a standard error of {error:.3f} from these prompts and is biased "
-            f"{'downward' if bias < 0 else 'upward'} by at least {abs(bias):.3f}")
-    if poor := [row["prompt"].strip().splitlines()[0][:40] for row in rows if row["ess"] < UNRELIABLE]:
-        names = "; ".join(poor[:2] + ["..."] * (len(poor) > 2))
-        text += f"\nunreliable (effective sample size below {UNRELIABLE}): {len(poor)} of {len(rows)} prompts: {names}"
-    if not abs(bias) < 0.03 or ess < UNRELIABLE:
-        text += "\nwarning: that is too few samples to trust; more --samples, or a larger --kl-coef"
-    return rows, text
-
-
 def main(cfg: OptimalityConfig) -> None:
     run, folder = load_run(cfg), Path(cfg.checkpoint).parent
-    table, *_ = evaluate.compare(run.policy.gpt, run.prompts, run.frozen, run.judge, run.kl_coef, run.config["seed"])
+    table, *_ = evaluate.compare(
+        run.policy.gpt, run.prompts, run.frozen, run.judge, run.kl_coef, run.config["seed"], run.kind)
     some, policy, reference = run.prompts[: cfg.prompts], run.policy.gpt, run.frozen.reference
     # The same number for every prompt. To sample more only where the effective sample size is small would make J* too
     # low: it is large on the prompts whose rare good responses happen to be missing, and these would get no more.

@@ -33,7 +33,8 @@ def read_metrics(path: Path) -> dict[str, list[float]]:
     return {name: frame[name].tolist() for name in ("step", *PANELS) if name in frame and frame[name].notna().all()}
 
 
-def main(cfg: PlotConfig) -> None:
+def load_pyplot():
+    """matplotlib.pyplot, for figures that go to a file. Raises InputError if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError as error:
@@ -41,6 +42,11 @@ def main(cfg: PlotConfig) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def main(cfg: PlotConfig) -> None:
+    pyplot = load_pyplot()
     runs = {folder: read_metrics(Path(folder) / "ppo.csv") for folder in cfg.runs}
     names = [name for name in PANELS if any(name in metrics for metrics in runs.values())]
     figure, axes = pyplot.subplots(1, len(names), figsize=(3.1 * len(names), 2.8), squeeze=False)

@@ -12,30 +12,33 @@ kl_coef = 0 is run with every size; the other kl_coefs with the largest. The poi
 in Gao et al.: score, gold and KL of the answers that it was trained on at that step.
 """
 
-import csv
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy
 import torch
+from pandas import DataFrame, concat, read_csv
 
 from rlhf.data import load_comparisons, load_prompts
 from rlhf.extras.optimum import best_of_n, best_of_n_kl
+from rlhf.extras.overoptimisation import curves, fits, spread
 from rlhf.rollout import Frozen
 from rlhf.support.checkpoints import load_policy, load_reward_model
 from rlhf.support.cli import InputError, arg, check_positive, run
 from rlhf.support.judge import load_judge
 from rlhf.support.runtime import pick_device
-from rlhf.support.tables import csv_path, write_csv
+from rlhf.support.tables import csv_path
 from rlhf.tokenizer import find_tokenizer
 from rlhf.tools.optimality import reference_samples
+from rlhf.tools.plot import load_pyplot
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCHS, BATCH_SIZE = 4.0, 64  # of every reward model, those of train_reward.py's defaults
+POINT = ["method", "seed", "comparisons", "kl_coef", "step_or_n", "kl_ref", "score", "gold"]  # columns of study.csv
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,8 @@ class StudyConfig:
         check_positive(self, "prompts", "jobs")
         if self.largest_n < 8:
             raise ValueError("--largest-n must be at least 8: a curve needs three points")
-        for name, kind, least in (("seeds", int, 0), ("comparisons", int, 1), ("kl_coefs", float, 0)):
-            try:
-                values = [kind(value) for value in getattr(self, name).split(",")]
-            except ValueError:
-                values = [-1]
-            if not min(values) >= least:
+        for name, number in (("seeds", r"\d+"), ("comparisons", r"[1-9]\d*"), ("kl_coefs", r"\d*\.?\d+(e-?\d+)?")):
+            if not re.fullmatch(f"{number}(,{number})*", getattr(self, name)):
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)!r}: give numbers, with commas")
 
     def lock_file(self) -> Path:
@@ -92,26 +91,24 @@ def script(cfg: StudyConfig, name: str, seed: int, out: Path, *flags) -> None:
     finished.write_text(shown, encoding="utf-8")
 
 
-def one_reward_model(cfg: StudyConfig, seed: int, size: int, whole: bool) -> list[dict]:
+def one_reward_model(cfg: StudyConfig, seed: int, size: int, whole: bool) -> DataFrame:
     """Train a reward model on so many comparisons and PPO against it, and sample best-of-n. Returns the points."""
     folder = Path(cfg.out) / f"seed{seed}" / f"comparisons{size}"
     sft = folder.parent / "sft.pt"
     script(cfg, "reward", seed, folder, "--sft", sft, "--comparisons", size,
            "--steps", max(1, round(EPOCHS * size / BATCH_SIZE)))
-    points = best_of_n_points(cfg, seed, size, sft, folder / "reward.pt")
+    points = [best_of_n_points(cfg, seed, sft, folder / "reward.pt")]
     for kl_coef in cfg.kl_coefs.split(","):
         if float(kl_coef) == 0 or whole:
             out = folder / f"kl{kl_coef}"
-            script(cfg, "ppo", seed, out, "--sft", sft, "--reward", folder / "reward.pt",
-                   "--kl-coef", kl_coef)
-            with (out / "ppo.csv").open(newline="") as file:
-                points += [{"method": "ppo", "seed": seed, "comparisons": size, "kl_coef": float(kl_coef),
-                            "step_or_n": int(row["step"]), "kl_ref": float(row["kl_ref"]),
-                            "score": float(row["score"]), "gold": float(row["gold"])} for row in csv.DictReader(file)]
-    return points
+            script(cfg, "ppo", seed, out, "--sft", sft, "--reward", folder / "reward.pt", "--kl-coef", kl_coef)
+            steps = read_csv(out / "ppo.csv").drop(columns="kl_coef").rename(columns={"step": "step_or_n"})
+            points.append(steps.assign(method="ppo", kl_coef=float(kl_coef)))
+    print(f"seed {seed}, {size} comparisons: done", flush=True)
+    return concat(points).assign(seed=seed, comparisons=size)[POINT]
 
 
-def best_of_n_points(cfg: StudyConfig, seed: int, size: int, sft_path: Path, reward_path: Path) -> list[dict]:
+def best_of_n_points(cfg: StudyConfig, seed: int, sft_path: Path, reward_path: Path) -> DataFrame:
     device = pick_device(cfg.device)
     (reference, sft), (model, _) = load_policy(sft_path, "sft"), load_reward_model(reward_path)
     tokenizer, judge = find_tokenizer(cfg.data, sft["config"]["tokenizer"]), load_judge(cfg.data)
@@ -119,76 +116,24 @@ def best_of_n_points(cfg: StudyConfig, seed: int, size: int, sft_path: Path, rew
     limit = reference.config.block_size - frozen.max_new_tokens
     prompts = load_prompts(cfg.data, tokenizer, limit, heldout=True)[: cfg.prompts]
     scores, golds = reference_samples(prompts, cfg.largest_n, frozen, judge, seed)
-    sizes = [2**k for k in range(cfg.largest_n.bit_length()) if 2**k <= cfg.largest_n]
-    return [{"method": "best_of_n", "seed": seed, "comparisons": size, "kl_coef": None, "step_or_n": n,
-             "kl_ref": best_of_n_kl(n), "score": best_of_n(scores, scores, n).mean().item(),
-             "gold": best_of_n(scores, golds, n).mean().item()} for n in sizes]
+    return DataFrame([{"method": "best_of_n", "step_or_n": n, "kl_ref": best_of_n_kl(n),
+                       "score": best_of_n(scores, scores, n).mean().item(),
+                       "gold": best_of_n(scores, golds, n).mean().item()}
+                      for n in (2**k for k in range(cfg.largest_n.bit_length()))])
 
 
-def fit(d: numpy.ndarray, gain: numpy.ndarray, method: str) -> tuple[float, float]:
-    """(a, b) of gain = d (a - b d) for best_of_n, gain = d (a - b log d) for ppo, by least squares. Gao et al. 2022."""
-    columns = numpy.stack([d, -d * (d if method == "best_of_n" else numpy.log(d))], axis=1)
-    a, b = numpy.linalg.lstsq(columns, gain, rcond=None)[0]
-    return float(a), float(b)
-
-
-def fits(points: list[dict]) -> list[dict]:
-    """One row for each curve: both methods, each seed and size, without a KL penalty. A curve starts with its first
-    point, at d = 0; points whose d is not positive are not fitted."""
-    rows, points = [], [p for p in points if not p["kl_coef"]]
-    for method, seed, size in sorted({(p["method"], p["seed"], p["comparisons"]) for p in points}):
-        curve = [p for p in points if (p["method"], p["seed"], p["comparisons"]) == (method, seed, size)]
-        start, rest = curve[0], [p for p in curve if p["kl_ref"] > 0]
-        if len(rest) < 3:
-            continue
-        d = numpy.sqrt([p["kl_ref"] for p in rest])
-        a, b = fit(d, numpy.array([p["gold"] - start["gold"] for p in rest]), method)
-        best = max(curve, key=lambda p: p["gold"])
-        rows.append({"method": method, "seed": seed, "comparisons": size, "alpha": a, "beta": b,
-                     "highest_gold": best["gold"], "at_sqrt_kl": max(0.0, best["kl_ref"]) ** 0.5,
-                     "last_gold": curve[-1]["gold"], "last_score": curve[-1]["score"],
-                     "last_sqrt_kl": max(0.0, curve[-1]["kl_ref"]) ** 0.5})
-    return rows
-
-
-def spread(rows: list[dict]) -> list[str]:
-    """Of the rows of fits, a line for each method and size: mean and standard deviation over the seeds."""
-    lines = []
-    for method, size in sorted({(row["method"], row["comparisons"]) for row in rows}):
-        line = f"{method}, {size:,} comparisons"
-        for name in ("alpha", "beta", "highest_gold", "at_sqrt_kl", "last_gold"):
-            values = [row[name] for row in rows if (row["method"], row["comparisons"]) == (method, size)]
-            line += f" | {name} {numpy.mean(values):.2f} +- {numpy.std(values, ddof=1) if len(values) > 1 else 0:.2f}"
-        lines.append(line)
-    return lines
-
-
-def plot(points: list[dict], path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed: no figure (pip install matplotlib, and call again)")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), sharex="col")
-    sizes = sorted({p["comparisons"] for p in points})
-    colours = dict(zip(sizes, ("tab:red", "tab:orange", "tab:blue", "tab:green", "tab:purple")))
-    for column, (method, title) in enumerate((("ppo", "PPO, kl_coef = 0"), ("best_of_n", "best-of-n"))):
+def plot(points: DataFrame, path: Path) -> None:
+    figure, axes = load_pyplot().subplots(2, 2, figsize=(11, 7), sharex="col")
+    sizes, first = sorted(set(points["comparisons"])), points["seed"].min()
+    for (method, seed, size), curve in curves(points):
         for row, name in enumerate(("score", "gold")):
-            ax = axes[row][column]
-            for size in sizes:
-                for seed in sorted({p["seed"] for p in points}):
-                    curve = [p for p in points if (p["method"], p["comparisons"], p["seed"]) == (method, size, seed)
-                             and not p["kl_coef"]]
-                    ax.plot([max(0, p["kl_ref"]) ** 0.5 for p in curve], [p[name] for p in curve],
-                            "." if method == "ppo" else ".-", color=colours.get(size, "black"), markersize=4,
-                            label=f"{size:,} comparisons" if seed == min(p["seed"] for p in points) else None)
-            ax.grid(alpha=0.3)
-            ax.set_ylabel("reward model's score" if name == "score" else "gold")
-        axes[0][column].set_title(title)
-        axes[1][column].set_xlabel("sqrt(KL to the reference), nats per response")
+            ax = axes[row][int(method == "best_of_n")]
+            ax.plot(curve["d"], curve[name], "." if method == "ppo" else ".-", color=f"C{sizes.index(size)}",
+                    markersize=4, label=f"{size:,} comparisons" if seed == first else None)
+            ax.set(ylabel="reward model's score" if name == "score" else "gold",
+                   title="PPO, kl_coef = 0" if method == "ppo" else "best-of-n",
+                   xlabel="sqrt(KL to the reference), nats per response")
+            ax.grid(visible=True, alpha=0.3)
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -198,7 +143,7 @@ def plot(points: list[dict], path: Path) -> None:
 def main(cfg: StudyConfig) -> None:
     if cfg.jobs > 1:
         torch.set_num_threads(1)
-    tokenizer = find_tokenizer(cfg.data)
+    tokenizer, out = find_tokenizer(cfg.data), Path(cfg.out)
     if load_judge(cfg.data) is None:
         raise InputError(f"{cfg.data} has no judge.py: without gold there is nothing to compare the score with")
     rows = len(load_comparisons([csv_path(cfg.data, "comparisons")], tokenizer, 10**9))
@@ -207,26 +152,17 @@ def main(cfg: StudyConfig) -> None:
         raise InputError(f"--comparisons {max(sizes)}: {cfg.data} has {rows}")
     pool = ThreadPoolExecutor(cfg.jobs)
     try:
-        for seed, _ in zip(seeds, pool.map(
-                lambda seed: script(cfg, "sft", seed, Path(cfg.out) / f"seed{seed}"), seeds)):
-            print(f"seed {seed}: fine-tuned", flush=True)
-        runs = [(seed, size) for size in sizes for seed in seeds]
-        points = []
-        for done, (key, made) in enumerate(zip(runs, pool.map(
-                lambda key: one_reward_model(cfg, *key, whole=key[1] == max(sizes)), runs)), start=1):
-            points += made
-            print(f"seed {key[0]}, {key[1]} comparisons: {done} of {len(runs)} done", flush=True)
+        list(pool.map(lambda seed: script(cfg, "sft", seed, out / f"seed{seed}"), seeds))
+        runs = [(seed, size, size == max(sizes)) for size in sizes for seed in seeds]
+        points = concat(pool.map(lambda run: one_reward_model(cfg, *run), runs))
     finally:  # after Ctrl-C or an error, begin no other run
         pool.shutdown(wait=False, cancel_futures=True)
-    write_csv(Path(cfg.out) / "study.csv", points)
     table = fits(points)
-    write_csv(Path(cfg.out) / "fits.csv", table)
-    for row in table:
-        print(" | ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
-                         for name, value in row.items()))
-    print("\nover the seeds:", *spread(table), sep="\n")
-    print(f"wrote {Path(cfg.out) / 'study.csv'} and {Path(cfg.out) / 'fits.csv'}")
-    plot(points, Path(cfg.out) / "study.png")
+    for name, frame in (("study", points), ("fits", table)):
+        frame.to_csv(out / f"{name}.csv", index=False, float_format="%.6g")
+    print(table.round(3).to_string(index=False), spread(table).round(2).to_string(), sep="\n\nover the seeds:\n")
+    print(f"wrote {out / 'study.csv'} and {out / 'fits.csv'}")
+    plot(points, out / "study.png")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from rlhf.data import pad_rows
 from rlhf.evaluate import decode_responses
 from rlhf.losses import policy_loss, value_loss
 from rlhf.masked import masked_whiten, token_logprobs
+from rlhf.model import PolicyWithValue
 from rlhf.rewards import kl_k1, shape_rewards
 from rlhf.rollout import Rollout, collect
 from rlhf.support import cli, runtime
@@ -95,7 +96,9 @@ def print_columns(slots: list[int], tokens: list[str], columns: dict[str, Tensor
 
 
 def main(cfg: WalkConfig) -> None:
-    policy, frozen, judge, prompts, config, kl_coef = load_run(cfg)
+    policy, frozen, judge, prompts, config, kl_coef, _ = load_run(cfg)
+    if not isinstance(policy, PolicyWithValue):
+        raise cli.InputError(f"{cfg.checkpoint} has no value network to follow: give a ppo.pt of --advantage gae")
     if cfg.prompt >= len(prompts):
         raise cli.InputError(f"--prompt {cfg.prompt}: there are {len(prompts)} held-out prompts, numbered from 0")
     batch = [prompts[(cfg.prompt + i) % len(prompts)] for i in range(BATCH)]

@@ -26,10 +26,17 @@ def test_decode_responses_leaves_out_prompt_pads_and_end_of_text():
 
 
 def test_summarise_matches_hand_computation():
-    """Scores 1 and 3, KL 1 and 2, kl_coef 1/2: J = 2 - 3/4. Gold 5 and 0 against 5 and 1: a tie and a loss, 1/4."""
+    """Scores 1 and 3, KL 1 and 2, kl_coef 1/2: J = 2 - 3/4. Gold 5 and 0 against 5 and 1: a tie and a loss, 1/4. Both
+    responses are the same text, so one of two is distinct."""
     row = summarise("x", [one(1, 1, 5.0), one(3, 2, 0.0, ended=False)], [one(9, 0, 5.0), one(9, 0, 1.0)], 0.5)
     assert row == {"policy": "x", "score": 2, "gold": 2.5, "kl_ref": 1.5, "objective": 1.25, "length": 4,
-                   "eos_rate": 0.5, "win_rate_vs_sft": 0.25, "prompts": 2}
+                   "eos_rate": 0.5, "distinct": 0.5, "win_rate_vs_sft": 0.25, "prompts": 2}
+
+
+def test_distinct_counts_each_text_once():
+    """Texts a, b, a, a: two different ones of four."""
+    said = [{**one(0, 0), "response": text} for text in "abaa"]
+    assert summarise("x", said, said, 0.5)["distinct"] == 0.5
 
 
 def test_summarise_without_judge_counts_wins_by_score():
@@ -74,6 +81,8 @@ def test_compare_samples_the_reference_and_the_policy(gpt, reward_model):
     assert after == respond(gpt, PROMPTS, frozen, LENGTH_JUDGE, 3) and before != after
     assert sft == summarise("sft", before, before, 0.5) and ppo == summarise("ppo", after, before, 0.5)
     assert sft["kl_ref"] == 0 and sft["win_rate_vs_sft"] == 0.5
+    (_, dpo), *_ = compare(gpt, PROMPTS, frozen, LENGTH_JUDGE, 0.5, 3, "dpo")
+    assert dpo == {**ppo, "policy": "dpo"}
 
 
 def test_mean_gold_is_the_mean_over_the_rollout():

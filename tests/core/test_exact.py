@@ -14,6 +14,7 @@ from torch import nn
 
 import train_ppo
 from rlhf.advantages import gae
+from rlhf.extras.alternatives import PolicyWithoutValue, response_advantages
 from rlhf.losses import policy_loss
 from rlhf.masked import masked_whiten, token_logprobs
 from rlhf.model import GPT, GPTConfig, PolicyWithValue
@@ -170,18 +171,20 @@ def test_expected_gradient_of_broken_loss_differs(uphill, broken):
 # ---- the optimum ----
 
 
-def train(world, kl_coef, seed, steps, broken="", value_network=False):
+def train(world, kl_coef, seed, steps, broken="", value_network=False, advantage="gae", group_size=1):
     """The loop of train_ppo.py around its own `update`, on samples. Returns KL(pi || pi*) before and after."""
     cfg = train_ppo.PPOConfig(batch_size=256, minibatch_size=64, inner_epochs=2, steps=steps, lr=5e-3, warmup=3,
                               seed=seed)
     gpt = GPT(world.config).double()
     gpt.load_state_dict(world.reference.state_dict())
     policy = PolicyWithValue(gpt, noisy(GPT(world.config), seed=9) if value_network else None).double()
+    policy = policy if advantage == "gae" else PolicyWithoutValue(gpt)
     _, amp, scaler = runtime.setup("cpu", "off")
     optimizer = runtime.make_optimizer(policy, cfg.lr, 0.0, eps=1e-5)
     frozen = Frozen(world.reference, world.reward_model, Digits(EOS), LONGEST, MISSING_EOS, rows=256, amp=amp)
-    prompts = torch.tensor([(p + [0] * 3)[:3] for p in PROMPTS]).repeat(86, 1)[: cfg.batch_size]
-    prompt_lens = torch.tensor([len(p) for p in PROMPTS]).repeat(86)[: cfg.batch_size]
+    order = (torch.arange(cfg.batch_size) // group_size) % len(PROMPTS)
+    prompts = torch.tensor([(p + [0] * 3)[:3] for p in PROMPTS])[order]
+    prompt_lens = torch.tensor([len(p) for p in PROMPTS])[order]
     before = world.kl_to_optimum(gpt, kl_coef)
     for step in range(steps):
         rollout = collect(policy, frozen, prompts, prompt_lens, runtime.make_generator("cpu", seed, step))
@@ -190,8 +193,11 @@ def train(world, kl_coef, seed, steps, broken="", value_network=False):
                 rollout.mask & (rollout.mask.sum(dim=1, keepdim=True) == 1)))
         rewards = rewards_of(
             rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef, broken)
-        advantages, returns = gae(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
-        advantages = masked_whiten(advantages, rollout.mask)
+        if advantage == "gae":
+            advantages, returns = gae(rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
+            advantages = masked_whiten(advantages, rollout.mask)
+        else:
+            advantages, returns = response_advantages(rewards, rollout.mask, advantage, group_size)
         runtime.set_lr(optimizer, cfg.lr * runtime.linear_schedule(step, steps, cfg.warmup))
         train_ppo.update(policy, optimizer, scaler, rollout, advantages, returns, cfg, amp, step)
     return before, world.kl_to_optimum(gpt, kl_coef)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from rlhf.model import GPT, GPTConfig, PolicyWithValue, RewardModel
+from tests.helpers import noisy
 
 
 def test_logits_do_not_depend_on_later_tokens(gpt):
@@ -151,6 +152,12 @@ def test_separate_value_network_gives_the_values(gpt, reward_model):
     logits, values = policy(tokens)
     assert_close(logits, gpt(tokens))
     assert_close(values, reward_model.head(reward_model.gpt.hidden(tokens)))
+
+
+def test_value_network_may_be_wider_than_the_policy(gpt):
+    policy = noisy(PolicyWithValue(gpt, GPT(GPTConfig(11, 16, 1, 2, 12)).double()).double(), seed=3)
+    tokens = torch.randint(11, (2, 6))
+    assert_close(policy(tokens)[1], policy.value_head(policy.value_gpt.hidden(tokens)))
 
 
 def test_score_head_computes_in_float32_under_autocast():

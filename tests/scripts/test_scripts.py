@@ -183,13 +183,19 @@ def test_missing_checkpoint_names_the_script_to_run_first(trained, tmp_path):
         ("reward", ["--sft", "OUT/reward.pt"], "written by train_reward.py"),
         ("reward", ["--sft", "data/tiny_assistant/judge.py"], "not a checkpoint"),
         ("reward", ["--resume", "--lr", "0.5"], "begun with another lr"),
-        ("ppo", ["--max-new-tokens", "500"], "there is room for -420"),
+        ("ppo", ["--max-new-tokens", "500"], "there is room for 0"),
         ("ppo", ["--max-new-tokens", "70"], "there is room for 10"),
         ("ppo", ["--minibatch-size", "3"], "must be a multiple"),
         ("ppo", ["--gamma", "1.5"], "between 0 and 1"),
         ("ppo", ["--kl-coef", "nan"], "must be 0 or more"),
         ("ppo", ["--value-clip-eps", "nan"], "must be above 0"),
-        ("ppo", ["--kl-target", "6", "--kl-horizon", "2"], "at least --batch-size"),
+        ("ppo", ["--kl-target", "6", "--kl-horizon", "2"], "must be --batch-size or more"),
+        ("ppo", ["--advantage", "a2c"], "argument --advantage: invalid choice"),
+        ("ppo", ["--advantage", "rloo"], "need --group-size 2 or more"),
+        ("ppo", ["--advantage", "grpo", "--group-size", "1"], "need --group-size 2 or more"),
+        ("ppo", ["--advantage", "reinforce", "--batch-size", "1", "--minibatch-size", "1"], "needs --batch-size 2"),
+        ("ppo", ["--advantage", "rloo", "--group-size", "3"], "must be a multiple of --group-size"),
+        ("ppo", ["--group-size", "0"], "must be above 0"),
         ("sft", ["--data", ""], "must name a folder"),
         ("sft", [], "sft.pt is of another run"),
         ("reward", [], "reward.pt is of another run"),
@@ -315,7 +321,7 @@ def test_help_fits_a_screen_and_names_the_common_flags(config, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_cli(config, ["--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert stop.value.code == 0 and len(lines) <= 50 and max(map(len, lines)) <= 110
+    assert stop.value.code == 0 and len(lines) <= 52 and max(map(len, lines)) <= 110
     flags = {line.split()[0].rstrip(",") for line in lines if line.startswith("  -")}
     assert {"--data", "--out", "--device", "--amp", "--seed", "--steps", "--resume"} <= flags
     assert any(line.startswith("  --out") and line.endswith("(default: runs)") for line in lines)

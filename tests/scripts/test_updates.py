@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_ppo
 import train_reward
 import train_sft
+from rlhf.extras import report
 from rlhf.masked import token_logprobs
 from rlhf.rollout import Frozen, Rollout, collect
 from rlhf.support import runtime
@@ -331,7 +332,7 @@ def test_temperature_divides_the_logits_of_sampling_and_scoring(policy, reward_m
 def test_check_first_step_stops_a_run_whose_forward_passes_disagree(capsys):
     """kl_ref before any update and the first log ratio of each step are 0 up to rounding. In half precision there is
     more rounding: a warning."""
-    check = train_ppo.check_first_step
+    check = report.check_first_step
     check(0, 0.0, 9e-5, None)
     check(3, 2.0, 9e-5, None)
     check(0, 0.09, 0.09, torch.bfloat16)

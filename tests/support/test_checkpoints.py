@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from rlhf.extras.alternatives import PolicyWithoutValue
 from rlhf.model import GPT, GPTConfig, PolicyWithValue, RewardModel
 from rlhf.support import checkpoints
 from rlhf.support.checkpoints import (
@@ -311,7 +312,7 @@ def test_load_checkpoint_rejects_a_file_of_something_else(tmp_path, content):
 def test_load_checkpoint_rejects_another_format(run):
     content = torch.load(run.save(9), weights_only=True)
     torch.save({**content, "format": 1}, run.path)
-    with pytest.raises(InputError, match=r"of format 1, this code reads 3\): run .*train_sft.py.* again"):
+    with pytest.raises(InputError, match="run train_sft.py again .*of format 1, this code reads 3"):
         load_checkpoint(run.path, "sft")
 
 
@@ -321,14 +322,16 @@ def test_load_checkpoint_rejects_a_flipped_bit(run):
     content[content.index(run.gpt.wte.weight.detach().numpy().tobytes()) + 5] ^= 1
     run.path.write_bytes(content)
     assert torch.load(run.path, weights_only=True)["kind"] == "sft"
-    with pytest.raises(InputError, match="not a whole one .*damaged in .*: run `python train_sft.py` again"):
+    with pytest.raises(InputError, match="run train_sft.py again .*damaged in"):
         load_checkpoint(run.path, "sft")
 
 
-def test_load_checkpoint_rejects_sizes_that_make_no_network(run):
+def test_load_checkpoint_rejects_sizes_that_make_no_network_and_weights_that_are_none(run):
     content = torch.load(run.save(9), weights_only=True)
-    for sizes in ({"n_head": 3}, {"n_embd": 0}, {"width": 8}):
-        torch.save({**content, "model_config": {**content["model_config"], **sizes}}, run.path)
+    broken = [{"model_config": {**content["model_config"], **sizes}}
+              for sizes in ({"n_head": 3}, {"n_embd": 0}, {"width": 8})]
+    for change in (*broken, {"model": "weights"}, {"model": {"wte.weight": [1.0]}}):
+        torch.save({**content, **change}, run.path)
         with pytest.raises(InputError, match="is not a checkpoint of this project"):
             load_checkpoint(run.path, "sft")
 
@@ -378,6 +381,15 @@ def test_load_policy_of_ppo_is_the_policy_at_its_temperature(tmp_path):
     policy = noisy(PolicyWithValue(GPT(SHAPE), GPT(SHAPE)))
     got, _ = load_policy(save_finished(tmp_path / "ppo.pt", "ppo", policy, PPOConfig()), "ppo")
     assert_close(got(TOKENS), 2 * policy.gpt(TOKENS))
+
+
+def test_load_policy_takes_dpo_wherever_it_takes_ppo(tmp_path):
+    policy = PolicyWithoutValue(noisy(GPT(SHAPE)))
+    path = save_finished(tmp_path / "dpo.pt", "dpo", policy)
+    got, checkpoint = load_policy(path, "sft", "ppo")
+    assert torch.equal(got(TOKENS), policy.gpt(TOKENS)) and checkpoint["kind"] == "dpo"
+    with pytest.raises(InputError, match="rlhf.tools.train_dpo; a checkpoint of train_sft.py is needed here"):
+        load_policy(path, "sft")
 
 
 def test_load_reward_model_has_head_shift_and_scale(tmp_path):

@@ -10,21 +10,13 @@ import torch
 import train_ppo
 from rlhf.data import Prompt
 from rlhf.evaluate import summarise
-from rlhf.extras.optimum import ppo_and_optimum
+from rlhf.extras.optimum import add_optimum, ppo_and_optimum
 from rlhf.model import GPT
 from rlhf.rollout import Frozen
 from rlhf.support.checkpoints import digests, load_checkpoint, load_policy
 from rlhf.support.cli import InputError, parse_cli
 from rlhf.tokenizer import find_tokenizer
-from rlhf.tools.optimality import (
-    OptimalityConfig,
-    add_optimum,
-    load_run,
-    main,
-    reference_samples,
-    respond,
-    trained_file,
-)
+from rlhf.tools.optimality import OptimalityConfig, load_run, main, reference_samples, respond, trained_file
 from tests.core.test_exact import EOS, LONGEST, MISSING_EOS, PROMPTS, World
 from tests.helpers import TINY, Digits, change_sft, noisy, rows
 

@@ -9,11 +9,12 @@ import torch
 from torch.testing import assert_close
 
 import train_sft
+from rlhf.extras.sampling import Sampler, filter_top_k_top_p
 from rlhf.rollout import generate
 from rlhf.support.checkpoints import load_policy
 from rlhf.support.cli import InputError, parse_cli
 from rlhf.tools import sample
-from rlhf.tools.sample import SampleConfig, Sampler, filter_top_k_top_p, shorten
+from rlhf.tools.sample import SampleConfig, shorten
 from tests.helpers import TINY
 
 

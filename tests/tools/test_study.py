@@ -1,4 +1,4 @@
-"""rlhf.tools.study: the fits, on curves whose coefficients are known, and bad input."""
+"""rlhf.tools.study: the points, the fits, on curves whose coefficients are known, and bad input."""
 
 import math
 import os
@@ -8,10 +8,13 @@ import time
 
 import numpy
 import pytest
+from pandas import DataFrame, read_csv
+from pandas.testing import assert_frame_equal
 
+from rlhf.extras.overoptimisation import fit, fits, spread
 from rlhf.support.cli import InputError
 from rlhf.tools import study
-from rlhf.tools.study import StudyConfig, fit, fits, main, script, spread
+from rlhf.tools.study import POINT, StudyConfig, main, one_reward_model, script
 from tests.helpers import ROOT
 
 
@@ -31,29 +34,61 @@ def test_fits_measure_gold_from_the_start_of_the_curve():
     """Gold is -1 + d (1 - 0.3 log d) at KL 0, 1, 4, 9, 16. It is highest at d = 4, where it is 3 - 1.2 log 4. The run
     with a KL penalty does not count."""
     curve = [point("ppo", d * d, -1 + (d * (1 - 0.3 * math.log(d)) if d else 0)) for d in (0, 1, 2, 3, 4)]
-    (row,) = fits([*curve, point("ppo", 1.0, 99.0, kl_coef=0.2)])
+    table = fits(DataFrame([*curve, point("ppo", 1.0, 99.0, kl_coef=0.2)]))
+    (row,) = table.to_dict("records")
     assert (row["alpha"], row["beta"]) == pytest.approx((1, 0.3))
     assert row["highest_gold"] == row["last_gold"] == pytest.approx(3 - 1.2 * math.log(4))
     assert row["at_sqrt_kl"] == 4 and row["last_score"] == 160
 
 
 def test_fits_leave_out_short_curves_and_runs_with_kl_penalty():
-    assert fits([point("ppo", 0.0, 0.0), point("ppo", 1.0, 1.0)]) == []
-    assert fits([point("ppo", d, d, kl_coef=0.1) for d in (0.0, 1.0, 2.0, 3.0)]) == []
+    assert fits(DataFrame([point("ppo", 0.0, 0.0), point("ppo", 1.0, 1.0)])).empty
+    assert fits(DataFrame([point("ppo", d, d, kl_coef=0.1) for d in (0.0, 1.0, 2.0, 3.0)])).empty
+
+
+def test_fits_of_the_recorded_points_are_the_recorded_fits():
+    recorded = ROOT / "docs" / "results" / "study"
+    assert_frame_equal(fits(read_csv(recorded / "study.csv")), read_csv(recorded / "fits.csv"), rtol=1e-3)
 
 
 def test_spread_over_seeds_matches_hand_computation():
     """1, 2, 6 have mean 3 and standard deviation sqrt((4 + 1 + 9) / 2) = 2.65. The other size has one seed only."""
-    others = {"beta": 1.0, "highest_gold": 1.0, "at_sqrt_kl": 1.0, "last_gold": 1.0}
-    rows = [{"method": "ppo", "comparisons": size, "alpha": alpha, **others}
-            for size, alpha in ((2000, 1.0), (2000, 2.0), (50, 5.0), (2000, 6.0))]
-    small, large = spread(rows)
-    assert small.startswith("ppo, 50 comparisons | alpha 5.00 +- 0.00 | beta 1.00 +- 0.00")
-    assert large.startswith("ppo, 2,000 comparisons | alpha 3.00 +- 2.65 | beta 1.00 +- 0.00")
+    others = {"beta": 1.0, "highest_gold": 1.0, "at_sqrt_kl": 1.0, "last_gold": 1.0, "last_score": 0, "last_sqrt_kl": 0}
+    table = spread(DataFrame([{"method": "ppo", "seed": seed, "comparisons": size, "alpha": alpha, **others}
+                              for seed, size, alpha in ((0, 2000, 1.0), (1, 2000, 2.0), (0, 50, 5.0), (2, 2000, 6.0))]))
+    assert list(table.index) == [("ppo", 50), ("ppo", 2000)]
+    assert table.loc[("ppo", 2000), "alpha"].tolist() == pytest.approx([3, 7**0.5])
+    assert table.loc[("ppo", 50), ("alpha", "mean")] == 5 and math.isnan(table.loc[("ppo", 50), ("alpha", "std")])
+
+
+def test_points_are_the_steps_of_ppo_and_best_of_n(tmp_path, monkeypatch):
+    """A stand-in writes what train_ppo.py would. The smaller of two sizes is run without a KL penalty only."""
+    def fake_script(cfg, name, seed, out, *flags):
+        if name == "ppo":
+            out.mkdir(parents=True)
+            (out / "ppo.csv").write_text("step,score,gold,kl_ref,kl_coef,lr\n1,0.5,-1,0,0.3,9\n2,0.75,2,1.5,0.3,9\n")
+
+    monkeypatch.setattr(study, "script", fake_script)
+    monkeypatch.setattr(study, "best_of_n_points", lambda cfg, seed, sft, reward: DataFrame(
+        [{"method": "best_of_n", "step_or_n": 4, "kl_ref": 0.6, "score": 1.0, "gold": 1.25}]))
+    cfg = StudyConfig(out=str(tmp_path), kl_coefs="0,0.2")
+    small, whole = (one_reward_model(cfg, 7, size, size == 60) for size in (30, 60))
+    assert list(whole) == POINT and len(small) == 3 and set(small["comparisons"]) == {30}
+    assert whole.fillna(-1).to_numpy().tolist() == [
+        ["best_of_n", 7, 60, -1, 4, 0.6, 1.0, 1.25],
+        ["ppo", 7, 60, 0, 1, 0, 0.5, -1], ["ppo", 7, 60, 0, 2, 1.5, 0.75, 2],
+        ["ppo", 7, 60, 0.2, 1, 0, 0.5, -1], ["ppo", 7, 60, 0.2, 2, 1.5, 0.75, 2]]
+
+
+def test_plot_has_a_panel_for_each_method_and_score(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    study.plot(read_csv(ROOT / "docs" / "results" / "study" / "study.csv"), tmp_path / "study.png")
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("flag", [{"seeds": "1,x"}, {"comparisons": ""}, {"kl_coefs": "-1"}, {"jobs": 0},
-                                  {"largest_n": 4}, {"comparisons": "0"}, {"kl_coefs": "nan"}])
+                                  {"largest_n": 4}, {"comparisons": "0"}, {"kl_coefs": "nan"},
+                                  {"seeds": "0.5"}, {"kl_coefs": "0,,1"}])
 def test_study_config_rejects_impossible_values(flag):
     with pytest.raises(ValueError):
         StudyConfig(**flag)

@@ -1,0 +1,42 @@
+"""Temperature, top-k and top-p for rlhf.tools.sample. PPO must train the distribution that it samples from."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from rlhf.model import GPT, KVCache
+
+
+def filter_top_k_top_p(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """-inf for all but the likeliest tokens: (B, V) -> (B, V). The single likeliest always stays.
+
+    top_k: the k likeliest. top_p: of those, likeliest first, as many as it takes to reach the probability top_p
+    (nucleus sampling, Holtzman et al. 2020).
+    """
+    if not top_k and top_p == 1:
+        return logits
+    ordered, order = logits.sort(dim=1, descending=True, stable=True)  # (B, V)
+    drop = torch.zeros_like(ordered, dtype=torch.bool)
+    if top_p < 1:
+        ahead = ordered.double().softmax(dim=1).cumsum(dim=1)[:, :-1]  # (B, V-1): probability of all that are likelier
+        drop[:, 1:] = ahead >= top_p
+    if top_k:
+        drop[:, top_k:] = True
+    return logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -math.inf)
+
+
+class Sampler:
+    """A GPT with temperature, top-k and top-p; `generate` uses it like a GPT."""
+
+    def __init__(self, gpt: GPT, temperature: float, top_k: int, top_p: float):
+        self.gpt, self.temperature, self.top_k, self.top_p = gpt, temperature, top_k, top_p
+
+    def make_cache(self, batch_size: int, max_length: int) -> KVCache:
+        return self.gpt.make_cache(batch_size, max_length)
+
+    def hidden(self, *args) -> Tensor:
+        return self.gpt.hidden(*args)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return filter_top_k_top_p(self.gpt.logits(hidden) / self.temperature, self.top_k, self.top_p)  # (B, V)

@@ -1,0 +1,153 @@
+"""train_ppo.py --advantage rloo, grpo and reinforce: what its main passes on, what it writes, and what reads that."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import train_ppo
+from rlhf.extras.alternatives import PolicyWithoutValue
+from rlhf.support import checkpoints
+from rlhf.support.cli import InputError, parse_cli
+from rlhf.tokenizer import find_tokenizer
+from rlhf.tools import export, label, optimality, sample, walk
+from tests.helpers import TINY, change_sft, rows, script
+
+METHODS = ["rloo", "grpo", "reinforce"]
+
+
+@pytest.fixture(scope="module")
+def models(trained, tmp_path_factory):
+    """The flags of the models. 5 is added to the logit of end-of-text: the trained fixture hardly ever says it, so all
+    of its scores are equal."""
+    data, out, _ = trained
+    folder = tmp_path_factory.mktemp("models")
+
+    def end_earlier(weights):
+        said = weights["wte.weight"][find_tokenizer(str(data)).eos_id]
+        weights["ln_f.bias"] = 5 * said / said.square().sum()
+
+    change_sft(out, folder, end_earlier)
+    return ["--data", data, "--sft", folder / "sft.pt", "--reward", folder / "reward.pt"]
+
+
+def flags_of(models, out, advantage, *more):
+    return list(map(str, [*models, "--out", out, "--advantage", advantage, "--group-size", 4, *more]))
+
+
+@pytest.fixture(scope="module")
+def seen(models, tmp_path_factory):
+    """A run of each method: what part 4 was given, and what update was."""
+    record = {}
+    for method in METHODS:
+        out, steps, update = tmp_path_factory.mktemp(method), [], train_ppo.update
+
+        def spy(policy, optimizer, scaler, rollout, advantages, returns, *rest, steps=steps, update=update):
+            weights = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+            steps.append(SimpleNamespace(policy=policy, rollout=rollout, advantages=advantages, returns=returns,
+                                         weights=weights))
+            return update(policy, optimizer, scaler, rollout, advantages, returns, *rest)
+
+        flags = ["--device", "cpu", *TINY["ppo"].split(), *flags_of(models, out, method, "--kl-coef", 0.3,
+                                                                    "--kl-target", 0, "--lr", 0.02, "--warmup", 0)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_ppo, "update", spy)
+            train_ppo.main(parse_cli(train_ppo.PPOConfig, flags))
+        record[method] = SimpleNamespace(out=out, steps=steps, log=rows(out / "ppo.csv"))
+    return record
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batch_holds_each_prompt_group_size_times_in_consecutive_rows(seen, method):
+    """Two prompts, four random responses each."""
+    for step in seen[method].steps:
+        made = step.rollout
+        lens = made.mask.int().argmax(dim=1) + 1  # of the prompts
+        prompts = [tuple(row[:n].tolist()) for row, n in zip(made.tokens, lens)]
+        assert len(prompts) == 8 and all(len(set(prompts[at : at + 4])) == 1 for at in (0, 4))
+        assert len(set(prompts)) == 2
+    assert len({tuple(row.tolist()) for row in seen[method].steps[0].rollout.tokens}) > 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_update_gets_the_advantages_of_whole_responses(seen, method):
+    """In plain numbers: R = score - 0.3 * log(pi / ref) of the response, against the others of its group or batch."""
+    for step in seen[method].steps:
+        made = step.rollout
+        R = [made.scores[i].item() - 0.3 * (made.logprobs - made.ref_logprobs)[i][made.mask[i]].sum().item()
+             for i in range(8)]
+        for i in range(8):
+            group = R if method == "reinforce" else R[i // 4 * 4 : i // 4 * 4 + 4]
+            n, mean = len(group), sum(group) / len(group)
+            a = (n * R[i] - sum(group)) / (n - 1)
+            if method == "grpo":
+                a = (R[i] - mean) / math.sqrt(sum((r - mean) ** 2 for r in group) / n + 1e-8)
+            expected = torch.where(made.mask[i], a, 0.0)
+            assert_close(step.advantages[i], expected, atol=1e-4, rtol=1e-4)
+        assert made.values.eq(0).all() and step.returns.eq(0).all()
+    assert (made.logprobs - made.ref_logprobs).abs().max() > 0.01 and step.advantages.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_there_is_no_value_network(seen, method):
+    """Not in memory, not in the optimizer, not in the checkpoint; its three columns are empty, the others are not."""
+    run = seen[method]
+    gpt, _ = checkpoints.load_policy(run.out / "ppo.pt", "ppo")
+    state = torch.load(run.out / "ppo.pt", weights_only=True)["model"]
+    assert state.keys() == {f"gpt.{name}" for name in gpt.state_dict()}
+    for step in run.steps:
+        assert isinstance(step.policy, PolicyWithoutValue)
+        assert step.weights == sum(p.numel() for p in step.policy.parameters()) == sum(
+            p.numel() for p in gpt.parameters())
+    for row in run.log:
+        assert [name for name, cell in row.items() if cell == ""] == [
+            "value_loss", "value_clip_fraction", "explained_variance"]
+        assert float(row["first_log_ratio"]) < 1e-5 and math.isfinite(float(row["policy_loss"]))
+    assert [row["policy"] for row in rows(run.out / "evaluation.csv")] == ["sft", "ppo"]
+
+
+def test_columns_are_those_of_gae(seen, trained):
+    assert list(seen["rloo"].log[0]) == list(rows(trained[1] / "ppo.csv")[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_run_equals_the_uninterrupted_run(models, tmp_path, monkeypatch, method):
+    """With adapters too, for one of them."""
+    more = ["--lora-rank", 2] if method == "rloo" else []
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    script("ppo", *flags_of(models, whole, method, *more))
+    save = checkpoints.save
+
+    def save_and_stop(*args, **state):
+        save(*args, **state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            script("ppo", *flags_of(models, cut, method, *more))
+    assert torch.load(cut / "ppo.pt", weights_only=True)["step"] == 2
+    script("ppo", *flags_of(models, cut, method, *more), "--resume")
+    one, other = (torch.load(folder / "ppo.pt", weights_only=True)["model"] for folder in (whole, cut))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    clock = {"tokens_per_s", "seconds"}
+    for row, same in zip(rows(whole / "ppo.csv"), rows(cut / "ppo.csv"), strict=True):
+        assert {k: v for k, v in row.items() if k not in clock} == {k: v for k, v in same.items() if k not in clock}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tools_read_a_policy_without_value_network(seen, trained, tmp_path, method):
+    """All but walk, which has nothing to show."""
+    path = str(seen[method].out / "ppo.pt")
+    flags = ["--checkpoint", path, "--data", str(trained[0])]
+    optimality.main(parse_cli(optimality.OptimalityConfig, [*flags, "--prompts", "3", "--samples", "8"]))
+    table = rows(seen[method].out / "evaluation.csv")
+    assert [row["policy"] for row in table] == ["sft", "ppo", "best_of_n", "optimum"]
+    sample.main(parse_cli(sample.SampleConfig, ["--checkpoint", path, "--prompt", "Hello."]))
+    export.main(parse_cli(export.ExportConfig, ["--checkpoint", path, "--out", str(tmp_path / "exported")]))
+    assert (tmp_path / "exported" / "config.json").is_file()
+    assert label.load_policy(seen[method].out / "ppo.pt", "sft", "ppo")[1]["kind"] == "ppo"
+    with pytest.raises(InputError, match="no value network to follow: give a ppo.pt of --advantage gae"):
+        walk.main(parse_cli(walk.WalkConfig, flags))
