@@ -46,7 +46,7 @@ class RewardConfig(cli.TrainConfig):
     max_grad_norm: float = 5.0
     log_every: int = cli.arg(20, "steps between lines of metrics")
     eval_every: int = 150
-    weight_decay: float = cli.arg(0.1, "AdamW's weight decay, on matrices only")
+    weight_decay: float = cli.arg(0.5, "AdamW's weight decay, on matrices only")
     sft: str = cli.arg("", "checkpoint to start from (empty: OUT/sft.pt)", group="model and data")
     comparison_files: tuple[str, ...] = cli.arg((), "files to learn from instead of comparisons.csv")
     comparisons: int = cli.arg(0, "train on the first N comparisons or rankings (0: all)")
