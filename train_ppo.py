@@ -51,8 +51,8 @@ class PPOConfig(cli.TrainConfig):
 
     steps: int = 224
     batch_size: int = 64
-    lr: float = 6e-4
-    warmup: int = 40
+    lr: float = 4e-4
+    warmup: int = 20
     eval_every: int = 50
     sft: str = cli.arg("", "starting policy and reference (empty: OUT/sft.pt)", group="rollout")
     reward: str = cli.arg("", "reward model (empty: OUT/reward.pt)")
