@@ -115,6 +115,7 @@ def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
                 raise ValueError(f"damaged in {damaged}")
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"of format {checkpoint['format']}, this code reads {FORMAT}")
+        # Raises if the sizes make no network, or the weights are no tensors.
         GPTConfig(**checkpoint["model_config"]), [weight.shape for weight in checkpoint["model"].values()]
         step, steps = checkpoint["step"], checkpoint["config"]["steps"]
         script = "-m rlhf.tools.train_dpo" if checkpoint["kind"] == "dpo" else f"train_{checkpoint['kind']}.py"
