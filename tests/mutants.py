@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = ("masked", "losses", "rewards", "advantages")
 PATHS = {**{name: f"rlhf/{name}.py" for name in (*FILES, "rollout")},
          **{name: f"rlhf/extras/{name}.py" for name in ("optimum", "lora", "ptx", "yardsticks", "alternatives")},
-         "checkpoints": "rlhf/support/checkpoints.py",
+         **{name: f"rlhf/support/{name}.py" for name in ("checkpoints", "runtime")},
          **{name: f"{name}.py" for name in ("train_sft", "train_reward", "train_ppo")}}
 UPDATES, WIRING = "tests/scripts/test_updates.py", "tests/scripts/test_wiring.py"
 ADVANTAGE = "tests/scripts/test_advantage.py"
@@ -35,7 +35,8 @@ TESTS = {
     "lora": ["tests/extras/test_lora.py", "-k", "not (scripts or checkpoint or loaded or resumed or fine_tuning or full_training)"],
     "ptx": ["tests/extras/test_ptx.py"],
     "yardsticks": [WIRING],
-    "checkpoints": ["tests/extras/test_lora.py", "-k", "not (scripts or checkpoint or loaded or resumed or fine_tuning or full_training)"],
+    "checkpoints": ["tests/support/test_checkpoints.py", "tests/extras/test_lora.py", "-k", "not (scripts or loaded or resumed or fine_tuning or full_training)"],
+    "runtime": ["tests/support/test_runtime.py"],
     "rollout": ["tests/core/test_rollout.py", WIRING],
     "train_ppo": [UPDATES, WIRING, ADVANTAGE],
     "train_reward": [UPDATES, WIRING],
@@ -94,10 +95,16 @@ HAND = [
     ("alternatives", "DPO's reference has a gradient", "        with torch.no_grad():\n            theirs", "        if True:\n            theirs"),
     ("train_ppo", "groups are not consecutive", "for i in rows for _ in range(cfg.group_size)]", "for _ in range(cfg.group_size) for i in rows]"),
     ("train_ppo", "as many prompts as responses", "cfg.batch_size // cfg.group_size", "cfg.batch_size"),
-    ("train_ppo", "a value network with every advantage", 'PolicyWithValue(policy_gpt, value_gpt) if cfg.advantage == "gae" else PolicyWithoutValue(policy_gpt)', "PolicyWithValue(policy_gpt, value_gpt)"),
+    ("train_ppo", "a value network with every advantage", "    if cfg.advantage != \"gae\":\n        policy = ", "    if False:\n        policy = "),
     ("train_ppo", "always RLOO", "rollout.mask, cfg.advantage, cfg.group_size)", 'rollout.mask, "rloo", cfg.group_size)'),
     ("train_ppo", "advantages from the score only", "response_advantages(rewards,", "response_advantages(rewards + kl_coef * (rollout.logprobs - rollout.ref_logprobs),"),
     ("lora", "scale without the rank", "torch.tensor(ALPHA / rank)", "torch.tensor(ALPHA)"),
+    ("checkpoints", "weights that are NaN are loaded", "if not tensor.isfinite().all()]", "if False]"),
+    ("checkpoints", "a new run replaces an old one", "if old and not config.overwrite:", "if False:"),
+    ("checkpoints", "another input file is not noticed", 'if checkpoint["inputs"][name] != digests(file=file)["file"]:', "if False:"),
+    ("checkpoints", "metrics are not in the checkpoint", '"metrics": progress.rows,', '"metrics": [],'),
+    ("runtime", "losses may be NaN", "for number in numbers if number is not None]", "for number in ()]"),
+    ("runtime", "float16 skips steps without end", "if scaler.get_scale() < 1:", "if False:"),
     ("checkpoints", "merged without the scale", "+ scale * B @ A", "+ B @ A"),
     ("lora", "B does not start at zero", "torch.zeros(linear.out_features, rank)", "torch.ones(linear.out_features, rank)"),
     ("lora", "frozen network is trained too", "        gpt.requires_grad_(False)\n", ""),
