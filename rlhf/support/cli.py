@@ -131,7 +131,7 @@ def run(main: Callable, cls: type) -> None:
             raise  # a bug in the user's code
         if error.filename:
             fail(f"{error.filename} cannot be read or written: {error.strerror}")
-        print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"error: standard output or a file cannot be written: {error.strerror}", file=sys.stderr)
         os._exit(2)
     except (MemoryError, RuntimeError) as error:
         if not re.search("out of memory|can't allocate|MemoryError", f"{error} {type(error).__name__}"):

@@ -118,10 +118,13 @@ class AnswerFile:
             file.writelines(map(line_of, [COLUMNS, *self.answers]))
 
     def append(self, *cells) -> None:
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            file.write(line_of(cells))
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                file.write(line_of(cells))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written ({error}); free some space and call again") from error
         self.answers.append([str(cell) for cell in cells])
 
     def undo(self) -> list[str]:

@@ -308,7 +308,7 @@ def test_closed_pipe_ends_a_program_quietly(tmp_path):
 def test_full_disk_under_standard_output_is_one_line(tmp_path, flush):
     with open("/dev/full", "w") as full:
         done = program(f"print('line', flush={flush})", "--out", tmp_path, stdout=full)
-        assert done.communicate()[1] == "error: standard output cannot be written: No space left on device\n"
+        assert done.communicate()[1] == "error: standard output or a file cannot be written: No space left on device\n"
     assert done.returncode == 2
 
 

@@ -178,6 +178,19 @@ def test_judge_as_annotator_stops_at_count(trained, tmp_path, monkeypatch, capsy
     assert "next: python train_reward.py --comparison-files" in capsys.readouterr().out
 
 
+def test_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch):
+    file = AnswerFile(tmp_path / "answers.csv")
+    file.append(0, PROMPT, "a", "b", "first")
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(label.os, "fsync", full)
+    with pytest.raises(InputError, match="answers.csv cannot be written .*No space left on device"):
+        file.append(1, PROMPT, "c", "d", "first")
+    assert len(file.answers) == 1
+
+
 def test_second_program_on_the_same_file_is_refused(tmp_path, monkeypatch, capsys):
     """While the first runs. Another file in the same folder is free."""
     path = tmp_path / "answers.csv"
