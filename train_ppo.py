@@ -62,7 +62,7 @@ class PPOConfig(cli.TrainConfig):
     missing_eos_score: float = cli.arg(-3.0, "score of a response without end-of-text")
     temperature: float = cli.arg(1.0, "sampling temperature of policy and reference")
     eval_prompts: int = cli.arg(500, "held-out prompts of the closing evaluation")
-    advantage: str = cli.arg("gae", "part 4", ("gae", "rloo", "grpo", "reinforce"), group="PPO")
+    advantage: str = cli.arg("gae", "how advantages are estimated", ("gae", "rloo", "grpo", "reinforce"), group="PPO")
     group_size: int = cli.arg(1, "responses to each prompt in a batch")
     kl_coef: float = cli.arg(0.07, "KL penalty coefficient")
     kl_target: float = cli.arg(0.0, "adapt kl_coef towards this KL, nats/response (0: off)")

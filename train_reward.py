@@ -132,7 +132,7 @@ def main(cfg: RewardConfig) -> None:
         model.scale.fill_(std if std > 1e-6 else 1.0)  # a single demonstration has no spread
         if std < 0.01:  # sigmoid(0.01) is 0.5025: no vote was learned
             print(f"warning: the scores hardly differ (standard deviation {std:.1e}): PPO would follow noise")
-        runtime.check_finite(model, cfg.steps)  # of scores that are not finite, neither mean nor std is
+        runtime.check_finite(model, cfg.steps)  # mean and scale are not, if one score is not
         checkpoints.save(path, "reward", model, cfg, cfg.steps, tokenizer, optimizer, scaler, inputs, progress)
         print(f"scores: (raw - {model.mean:.3f}) / {model.scale:.3f}, so that demonstrations have mean 0 and std 1")
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.support.checkpoints import digests
+from rlhf.support import checkpoints
+from rlhf.tokenizer import find_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "data" / "tiny_assistant"
@@ -70,8 +71,32 @@ def change_sft(source, folder, change):
     change(sft["model"])
     torch.save(sft, folder / "sft.pt")
     reward = torch.load(source / "reward.pt", weights_only=True)
-    reward["inputs"] |= digests(sft=folder / "sft.pt")
+    reward["inputs"] |= checkpoints.digests(sft=folder / "sft.pt")
     torch.save(reward, folder / "reward.pt")
+
+
+def end_earlier(source, folder, data):
+    """change_sft, with 5 added to the logit of end-of-text. So little trained, the model hardly ever says it, and all
+    scores are equal."""
+    def change(weights):
+        said = weights["wte.weight"][find_tokenizer(str(data)).eos_id]
+        weights["ln_f.bias"] = 5 * said / said.square().sum()
+
+    change_sft(source, folder, change)
+
+
+@contextlib.contextmanager
+def stopped_by_its_first_checkpoint():
+    """What runs inside is interrupted after it has saved for the first time."""
+    save = checkpoints.save
+
+    def save_and_stop(*args, **state):
+        save(*args, **state)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints, "save", save_and_stop)
+        yield
 
 
 # ---- the three scripts ----

@@ -1,4 +1,4 @@
-"""What train_ppo.py says of its policies, and facts that must hold. It would train without them."""
+"""What is printed of policies, and facts that hold in every run. train_ppo.py would train without them."""
 
 import pandas
 
@@ -11,7 +11,7 @@ def sample_rows(before: list[dict], after: list[dict]) -> list[dict]:
 
 
 def print_table(rows: list[dict]) -> None:
-    """The rows of evaluation.csv, aligned."""
+    """Rows of the same columns, aligned, such as those of evaluation.csv."""
     print(pandas.DataFrame(rows).to_string(index=False, na_rep="", float_format="%.3f"))
 
 

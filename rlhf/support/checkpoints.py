@@ -84,8 +84,8 @@ def begin(path: Path, config, tokenizer, inputs: dict[str, str], model, optimize
     check_file(path, "so there is nothing to resume from; drop --resume")
     checkpoint = load_checkpoint(path, path.stem, unfinished=True)
     check_tokenizer(path, checkpoint, tokenizer)
-    before, now = ({**settings, **{f"{name} file": digest for name, digest in files.items()}} for settings, files in (
-        (checkpoint["config"], checkpoint["inputs"]), (dataclasses.asdict(config), inputs)))
+    before = checkpoint["config"] | {f"{name} file": digest for name, digest in checkpoint["inputs"].items()}
+    now = dataclasses.asdict(config) | {f"{name} file": digest for name, digest in inputs.items()}
     for name in sorted((before.keys() | now.keys()) - MAY_CHANGE):
         if before.get(name) != now.get(name):
             raise InputError(f"--resume: {path} was begun with another {name} ({before.get(name)}, now "

@@ -112,7 +112,8 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler, m
 def check_finite(model: nn.Module, step: int, *numbers: Tensor | float | None) -> None:
     """Raise InputError if a trained weight, a buffer, or one of the numbers (losses, scores) is NaN or infinite.
 
-    In float16 the scaler skips a step whose gradient is not finite, so the weights stay finite if every loss is NaN.
+    In float16 the scaler skips a step whose gradient is not finite. So the weights stay finite even if every loss is
+    NaN.
     """
     tensors = [parameter for parameter in model.parameters() if parameter.requires_grad] + [*model.buffers()]
     tensors += [torch.as_tensor(number, device=tensors[0].device) for number in numbers if number is not None]

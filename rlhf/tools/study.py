@@ -9,7 +9,7 @@ Runs the three scripts over seeds, sizes of the reward model's training set, and
     study.png   both scores against d, if matplotlib is installed
 
 kl_coef = 0 is run with every size; the other kl_coefs with the largest. The points of PPO are the steps of one run, as
-in Gao et al.: score, gold and KL of the answers that it was trained on at that step.
+in Gao et al.: score, gold and KL of the responses that it was trained on at that step.
 """
 
 import os

@@ -11,9 +11,8 @@ import train_ppo
 from rlhf.extras.alternatives import PolicyWithoutValue
 from rlhf.support import checkpoints
 from rlhf.support.cli import InputError, parse_cli
-from rlhf.tokenizer import find_tokenizer
 from rlhf.tools import export, label, optimality, sample, walk
-from tests.helpers import TINY, change_sft, rows, script
+from tests.helpers import TINY, end_earlier, rows, script, stopped_by_its_first_checkpoint
 
 METHODS = ["rloo", "grpo", "reinforce"]
 
@@ -24,12 +23,7 @@ def models(trained, tmp_path_factory):
     of its scores are equal."""
     data, out, _ = trained
     folder = tmp_path_factory.mktemp("models")
-
-    def end_earlier(weights):
-        said = weights["wte.weight"][find_tokenizer(str(data)).eos_id]
-        weights["ln_f.bias"] = 5 * said / said.square().sum()
-
-    change_sft(out, folder, end_earlier)
+    end_earlier(out, folder, data)
     return ["--data", data, "--sft", folder / "sft.pt", "--reward", folder / "reward.pt"]
 
 
@@ -118,16 +112,8 @@ def test_resumed_run_equals_the_uninterrupted_run(models, tmp_path, monkeypatch,
     more = ["--lora-rank", 2] if method == "rloo" else []
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     script("ppo", *flags_of(models, whole, method, *more))
-    save = checkpoints.save
-
-    def save_and_stop(*args, **state):
-        save(*args, **state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            script("ppo", *flags_of(models, cut, method, *more))
+    with stopped_by_its_first_checkpoint():
+        script("ppo", *flags_of(models, cut, method, *more))
     assert torch.load(cut / "ppo.pt", weights_only=True)["step"] == 2
     script("ppo", *flags_of(models, cut, method, *more), "--resume")
     one, other = (torch.load(folder / "ppo.pt", weights_only=True)["model"] for folder in (whole, cut))

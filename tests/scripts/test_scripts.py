@@ -16,7 +16,7 @@ from rlhf.model import GPT, GPTConfig, RewardModel
 from rlhf.support import checkpoints
 from rlhf.support.cli import parse_cli
 from rlhf.tokenizer import find_tokenizer
-from tests.helpers import TINY, change_sft, process, rows, script, tiny
+from tests.helpers import TINY, change_sft, process, rows, script, stopped_by_its_first_checkpoint, tiny
 
 
 def test_three_stages_write_their_files(trained):
@@ -91,20 +91,12 @@ def check_same_run(one, other, name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_resumed_run_equals_the_uninterrupted_run_bit_for_bit(trained, tmp_path, monkeypatch, name):
+def test_resumed_run_equals_the_uninterrupted_run_bit_for_bit(trained, tmp_path, name):
     """Interrupted after the middle checkpoint, then resumed."""
     data, out, _ = trained
     flags = [*inputs_of(name, data, out), "--out", tmp_path]
-    save = checkpoints.save
-
-    def save_and_stop(*args, **state):
-        save(*args, **state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            script(name, *flags)
+    with stopped_by_its_first_checkpoint():
+        script(name, *flags)
     check_interrupted_run(tmp_path, name)
     script(name, *flags, "--resume")
     check_same_run(out, tmp_path, name)
@@ -262,22 +254,16 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_a_checkpoint(trained,
     shutil.copytree(out, folder)
     results = [path for path in folder.iterdir() if path.name in (f"{name}.pt", *checkpoints.RESULTS[name])]
     before = {path: path.read_bytes() for path in results}
-    save = checkpoints.save
 
     def stop(*args, **state):
         raise KeyboardInterrupt
 
-    def save_and_stop(*args, **state):
-        save(*args, **state)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoints, "save", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints, "save", stop)
         script(name, *flags)
     assert {path: path.read_bytes() for path in results} == before
     assert len(before) == {"sft": 2, "reward": 3, "ppo": 4}[name]
-    monkeypatch.setattr(checkpoints, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_by_its_first_checkpoint():
         script(name, *flags)
     assert [path.name for path in results if path.exists()] == [path.name for path in results
                                                                 if path.name in (f"{name}.pt", f"{name}.csv")]

@@ -15,10 +15,9 @@ from rlhf.model import GPT
 from rlhf.rollout import Frozen
 from rlhf.support.checkpoints import digests, load_checkpoint, load_policy
 from rlhf.support.cli import InputError, parse_cli
-from rlhf.tokenizer import find_tokenizer
 from rlhf.tools.optimality import OptimalityConfig, load_run, main, reference_samples, respond, trained_file
 from tests.core.test_exact import EOS, LONGEST, MISSING_EOS, PROMPTS, World
-from tests.helpers import TINY, Digits, change_sft, noisy, rows
+from tests.helpers import TINY, Digits, end_earlier, noisy, rows
 
 LN2, LN3, LN6 = math.log(2), math.log(3), math.log(6)
 
@@ -264,12 +263,7 @@ def ended_run(trained, tmp_path_factory):
     are equal. So 5 is added to the logit of end-of-text here, before the policy is trained."""
     data, out, _ = trained
     folder = tmp_path_factory.mktemp("optimality")
-
-    def end_earlier(weights):
-        embedding = weights["wte.weight"][find_tokenizer(str(data)).eos_id]
-        weights["ln_f.bias"] = 5 * embedding / embedding.square().sum()
-
-    change_sft(out, folder, end_earlier)
+    end_earlier(out, folder, data)
     flags = ["--data", data, "--out", folder, "--device", "cpu", *TINY["ppo"].split(), "--lr", "0.003",
              "--temperature", "0.8"]
     train_ppo.main(parse_cli(train_ppo.PPOConfig, list(map(str, flags))))

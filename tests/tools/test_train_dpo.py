@@ -8,13 +8,13 @@ import torch
 
 from rlhf.data import encode_response
 from rlhf.extras import alternatives
-from rlhf.support import checkpoints, runtime
+from rlhf.support import runtime
 from rlhf.support.checkpoints import load_policy, load_reward_model
 from rlhf.support.cli import InputError, parse_cli
 from rlhf.tokenizer import find_tokenizer
 from rlhf.tools import export, optimality, sample, train_dpo, walk
 from rlhf.tools.train_dpo import DPOConfig
-from tests.helpers import ROOT, rows
+from tests.helpers import ROOT, rows, stopped_by_its_first_checkpoint
 
 FLAGS = ["--device", "cpu", "--steps", "6", "--batch-size", "8", "--eval-every", "3", "--log-every", "1",
          "--max-new-tokens", "8", "--eval-prompts", "10", "--warmup", "2", "--lr", "0.01", "--beta", "0.5"]
@@ -111,16 +111,8 @@ def test_default_beta_is_kl_coef_in_log_odds(trained, tmp_path, capsys):
 def test_resumed_run_equals_the_uninterrupted_run(trained, tmp_path, monkeypatch, rank):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(trained, whole, "--lora-rank", rank)
-    save = checkpoints.save
-
-    def save_and_stop(*args, **state):
-        save(*args, **state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(trained, cut, "--lora-rank", rank)
+    with stopped_by_its_first_checkpoint():
+        run(trained, cut, "--lora-rank", rank)
     assert torch.load(cut / "dpo.pt", weights_only=True)["step"] == 3
     with pytest.raises(InputError, match="at step 3 of 6: finish it with `python -m rlhf.tools.train_dpo --resume`"):
         load_policy(cut / "dpo.pt", "sft", "ppo")
