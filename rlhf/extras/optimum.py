@@ -17,8 +17,10 @@ No training step uses this file. `python -m rlhf.tools.optimality` compares PPO 
 """
 
 import math
+from pathlib import Path
 
 import torch
+from pandas import DataFrame, Series, read_csv
 from torch import Tensor
 
 from rlhf import evaluate
@@ -129,6 +131,19 @@ def ppo_and_optimum(theirs: list[dict], ours: list[dict], kl_coef: float) -> dic
     return {"prompt": said[0]["prompt"], "samples": len(said), "ess": best["ess"].item(),
             **{f"ppo_{name}": ppo[name] for name in names},
             **{name: None if ppo[name] is None else best[name].item() for name in names}}
+
+
+def optimality_curve(metrics: DataFrame, evaluation: Path) -> Series | float:
+    """Optimality over the steps of a run: (J - J_sft) / (J* - J_sft), where J is the mean objective of 15 steps.
+
+    J is that of the prompts trained on; J_sft and J* are the held-out ones of evaluation.csv. NaN without a J* there.
+
+    Args: metrics: ppo.csv; evaluation: the path of evaluation.csv.
+    """
+    J = read_csv(evaluation).set_index("policy")["objective"] if evaluation.is_file() else {}
+    if "optimum" not in J:
+        return math.nan
+    return (metrics["objective"].rolling(15, center=True, min_periods=8).mean() - J["sft"]) / (J["optimum"] - J["sft"])
 
 
 def optimality_error(gained: float, lacking: Tensor, bias: float) -> tuple[float, float]:

@@ -1,9 +1,13 @@
-"""The learning curve of PPO: score, gold, kl_ref, entropy and clip fraction over the steps.
+"""The learning curve of PPO: score, gold, kl_ref, entropy, clip fraction and optimality over the steps.
 
     python -m rlhf.tools.plot runs                       # writes runs/learning_curve.png
     python -m rlhf.tools.plot runs runs/seed1 runs/seed2 --out docs/learning_curve.png
+    python -m rlhf.tools.plot docs/results/alternatives_seed*/* --panels optimality,gold --out docs/alternatives.png
 
-Reads ppo.csv in each folder. Several folders share the panels. Needs matplotlib: pip install matplotlib.
+Reads ppo.csv in each folder. Several folders share the panels, and folders of the same name have the same colour. Needs
+matplotlib: pip install matplotlib.
+
+optimality is there if rlhf/tools/optimality.py has been run (optimality_curve in rlhf/extras/optimum.py).
 """
 
 from dataclasses import dataclass
@@ -11,10 +15,11 @@ from pathlib import Path
 
 import pandas
 
+from rlhf.extras.optimum import optimality_curve
 from rlhf.support import cli
 
 PANELS = {"score": "score (reward model)", "gold": "gold (judge)", "kl_ref": "KL to the reference, nats",
-          "entropy": "entropy, nats per token", "clip_fraction": "clip fraction"}
+          "entropy": "entropy, nats per token", "clip_fraction": "clip fraction", "optimality": "optimality"}
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,12 @@ class PlotConfig:
     """Draw the learning curve of one or more PPO runs."""
 
     runs: tuple[str, ...] = cli.arg(("runs",), "folders that hold a ppo.csv", flag=False)
+    panels: str = cli.arg("", f"some of {','.join(PANELS)} (empty: all)")
     out: str = cli.arg("", "the figure (empty: learning_curve.png in the first folder)")
+
+    def __post_init__(self):
+        if not set(self.panels.split(",")) <= {"", *PANELS}:
+            raise ValueError(f"--panels {self.panels}: give some of {','.join(PANELS)}")
 
 
 def read_metrics(path: Path) -> dict[str, list[float]]:
@@ -30,6 +40,7 @@ def read_metrics(path: Path) -> dict[str, list[float]]:
     if not path.is_file():
         raise cli.InputError(f"{path} does not exist: run train_ppo.py first, or name another folder")
     frame = pandas.read_csv(path)
+    frame["optimality"] = optimality_curve(frame, path.with_name("evaluation.csv"))
     return {name: frame[name].tolist() for name in ("step", *PANELS) if name in frame and frame[name].notna().all()}
 
 
@@ -47,20 +58,18 @@ def load_pyplot():
 
 def main(cfg: PlotConfig) -> None:
     pyplot = load_pyplot()
+    pyplot.rcParams["font.size"] = 8
     runs = {folder: read_metrics(Path(folder) / "ppo.csv") for folder in cfg.runs}
-    names = [name for name in PANELS if any(name in metrics for metrics in runs.values())]
-    figure, axes = pyplot.subplots(1, len(names), figsize=(3.1 * len(names), 2.8), squeeze=False)
+    names = [name for name in PANELS if any(name in x for x in runs.values()) and name in (cfg.panels or PANELS)]
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(Path(folder).name for folder in runs))}
+    figure, axes = pyplot.subplots(1, len(names), figsize=(3.1 * len(names), 2.8), squeeze=False, layout="tight")
     for ax, name in zip(axes[0], names):
         for folder, metrics in runs.items():
             if name in metrics:
-                ax.plot(metrics["step"], metrics[name], linewidth=1.2, label=Path(folder).name)
-        ax.set_title(PANELS[name], fontsize=9)
-        ax.set_xlabel("PPO step", fontsize=8)
-        ax.tick_params(labelsize=7)
+                ax.plot(metrics["step"], metrics[name], colours[Path(folder).name], linewidth=1.2)
+        ax.set(title=PANELS[name], xlabel="PPO step")
         ax.grid(alpha=0.3)
-    if len(runs) > 1:
-        axes[0][0].legend(fontsize=6)
-    figure.tight_layout()
+    axes[0][0].legend([pyplot.Line2D([], [], color=colour) for colour in colours.values()], colours, fontsize=6)
     path = Path(cfg.out or Path(cfg.runs[0]) / "learning_curve.png")
     figure.savefig(path, dpi=130)
     print(f"wrote {path}")
