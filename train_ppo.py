@@ -33,14 +33,14 @@ import torch
 
 from rlhf import data, evaluate
 from rlhf.advantages import explained_variance, gae
-from rlhf.extras import alternatives, report
+from rlhf.extras import alternatives, parallel, report
 from rlhf.extras.lora import trained_and_frozen
 from rlhf.extras.ptx import PretrainingMix
 from rlhf.losses import mean_entropy, policy_loss, value_loss
 from rlhf.masked import action_logprobs, chosen_logprobs, masked_mean, masked_whiten
 from rlhf.model import PolicyWithValue
 from rlhf.rewards import adapt_kl_coef, kl_k1, kl_k3, shape_rewards
-from rlhf.rollout import Frozen, collect
+from rlhf.rollout import Frozen
 from rlhf.support import checkpoints, judge, runtime, tables
 from rlhf.tokenizer import find_tokenizer
 
@@ -123,7 +123,7 @@ def main(cfg: PPOConfig) -> None:
 
         # ---- 1 generate, 2 score ----
         generator = runtime.make_generator(device, cfg.seed, "rollout", step)
-        rollout = collect(policy, frozen, tokens, prompt_lens, generator)
+        rollout = parallel.collect(policy, frozen, tokens, prompt_lens, generator)
         # ---- 3 shape ----
         rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef)
         # ---- 4 credit ----
@@ -170,12 +170,12 @@ def main(cfg: PPOConfig) -> None:
 
     print("\nbefore and after, on held-out prompts:")
     frozen = frozen._replace(rows=cfg.micro_batch_size or 128)
-    table, before, after = evaluate.compare(policy.gpt, heldout, frozen, gold_judge, kl_coef, cfg.seed)
-    tables.write_csv(path.with_name("evaluation.csv"), table)
+    rows, before, after = evaluate.compare(policy.gpt, heldout, frozen, gold_judge, kl_coef, cfg.seed, parallel.collect)
+    tables.write_csv(path.with_name("evaluation.csv"), rows)
     tables.write_csv(path.with_name("ppo_samples.csv"), report.sample_rows(before, after))
     report.print_responses(before=before[:3], after=after[:3])
     print(f"\nwrote {path}, evaluation.csv and ppo_samples.csv; next: python -m rlhf.tools.optimality\n")
-    report.print_table(table)
+    report.print_table(rows)
 
 
 def update(policy, optimizer, scaler, rollout, advantages, returns, cfg: PPOConfig, amp, step, ptx=None) -> dict:
@@ -197,7 +197,7 @@ def update(policy, optimizer, scaler, rollout, advantages, returns, cfg: PPOConf
             # of rows: so the mean of an epoch's gradients is the gradient of the whole rollout.
             actions, minibatch_kl_old = rollout.mask.sum().double() * len(rows) / len(order), 0.0
             # Micro-batches save memory: their gradients sum to the minibatch's.
-            for micro in rows.split(cfg.micro_batch_size or len(rows)):
+            for micro in parallel.share(rows).split(cfg.micro_batch_size or len(rows)):
                 mb = rollout.take(micro)
                 mb_advantages, mb_returns = (x[micro, : mb.mask.size(1)] for x in (advantages, returns))  # (b, t-1)
                 share = mb.mask.sum() / actions
@@ -224,11 +224,12 @@ def update(policy, optimizer, scaler, rollout, advantages, returns, cfg: PPOConf
                           clip_fraction=clip_fraction, value_clip_fraction=v_clipped, kl_old=kl_old)
             if ptx is not None:
                 ptx.backward(policy.gpt, scaler, step, len(grad_norms))
+            minibatch_kl_old = parallel.sum_gradients(policy, minibatch_kl_old)
             grad_norms.append(runtime.optimizer_step(policy, optimizer, scaler, cfg.max_grad_norm))
         if cfg.max_kl_old < float("inf") and minibatch_kl_old > cfg.max_kl_old:  # of the epoch's last minibatch
             break  # the policy is far from the one that made the rollout, whose advantages say little about it
     norms = torch.stack(grad_norms)  # in float16 one may be infinite: the scaler has left that step out
-    return {**means.over(len(grad_norms)), "grad_norm": norms[norms.isfinite()].mean().item(),
+    return {**parallel.total(means.over(len(grad_norms))), "grad_norm": norms[norms.isfinite()].mean().item(),
             "gradient_steps": len(grad_norms), "first_log_ratio": first_log_ratio.item()}
 
 
@@ -261,4 +262,4 @@ def load_models(cfg: PPOConfig, device, amp):
 
 
 if __name__ == "__main__":
-    cli.run(main, PPOConfig)
+    parallel.run(main, PPOConfig)

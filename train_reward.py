@@ -25,6 +25,7 @@ from rlhf.support import cli  # first, so that Ctrl-C prints one line even while
 import torch
 
 from rlhf.data import batch_indices, chunks, comparison_batch, load_comparisons, load_demonstrations, pad_rows
+from rlhf.extras import parallel
 from rlhf.extras.lora import add_adapters
 from rlhf.extras.rankings import load_rankings, score_rankings
 from rlhf.extras.yardsticks import judge_accuracies, share_positive, swap_prompts
@@ -99,7 +100,7 @@ def main(cfg: RewardConfig) -> None:
         lr = runtime.set_lr(optimizer, cfg.lr * runtime.cosine_schedule(step, cfg.steps, cfg.warmup))
         optimizer.zero_grad()
         loss, margins = 0.0, []
-        for part in tables.ticker(chunks(rows, cfg.micro_batch_size), f"step {step + 1}, micro-batches"):
+        for part in tables.ticker(chunks(parallel.share(rows), cfg.micro_batch_size), f"step {step + 1}, micro-batch"):
             if cfg.rankings:
                 part_loss, margin = score_rankings(model, part, pad_id, device, amp)
             else:
@@ -111,8 +112,9 @@ def main(cfg: RewardConfig) -> None:
             scaler.scale(part_loss).backward()
             loss += part_loss.detach()
             margins.append(margin)
+        loss = parallel.sum_gradients(model, loss)
         grad_norm = runtime.optimizer_step(model, optimizer, scaler, cfg.max_grad_norm)
-        margins = torch.cat(margins)  # (N,), or all pairs of the rankings
+        margins = parallel.gather(torch.cat(margins))  # (N,), or all pairs of the rankings
         progress.tokens += sum(row.size for row in rows)
 
         done = step + 1
@@ -150,12 +152,12 @@ def main(cfg: RewardConfig) -> None:
 @torch.no_grad()
 def score_rows(model, rows: list[list[int]], pad_id: int, device, amp) -> torch.Tensor:
     """Scores of whole sequences, (N,) on the CPU, 128 at a time."""
-    scores = []
+    scores, rows = [torch.empty(0)], parallel.share(rows)
     for at in range(0, len(rows), 128):
         tokens, lengths = pad_rows(rows[at : at + 128], pad_id, device)  # (B, T), (B,)
         with runtime.autocast(device, amp):
             scores.append(model(tokens, lengths).float().cpu())
-    return torch.cat(scores)
+    return parallel.gather(torch.cat(scores))
 
 
 def accuracy(model, rows, pad_id: int, device, amp) -> float:
@@ -166,4 +168,4 @@ def accuracy(model, rows, pad_id: int, device, amp) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main, RewardConfig)
+    parallel.run(main, RewardConfig)

@@ -19,6 +19,8 @@ from rlhf.support import cli  # first, so that Ctrl-C prints one line even while
 import torch
 
 from rlhf.data import batch_indices, chunks, demonstration_batch, load_demonstrations, pad_rows
+from rlhf.evaluate import decode_responses
+from rlhf.extras import parallel
 from rlhf.extras.lora import add_adapters
 from rlhf.extras.pretrained import init_from
 from rlhf.losses import sft_loss
@@ -91,13 +93,14 @@ def main(cfg: SFTConfig) -> None:
         lr = runtime.set_lr(optimizer, cfg.lr * runtime.cosine_schedule(step, cfg.steps, cfg.warmup))
         optimizer.zero_grad()
         loss = 0.0
-        for part in tables.ticker(chunks(rows, cfg.micro_batch_size), f"step {step + 1}, micro-batches"):
+        for part in tables.ticker(chunks(parallel.share(rows), cfg.micro_batch_size), f"step {step + 1}, micro-batch"):
             tokens, mask = demonstration_batch(part, tokenizer.pad_id, device)  # (B, T), (B, T-1)
             with runtime.autocast(device, amp):
                 # A micro-batch weighs as much as it has response tokens: they sum to the mean over all of the batch.
                 part_loss = sft_loss(gpt.hidden(tokens), tokens, mask, gpt.logits) * (mask.sum() / actions)
             scaler.scale(part_loss).backward()
             loss += part_loss.detach()
+        loss = parallel.sum_gradients(gpt, loss)
         grad_norm = runtime.optimizer_step(gpt, optimizer, scaler, cfg.max_grad_norm)
         progress.tokens += sum(row.size for row in rows)
 
@@ -117,11 +120,11 @@ def main(cfg: SFTConfig) -> None:
 def validation_loss(gpt, rows, cfg: SFTConfig, pad_id: int, device, amp) -> float:
     """Loss on held-out demonstrations: the mean over all of their response tokens."""
     actions, total = sum(len(row.tokens) - row.prompt_len for row in rows), 0.0
-    for part in tables.ticker(chunks(rows, cfg.micro_batch_size or cfg.batch_size), "validation, batches"):
+    for part in tables.ticker(chunks(parallel.share(rows), cfg.micro_batch_size or cfg.batch_size), "validation"):
         tokens, mask = demonstration_batch(part, pad_id, device)  # (B, T), (B, T-1)
         with runtime.autocast(device, amp):
             total += (sft_loss(gpt.hidden(tokens), tokens, mask, gpt.logits) * (mask.sum() / actions)).item()
-    return total
+    return parallel.total({"loss": total})["loss"]
 
 
 def print_samples(gpt, rows, tokenizer, device, amp, seed: int) -> None:
@@ -132,10 +135,9 @@ def print_samples(gpt, rows, tokenizer, device, amp, seed: int) -> None:
     with runtime.autocast(device, amp):
         generator = runtime.make_generator(device, seed, "samples")
         sampled, mask = generate(gpt, tokens, prompt_lens, room, tokenizer.eos_id, generator)
-    for prompt, row, row_mask in zip(prompts, sampled, mask):
-        response = tokenizer.decode(row[1:][row_mask].tolist())
-        print(f"    {tokenizer.decode(prompt).strip()!r}\n        ->{response}")
+    for prompt, response in zip(prompts, decode_responses(tokenizer, sampled, mask)):
+        print(f"    {tokenizer.decode(prompt).strip()!r}\n        -> {response}")
 
 
 if __name__ == "__main__":
-    cli.run(main, SFTConfig)
+    parallel.run(main, SFTConfig)

@@ -24,9 +24,9 @@ def decode_responses(tokenizer: Tokenizer, tokens: Tensor, mask: Tensor) -> list
     return [tokenizer.decode([i for i in row if i != tokenizer.eos_id]).strip() for row in rows]
 
 
-def respond(gpt: GPT, prompts: list[Prompt], frozen: Frozen, judge: ModuleType | None, seed: int = 0) -> list[dict]:
+def respond(gpt: GPT, prompts: list[Prompt], frozen: Frozen, judge, seed: int = 0, collect=collect) -> list[dict]:
     """One sampled response to each prompt, with its score, gold (None without a judge), kl_ref in nats per response,
-    length in tokens and whether it ended. Scored by the same code that PPO trains with."""
+    length in tokens and whether it ended. Scored by the code that PPO trains with, `collect`."""
     device = next(gpt.parameters()).device
     policy, tokenizer, responses = PolicyWithValue(gpt).to(device), frozen.tokenizer, []
     for at in ticker(range(0, len(prompts), frozen.rows), "batches of responses"):
@@ -79,7 +79,7 @@ def summarise(name: str, responses: list[dict], baseline: list[dict], kl_coef: f
 
 
 def compare(policy: GPT, prompts: list[Prompt], frozen: Frozen, judge: ModuleType | None, kl_coef: float,
-            seed: int, name: str = "ppo") -> tuple[list[dict], list[dict], list[dict]]:
+            seed: int, collect=collect, name: str = "ppo") -> tuple[list[dict], list[dict], list[dict]]:
     """The rows of evaluation.csv, sft and the policy's, and the responses of the reference and of the policy."""
-    before, after = (respond(gpt, prompts, frozen, judge, seed) for gpt in (frozen.reference, policy))
+    before, after = (respond(gpt, prompts, frozen, judge, seed, collect) for gpt in (frozen.reference, policy))
     return [summarise(who, said, before, kl_coef) for who, said in (("sft", before), (name, after))], before, after

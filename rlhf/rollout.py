@@ -61,7 +61,7 @@ def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(model: nn.Module, prompts: Tensor, prompt_lens: Tensor, max_new_tokens: int, eos_id: int,
-             generator: torch.Generator | None = None, rows: int = 0) -> tuple[Tensor, Tensor]:
+             generator: torch.Generator | Tensor | None = None, rows: int = 0) -> tuple[Tensor, Tensor]:
     """Sample a response to each prompt from exactly the model's distribution: no top-k, no top-p.
 
     Prompts of different lengths go side by side: one forward pass over all of them, then one for each new token.
@@ -71,7 +71,7 @@ def generate(model: nn.Module, prompts: Tensor, prompt_lens: Tensor, max_new_tok
             cache. Any other callable is run on everything so far for each token; if it returns a tuple, its first
             entry counts.
         prompts (B, P), padded on the right; prompt_lens (B,), each at least 1.
-        generator: on the device of prompts.
+        generator: on the device of prompts; or the uniform random numbers themselves, (B, max_new_tokens) in float64.
         rows: how many rows at once, which bounds the cache; 0: all. The random numbers belong to the rows, so the
             responses do not depend on it.
     Returns: tokens (B, T), with 0 after a row's end, and T as short as the longest row allows;
@@ -85,7 +85,8 @@ def generate(model: nn.Module, prompts: Tensor, prompt_lens: Tensor, max_new_tok
     P = int(prompt_lens.max())
     real = torch.arange(P, device=prompts.device) < prompt_lens.unsqueeze(1)  # (B, P)
     tokens = F.pad(torch.where(real, prompts[:, :P], 0), (0, max_new_tokens))  # (B, T)
-    uniforms = torch.rand(B, max_new_tokens, generator=generator, dtype=torch.float64, device=prompts.device)
+    uniforms = generator if isinstance(generator, Tensor) else torch.rand(
+        B, max_new_tokens, generator=generator, dtype=torch.float64, device=prompts.device)
     lengths = prompt_lens.clone()  # (B,): of prompt and response so far
     for some in prompt_lens.argsort(stable=True).split(rows or B):  # prompts of similar length: less is padded
         write_responses(model, tokens, lengths, some, uniforms, eos_id)
@@ -144,14 +145,14 @@ def score_responses(frozen: Frozen, tokens: Tensor, mask: Tensor, prompt_lens: T
 
 @torch.no_grad()
 def collect(policy: PolicyWithValue, frozen: Frozen, prompts: Tensor, prompt_lens: Tensor,
-            generator: torch.Generator) -> Rollout:
+            generator: torch.Generator | Tensor) -> Rollout:
     """Parts 1 and 2 of a PPO step: sample a response to each prompt, score it with all models.
 
     Old and reference log-probabilities come from a forward pass over the finished sequences, in the same mode as the
     update will make, and not from sampling: the two agree on paper but not to the last bit, and the ratio of the
     first update must be 1 (it is, within 1e-6).
 
-    Args: prompts (B, P), prompt_lens (B,); generator: on the device of prompts.
+    Args: prompts (B, P), prompt_lens (B,); generator: as for generate.
     """
     with autocast(prompts.device, frozen.amp):
         tokens, mask = generate(policy.gpt, prompts, prompt_lens, frozen.max_new_tokens, frozen.tokenizer.eos_id,

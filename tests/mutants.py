@@ -23,15 +23,18 @@ import torch  # noqa: F401  (so that no child has to import it)
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("masked", "losses", "rewards", "advantages")
 PATHS = {**{name: f"rlhf/{name}.py" for name in (*FILES, "rollout")},
-         **{name: f"rlhf/extras/{name}.py" for name in ("optimum", "lora", "ptx", "yardsticks", "alternatives")},
+         **{name: f"rlhf/extras/{name}.py" for name in ("optimum", "lora", "ptx", "yardsticks", "alternatives", "parallel")},
          **{name: f"rlhf/support/{name}.py" for name in ("checkpoints", "runtime")},
-         **{name: f"{name}.py" for name in ("train_sft", "train_reward", "train_ppo")}}
+         **{name: f"{name}.py" for name in ("train_sft", "train_reward", "train_ppo")},
+         "several_processes": "train_ppo.py"}
 UPDATES, WIRING = "tests/scripts/test_updates.py", "tests/scripts/test_wiring.py"
 ADVANTAGE = "tests/scripts/test_advantage.py"
 TESTS = {
     **{name: [f"tests/core/test_{name}.py"] for name in FILES},
     "optimum": ["tests/extras/test_optimum.py"],
     "alternatives": ["tests/extras/test_alternatives.py", "-k", "not reaches"],
+    "parallel": ["tests/extras/test_parallel.py", "-k", "float64 and 2"],
+    "several_processes": ["tests/extras/test_parallel.py", "-k", "float64 and 2"],
     "lora": ["tests/extras/test_lora.py", "-k", "not (scripts or checkpoint or loaded or resumed or fine_tuning or full_training)"],
     "ptx": ["tests/extras/test_ptx.py"],
     "yardsticks": [WIRING],
@@ -152,6 +155,14 @@ HAND = [
     ("train_sft", "validated on the training rows", "gpt.config.block_size, heldout=True)", "gpt.config.block_size)"),
     ("train_sft", "micro-batches not weighted", "* (mask.sum() / actions)\n            scaler", "\n            scaler"),
     ("train_reward", "micro-batches not weighted", "part_loss * (len(part) / len(rows))", "part_loss * 1"),
+    ("parallel", "gradients averaged over the processes", "gradient.copy_(part.view_as(gradient))", "gradient.copy_(part.view_as(gradient) / WORLD)"),
+    ("parallel", "random numbers belong to processes", "*map(share, (prompts, prompt_lens, uniforms)))", "*map(share, (prompts, prompt_lens)), uniforms[: len(share(prompts))])"),
+    ("parallel", "rollout not gathered", "Rollout(*map(gather, mine))", "Rollout(*mine)"),
+    ("parallel", "metrics not summed", "gather(values).sum(dim=0)", "values.sum(dim=0)"),
+    ("parallel", "loss not summed", "return summed[-1]", "return loss"),
+    ("several_processes", "mean of the processes' own means", "rollout.mask.sum().double() * len(rows) / len(order)", "rollout.mask[parallel.share(rows)].sum().double() * parallel.WORLD"),
+    ("several_processes", "every process does all rows", "parallel.share(rows).split(", "rows.split("),
+    ("several_processes", "gradients not summed", "minibatch_kl_old = parallel.sum_gradients(policy, minibatch_kl_old)", "pass"),
     ("train_sft", "rate not scheduled", "cfg.lr * runtime.cosine_schedule(step, cfg.steps, cfg.warmup)", "cfg.lr"),
 ]  # fmt: skip
 

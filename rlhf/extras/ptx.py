@@ -9,6 +9,7 @@ coefficient has another unit here: both losses are means over tokens, and PPO's 
 from torch import nn
 
 from rlhf.data import batch_indices, chunks, demonstration_batch, load_demonstrations
+from rlhf.extras.parallel import share
 from rlhf.losses import sft_loss
 from rlhf.support.runtime import autocast
 
@@ -26,7 +27,7 @@ class PretrainingMix:
         number = step * cfg.inner_epochs * (cfg.batch_size // cfg.minibatch_size) + gradient_step
         rows = [self.rows[i] for i in batch_indices(len(self.rows), cfg.minibatch_size, number, cfg.seed)]
         actions = sum(len(row.tokens) - row.prompt_len for row in rows)
-        for part in chunks(rows, cfg.micro_batch_size):
+        for part in chunks(share(rows), cfg.micro_batch_size):
             tokens, mask = demonstration_batch(part, self.pad_id, self.device)  # (B, T), (B, T-1)
             with autocast(self.device, self.amp):
                 loss = sft_loss(gpt.hidden(tokens), tokens, mask, gpt.logits)

@@ -117,7 +117,7 @@ def run(main: Callable, cls: type) -> None:
             stream.reconfigure(errors="replace")
     cfg = parse_cli(cls)
     try:
-        with lock(cfg.lock_file()) if hasattr(cfg, "lock_file") else contextlib.nullcontext():
+        with lock(cfg.lock_file()) if writes and hasattr(cfg, "lock_file") else contextlib.nullcontext():
             main(cfg)
         print(end="", flush=True)  # a full disk shows here and not while Python shuts down
     except SystemExit as error:
@@ -163,6 +163,7 @@ def lock(path: Path):
 
 
 resumable: Path | None = None  # the checkpoint that this process has written or resumed from
+writes = True  # False: another process of the same run writes the files (rlhf/extras/parallel.py)
 
 
 def on_error(kind: type, error: BaseException, where) -> None:

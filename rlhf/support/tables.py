@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas
 
-from rlhf.support.cli import InputError
+from rlhf.support import cli
 
 # ---- files ----
 
@@ -16,7 +16,7 @@ from rlhf.support.cli import InputError
 def check_file(path: Path, fix: str = "give --data a folder that holds it, or the right name") -> Path:
     """The path. Raises InputError if there is no such file."""
     if not path.is_file():
-        raise InputError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}; {fix}")
+        raise cli.InputError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}; {fix}")
     return path
 
 
@@ -27,6 +27,9 @@ def replacing(path: Path, mode: str = "w", **options):
 
     Raises InputError if it cannot be written; then the old file stays, and nothing temporary.
     """
+    if not cli.writes:
+        yield open(os.devnull, mode, **options)
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,8 +37,8 @@ def replacing(path: Path, mode: str = "w", **options):
             yield file
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: what torch may make of a full disk
-        raise InputError(f"{path} cannot be written ({error}); free some space, or give another --out. What was there "
-                         f"before is untouched") from error
+        raise cli.InputError(f"{path} cannot be written ({error}); free some space, or give another --out. What was "
+                             f"there before is untouched") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -48,31 +51,30 @@ def read_csv(path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = (
     try:
         frame = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     except (ValueError, pandas.errors.ParserError) as error:  # UnicodeDecodeError and EmptyDataError are ValueErrors
-        raise InputError(f"{path} is not a CSV file in UTF-8: {str(error).strip()}") from None
+        raise cli.InputError(f"{path} is not a CSV file in UTF-8: {str(error).strip()}") from None
     if not isinstance(frame.index, pandas.RangeIndex):  # pandas reads an extra cell as a row's name
-        raise InputError(f"{path}: a row has more cells than the header; put quotes around text that holds a comma")
+        raise cli.InputError(f"{path}: a row has more cells than the header; put quotes around text that holds a comma")
     missing = [column for column in columns if column not in frame]
     if missing:
-        raise InputError(f"{path}: no column {missing[0]!r} (found: {', '.join(map(str, frame.columns))}; needed: "
-                         f"{', '.join(columns)})")
+        raise cli.InputError(f"{path}: no column {missing[0]!r} (found: {', '.join(map(str, frame.columns))}; needed: "
+                             f"{', '.join(columns)})")
     columns = (*columns, *(column for column in optional if column in frame))
     frame = frame[list(columns)].fillna("")
     if frame.empty:
-        raise InputError(f"{path} has a header but no rows")
+        raise cli.InputError(f"{path} has a header but no rows")
     for column in columns:
         if (wrong := (frame[column].str.strip() == "") | (frame[column].str.len() > 100_000)).any():
-            raise InputError(f"{path}, row {wrong.argmax() + 1}: {column} is empty, or longer than 100,000 characters "
-                             f"({wrong.sum()} such rows); fix the row or remove it")
+            raise cli.InputError(f"{path}, row {wrong.argmax() + 1}: {column} is empty, or longer than 100,000 "
+                                 f"characters ({wrong.sum()} such rows); fix the row or remove it")
     return frame
 
 
 def check_lengths(path: Path, lengths: list[int], limit: int, what: str, fix: str = "") -> None:
     """Raise InputError naming the first row that is longer than the model can read."""
-    too_long = [row for row, length in enumerate(lengths, start=1) if length > limit]
-    if too_long:
-        row = too_long[0]
-        raise InputError(f"{path}, row {row}: {what} takes {lengths[row - 1]} tokens and there is room for {limit} "
-                         f"({len(too_long)} such rows); shorten or remove them, {fix}or give SFT a larger --block-size")
+    if too_long := [row for row, length in enumerate(lengths, start=1) if length > limit]:
+        raise cli.InputError(f"{path}, row {too_long[0]}: {what} takes {lengths[too_long[0] - 1]} tokens and there is "
+                             f"room for {limit} ({len(too_long)} such rows); shorten or remove them, {fix}or give SFT "
+                             f"a larger --block-size")
 
 
 def csv_path(folder: str | Path, name: str, heldout: bool = False) -> Path:
@@ -109,17 +111,16 @@ class Progress:
     def __init__(self, path: Path, steps: int, begun: dict, screen: tuple[str, ...], tensorboard: bool = False):
         self.path, self.steps, self.start, self.screen = path, steps, begun["step"], screen
         self.began, self.tokens, self.lines = time.perf_counter(), 0, 0
-        self.rows = list(begun["metrics"])
+        self.rows, self.writer = list(begun["metrics"]), None
         self.seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
         self.replaced = begun.get("replaced", [])  # these files stay until there is a checkpoint of the new run
         if self.rows:
             write_csv(path, self.rows)
-        self.writer = None
-        if tensorboard:
+        if tensorboard and cli.writes:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise InputError("--tensorboard needs the package: pip install tensorboard") from error
+                raise cli.InputError("--tensorboard needs the package: pip install tensorboard") from error
             self.writer = SummaryWriter(path.parent / "tensorboard" / path.stem, purge_step=self.start + 1)
 
     def log(self, step: int, **metrics: float | None) -> None:
@@ -144,7 +145,6 @@ class Progress:
                 if value is not None:
                     self.writer.add_scalar(f"{self.path.stem}/{name}", value, step)
             self.writer.flush()
-
 
     def saved(self) -> None:
         """There is a checkpoint of this run: what is left of the one it replaces goes, and its metrics are written."""

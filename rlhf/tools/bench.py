@@ -90,7 +90,7 @@ def iterations(cfg: BenchConfig) -> Iterator[dict[str, float]]:
     while True:
         times = [clock()]
         with noting(rollout, "generate", times):  # collect begins with it
-            batch = ppo.collect(policy, frozen, prompts, lens, None)
+            batch = ppo.parallel.collect(policy, frozen, prompts, lens, None)
         times.append(clock())
         rewards = ppo.shape_rewards(batch.scores, batch.logprobs, batch.ref_logprobs, batch.mask, flags.kl_coef)
         advantages, returns = ppo.gae(rewards, batch.values, batch.mask, flags.gamma, flags.lam)

@@ -118,7 +118,7 @@ def reference_samples(prompts: list[Prompt], samples: int, frozen: Frozen, judge
 def main(cfg: OptimalityConfig) -> None:
     run, folder = load_run(cfg), Path(cfg.checkpoint).parent
     table, *_ = evaluate.compare(
-        run.policy.gpt, run.prompts, run.frozen, run.judge, run.kl_coef, run.config["seed"], run.kind)
+        run.policy.gpt, run.prompts, run.frozen, run.judge, run.kl_coef, run.config["seed"], name=run.kind)
     some, policy, reference = run.prompts[: cfg.prompts], run.policy.gpt, run.frozen.reference
     # The same number for every prompt. To sample more only where the effective sample size is small would make J* too
     # low: it is large on the prompts whose rare good responses happen to be missing, and these would get no more.

@@ -108,7 +108,7 @@ def main(cfg: DPOConfig) -> None:
             checkpoints.save(path, "dpo", policy, cfg, done, tokenizer, optimizer, scaler, inputs, progress,
                              kl_coef=cfg.kl_coef)
 
-    table, before, after = evaluate.compare(gpt, prompts, frozen, gold_judge, cfg.kl_coef, cfg.seed, "dpo")
+    table, before, after = evaluate.compare(gpt, prompts, frozen, gold_judge, cfg.kl_coef, cfg.seed, name="dpo")
     tables.write_csv(path.with_name("evaluation.csv"), table)
     tables.write_csv(path.with_name("dpo_samples.csv"), report.sample_rows(before, after))
     report.print_responses(before=before[:3], after=after[:3])

@@ -17,6 +17,7 @@ import train_reward
 import train_sft
 from rlhf.data import Comparison, Prompt, encode_response
 from rlhf.evaluate import decode_responses
+from rlhf.extras import parallel
 from rlhf.extras.yardsticks import swap_prompts
 from rlhf.model import GPT
 from rlhf.rollout import generate
@@ -40,7 +41,7 @@ def seen(trained, tmp_path_factory):
     ours = tmp_path_factory.mktemp("wiring")
     end_earlier(out, ours, data)
     record = SimpleNamespace(data=data, reward=ours / "reward.pt", out=ours, steps=[])
-    collect, update = train_ppo.collect, train_ppo.update
+    collect, update = parallel.collect, train_ppo.update
 
     def spy_on_collect(policy, frozen, prompts, lens, generator):
         step = SimpleNamespace(policy=copy.deepcopy(policy), reference=copy.deepcopy(frozen.reference),
@@ -60,11 +61,12 @@ def seen(trained, tmp_path_factory):
         return update(policy, optimizer, scaler, rollout, advantages, returns, cfg, amp, step, ptx)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_ppo, "collect", spy_on_collect)
+        patch.setattr(parallel, "collect", spy_on_collect)
         patch.setattr(train_ppo, "update", spy_on_update)
         flags = ["--device", "cpu", *TINY["ppo"].split(), "--data", data, "--out", ours, "--reward", record.reward,
                  *FLAGS]
         train_ppo.main(parse_cli(train_ppo.PPOConfig, list(map(str, flags))))
+    record.steps = [step for step in record.steps if hasattr(step, "updated")]  # without those of the evaluation
     for step, row in zip(record.steps, rows(ours / "ppo.csv"), strict=True):
         step.log = {name: float(value) for name, value in row.items()}
     assert len(record.steps) == 4
@@ -180,8 +182,8 @@ def test_log_has_the_metrics_of_the_rollout(seen):
 
 
 def test_run_stops_if_another_policy_scored_the_rollout(seen, monkeypatch, tmp_path):
-    collect = train_ppo.collect
-    monkeypatch.setattr(train_ppo, "collect", lambda *args: (made := collect(*args))._replace(
+    collect = parallel.collect
+    monkeypatch.setattr(parallel, "collect", lambda *args: (made := collect(*args))._replace(
         logprobs=torch.where(made.mask, made.logprobs - 0.01, 0.0)))
     flags = ["--device", "cpu", *TINY["ppo"].split(), "--data", seen.data, "--out", tmp_path, "--sft",
              seen.out / "sft.pt", "--reward", seen.reward]
