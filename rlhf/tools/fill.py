@@ -97,7 +97,7 @@ FITS, WORLD = ("docs/results/study/fits.csv", "method comparisons"), ("docs/abla
 TABLES = {
     "before_after": before_after, "stages": stages, "loop": of_runs(LOOP, "gold win_rate_vs_sft kl_ref score"),
     "walk_before": quoted(0, 2), "walk_after": quoted(2, 4),
-    "walk_excerpt": quoted(1, 2, keep="slot|  (18|21|30|40)| sum"),
+    "walk_excerpt": quoted(1, 2, keep="slot|  (18|21|28|38)| sum"),
     "last_lines": quoted(0, None, file="last_lines.txt"),
     "value_network": of_runs("earlier_seed* value_seed* shared_seed*", PPO),
     "lora": of_runs("earlier_seed* lora_seed*", PPO), "earlier_stages": lambda root: stages(root, "earlier_seed*"),
