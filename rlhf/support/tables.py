@@ -113,7 +113,8 @@ class Progress:
         self.began, self.tokens, self.lines = time.perf_counter(), 0, 0
         self.rows, self.writer = list(begun["metrics"]), None
         self.seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
-        self.replaced = begun.get("replaced", [])  # these files stay until there is a checkpoint of the new run
+        # These files stay until there is a checkpoint of the new run.
+        self.replaced = begun.get("replaced", []) if cli.writes else []
         if self.rows:
             write_csv(path, self.rows)
         if tensorboard and cli.writes:

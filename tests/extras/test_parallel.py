@@ -1,6 +1,7 @@
 """Several processes do what one does: the three scripts under torchrun, on the CPU with gloo."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,7 +128,8 @@ def test_script_on_several_processes_equals_one(trained, tmp_path, name, process
     flags += [] if name == "sft" else ["--sft", out / "sft.pt"]
     flags += ["--reward", out / "reward.pt"] if name == "ppo" else []
     script(name, *flags, "--out", tmp_path / "one")
-    done = torchrun(processes, f"train_{name}.py", *tiny(name, *flags), "--out", tmp_path / "several")
+    shutil.copytree(tmp_path / "one", tmp_path / "several")  # an earlier run
+    done = torchrun(processes, f"train_{name}.py", *tiny(name, *flags), "--out", tmp_path / "several", "--overwrite")
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert sorted(path.name for path in (tmp_path / "several").iterdir()) == files
     assert done.stdout.count("\nwrote ") == 1  # process 0 prints

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf.support import tables
+from rlhf.support import cli, tables
 from rlhf.support.cli import InputError
 from rlhf.support.tables import (
     Means,
@@ -203,6 +203,21 @@ def test_progress_leaves_the_results_of_a_replaced_run_until_its_own_are_saved(t
     assert [row["loss"] for row in rows(tmp_path / "x.csv")] == ["0.5"] and not old[1].exists()
     progress.log(2, loss=0.25)
     assert [row["loss"] for row in rows(tmp_path / "x.csv")] == ["0.5", "0.25"]
+
+
+def test_process_that_does_not_write_changes_no_file(tmp_path, monkeypatch):
+    """As all but one of several processes: neither a CSV of this run nor one of an earlier run."""
+    monkeypatch.setattr(cli, "writes", False)
+    for name in ("sft.csv", "old.csv"):
+        (tmp_path / name).write_text("step\n1\n")
+    before = {path: (path.read_text(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    begun = {"step": 0, "metrics": [], "replaced": [tmp_path / "old.csv"]}
+    progress = Progress(tmp_path / "sft.csv", 2, begun, ("loss",), tensorboard=True)
+    progress.log(1, loss=0.5)
+    progress.saved()
+    with replacing(tmp_path / "old.csv", "wb") as file:
+        file.write(b"new")
+    assert {path: (path.read_text(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()} == before
 
 
 def test_progress_after_resume_adds_the_seconds_before(tmp_path, clock):
