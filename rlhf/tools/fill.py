@@ -51,7 +51,7 @@ def table(frame: DataFrame, keys: list[str], columns: list[str]) -> list[str]:
 def load(root: Path, run: str, file: str) -> DataFrame:
     """docs/results/RUN/FILE.csv of all seeds, one below the other; * in RUN stands for the seed."""
     files = {seed: root / "docs/results" / run.replace("*", str(seed)) / f"{file}.csv" for seed in SEEDS}
-    return concat(read_csv(path).assign(seed=seed, run=run) for seed, path in files.items())
+    return concat(read_csv(path).assign(seed=seed, run=run.removeprefix("alternatives_seed*/")) for seed, path in files.items())
 
 
 def before_after(root: Path) -> list[str]:
@@ -92,10 +92,14 @@ def of_file(path: str, keys: str, columns: str, where: str = "seed >= 0"):
     return lambda root: table(read_csv(root / path).query(where, engine="python"), keys.split(), columns.split())
 
 
+METHODS = [f"alternatives_seed*/{x}" for x in "gae rloo grpo reinforce rloo_320 grpo_320 dpo dpo_half_beta".split()]
 LOOP = "loop_seed*/1 loop_seed*/2 loop_seed*/3 loop_half_seed*/2 loop_half_seed*/3 loop_seed*/once earlier_seed*"
 FITS, WORLD = ("docs/results/study/fits.csv", "method comparisons"), ("docs/ablations/tuning_world.csv", "run flags")
 TABLES = {
     "before_after": before_after, "stages": stages, "loop": of_runs(LOOP, "gold win_rate_vs_sft kl_ref score"),
+    **{f"alternatives_{x.split()[0]}": of_runs(" ".join(METHODS), x, where="policy in ('ppo', 'dpo')")
+       for x in ("objective optimality gold", "kl_ref win_rate_vs_sft distinct")},
+    "best_of_n": of_runs("seed*", "objective optimality gold kl_ref", where="policy == 'best_of_n'"),
     "walk_before": quoted(0, 2), "walk_after": quoted(2, 4),
     "walk_excerpt": quoted(1, 2, keep="slot|  (18|21|28|38)| sum"),
     "last_lines": quoted(0, None, file="last_lines.txt"),

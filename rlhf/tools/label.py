@@ -179,15 +179,11 @@ def pairs_from(number: int, *source) -> Iterator[tuple[int, tuple[str, str, str]
 
 def read_key() -> str:
     """One key from the terminal, without Enter if the terminal can do that; otherwise the first letter of a line."""
-    if not sys.stdin.isatty():
+    if not sys.stdin.isatty() or os.name != "posix":
         return sys.stdin.readline()[:1].lower() or "q"
-    try:
-        import termios
-        import tty
-    except ImportError:  # Windows
-        import msvcrt
+    import termios
+    import tty
 
-        return msvcrt.getwch().lower()
     before = termios.tcgetattr(sys.stdin)
     try:
         tty.setcbreak(sys.stdin)

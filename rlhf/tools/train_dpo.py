@@ -34,12 +34,12 @@ class DPOConfig(cli.TrainConfig):
     """Train the policy with DPO on comparisons (in place of stages two and three)."""
 
     out: str = "runs/dpo"
-    steps: int = 375
+    steps: int = 190
     batch_size: int = 64
-    lr: float = 3e-4
+    lr: float = 1e-4
     warmup: int = 20
     log_every: int = cli.arg(20, "steps between lines of metrics")
-    eval_every: int = 125
+    eval_every: int = 95
     beta: float = cli.arg(0.0, "DPO's beta (0: kl_coef times the reward model's scale)", group="DPO")
     kl_coef: float = cli.arg(0.07, "KL penalty coefficient of the objective")
     sft: str = cli.arg("runs/sft.pt", "starting policy and reference")
