@@ -51,7 +51,7 @@ def table(frame: DataFrame, keys: list[str], columns: list[str]) -> list[str]:
 def load(root: Path, run: str, file: str) -> DataFrame:
     """docs/results/RUN/FILE.csv of all seeds, one below the other; * in RUN stands for the seed."""
     files = {seed: root / "docs/results" / run.replace("*", str(seed)) / f"{file}.csv" for seed in SEEDS}
-    return concat(read_csv(path).assign(seed=seed, run=run.removeprefix("alternatives_seed*/")) for seed, path in files.items())
+    return concat(read_csv(path).assign(seed=s, run=run.removeprefix("methods_seed*/")) for s, path in files.items())
 
 
 def before_after(root: Path) -> list[str]:
@@ -92,7 +92,7 @@ def of_file(path: str, keys: str, columns: str, where: str = "seed >= 0"):
     return lambda root: table(read_csv(root / path).query(where, engine="python"), keys.split(), columns.split())
 
 
-METHODS = [f"alternatives_seed*/{x}" for x in "gae rloo grpo reinforce rloo_320 grpo_320 dpo dpo_half_beta".split()]
+METHODS = [f"methods_seed*/{x}" for x in "gae rloo grpo reinforce rloo_320 grpo_320 dpo dpo_half_beta".split()]
 LOOP = "loop_seed*/1 loop_seed*/2 loop_seed*/3 loop_half_seed*/2 loop_half_seed*/3 loop_seed*/once earlier_seed*"
 FITS, WORLD = ("docs/results/study/fits.csv", "method comparisons"), ("docs/ablations/tuning_world.csv", "run flags")
 TABLES = {

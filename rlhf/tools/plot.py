@@ -2,7 +2,7 @@
 
     python -m rlhf.tools.plot runs                       # writes runs/learning_curve.png
     python -m rlhf.tools.plot runs runs/seed1 runs/seed2 --out docs/learning_curve.png
-    python -m rlhf.tools.plot docs/results/alternatives_seed*/* --panels optimality,gold --out docs/alternatives.png
+    python -m rlhf.tools.plot docs/results/methods_seed*/* --panels optimality,gold --out docs/alternatives.png
 
 Reads ppo.csv in each folder. Several folders share the panels, and folders of the same name have the same colour. Needs
 matplotlib: pip install matplotlib.
