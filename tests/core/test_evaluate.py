@@ -81,7 +81,7 @@ def test_compare_samples_the_reference_and_the_policy(gpt, reward_model):
     assert after == respond(gpt, PROMPTS, frozen, LENGTH_JUDGE, 3) and before != after
     assert sft == summarise("sft", before, before, 0.5) and ppo == summarise("ppo", after, before, 0.5)
     assert sft["kl_ref"] == 0 and sft["win_rate_vs_sft"] == 0.5
-    (_, dpo), *_ = compare(gpt, PROMPTS, frozen, LENGTH_JUDGE, 0.5, 3, "dpo")
+    (_, dpo), *_ = compare(gpt, PROMPTS, frozen, LENGTH_JUDGE, 0.5, 3, name="dpo")
     assert dpo == {**ppo, "policy": "dpo"}
 
 
