@@ -122,6 +122,7 @@ def main(cfg: PPOConfig) -> None:
         tokens, prompt_lens = data.pad_rows([one.tokens for one in batch], tokenizer.pad_id, device)  # (B, P), (B,)
 
         # ---- 1 generate, 2 score ----
+        # parallel: under torchrun, several processes share the rows. With one process it only calls rollout.collect.
         generator = runtime.make_generator(device, cfg.seed, "rollout", step)
         rollout = parallel.collect(policy, frozen, tokens, prompt_lens, generator)
         # ---- 3 shape ----

@@ -100,6 +100,7 @@ def main(cfg: RewardConfig) -> None:
         lr = runtime.set_lr(optimizer, cfg.lr * runtime.cosine_schedule(step, cfg.steps, cfg.warmup))
         optimizer.zero_grad()
         loss, margins = 0.0, []
+        # parallel: under torchrun, several processes share the rows. With one process it does nothing.
         for part in tables.ticker(chunks(parallel.share(rows), cfg.micro_batch_size), f"step {step + 1}, micro-batch"):
             if cfg.rankings:
                 part_loss, margin = score_rankings(model, part, pad_id, device, amp)

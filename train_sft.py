@@ -93,6 +93,7 @@ def main(cfg: SFTConfig) -> None:
         lr = runtime.set_lr(optimizer, cfg.lr * runtime.cosine_schedule(step, cfg.steps, cfg.warmup))
         optimizer.zero_grad()
         loss = 0.0
+        # parallel: under torchrun, several processes share the rows. With one process it does nothing.
         for part in tables.ticker(chunks(parallel.share(rows), cfg.micro_batch_size), f"step {step + 1}, micro-batch"):
             tokens, mask = demonstration_batch(part, tokenizer.pad_id, device)  # (B, T), (B, T-1)
             with runtime.autocast(device, amp):
