@@ -243,12 +243,10 @@ def main(cfg: LabelConfig) -> None:
     data = cfg.data or checkpoint["config"]["data"]
     tokenizer = tokenizer_of(path, checkpoint, data)
     prompts = load_prompts(data, tokenizer, gpt.config.block_size - cfg.max_new_tokens)
-    reward_model = find_reward_model(cfg.reward, path, tokenizer)
+    reward_model = find_reward_model(cfg.reward, path, tokenizer, device)
     judge = judge_of(cfg.data, data) if cfg.annotator == "judge" else None
     if cfg.annotator == "judge" and judge is None:
         raise InputError(f"--annotator judge: {data} has no judge.py")
-    if reward_model is not None:
-        reward_model.to(device)
     file, agreement = AnswerFile(Path(cfg.out)), Agreement(reward_model, tokenizer)
     if file.answers:
         print(f"{cfg.out}: going on after {agreement(file.answers)}")

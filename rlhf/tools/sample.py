@@ -7,6 +7,7 @@ Each response comes with the reward model's score and the judge's gold, if there
 PPO must train the distribution that it samples from.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class SampleConfig:
             raise ValueError(f"--top-p is {self.top_p}: it must be at most 1")
 
 
-def find_reward_model(given: str, beside: Path, tokenizer: Tokenizer) -> RewardModel | None:
+def find_reward_model(given: str, beside: Path, tokenizer: Tokenizer, device: torch.device) -> RewardModel | None:
     """The reward model named by a flag or, without the flag, reward.pt beside a policy, if it can be used."""
     path = Path(given or beside.with_name("reward.pt"))
     if not given and not path.is_file():
@@ -57,24 +58,22 @@ def find_reward_model(given: str, beside: Path, tokenizer: Tokenizer) -> RewardM
     try:
         model, checkpoint = load_reward_model(path)
         check_tokenizer(path, checkpoint, tokenizer)
+        return model.to(device)
     except InputError as error:
         if given:
             raise
         print(f"going on without a reward model: {error}")
         return None
-    return model
 
 
 def shorten(prompt: str, tokenizer, limit: int) -> tuple[str, list[int]]:
     """The dialogue without its first turns, so that it fits. Raises InputError if the last turn does not fit."""
-    ids = tokenizer.encode(prompt)
-    while len(ids) > limit:
+    while len(ids := tokenizer.encode(prompt)) > limit:
         at = prompt.find("\n\nHuman:", 1)
         if at < 0:
             raise InputError(f"the prompt takes {len(ids)} tokens and there is room for {limit}; shorten it, or give a "
                              f"smaller --max-new-tokens")
         prompt = prompt[at:]
-        ids = tokenizer.encode(prompt)
     return prompt, ids
 
 
@@ -105,14 +104,9 @@ def turns(cfg: SampleConfig):
         yield cfg.prompt
         return
     print("type a question; an empty line ends")
-    while True:
-        try:
-            line = input("\n> ").strip()
-        except EOFError:
-            return
-        if not line:
-            return
-        yield line
+    with contextlib.suppress(EOFError):
+        while line := input("\n> ").strip():
+            yield line
 
 
 def main(cfg: SampleConfig) -> None:
@@ -122,9 +116,8 @@ def main(cfg: SampleConfig) -> None:
     data = cfg.data or loaded[0][1]["config"]["data"]
     tokenizers = [tokenizer_of(path, checkpoint, data) for path, (_, checkpoint) in zip(paths, loaded)]
     policies = [gpt.to(device) for gpt, _ in loaded]
-    judge, reward_model = judge_of(cfg.data, data, needed=False), find_reward_model(cfg.reward, paths[0], tokenizers[0])
-    if reward_model is not None:
-        reward_model.to(device)
+    judge = judge_of(cfg.data, data, needed=False)
+    reward_model = find_reward_model(cfg.reward, paths[0], tokenizers[0], device)
 
     dialogues = [""] * len(policies)  # each policy continues from its own responses
     for turn, text in enumerate(turns(cfg)):
