@@ -18,15 +18,13 @@ from them.
 """
 
 import csv
-import io
+import functools
+import itertools
 import os
 import random
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from rlhf.data import Prompt, batch_indices, encode_response, load_prompts, pad_rows
 from rlhf.evaluate import decode_responses
@@ -40,11 +38,12 @@ from rlhf.support.runtime import make_generator, pick_device
 from rlhf.support.tables import replacing
 from rlhf.tools.sample import find_reward_model
 
-COLUMNS = ("Pair", "Prompt", "Chosen", "Rejected", "Answer")
+COLUMNS = ["Pair", "Prompt", "Chosen", "Rejected", "Answer"]
 ANSWERS = ("first", "second", "tie", "skip")
 KEYS = {"1": "first", "2": "second", "t": "tie", "s": "skip", "u": "undo", "q": "quit"}
 BLOCK = 16  # pairs sampled at once
 PATIENCE = 640  # pairs in a row that leave nothing to choose
+writer = functools.partial(csv.writer, lineterminator="\n", quoting=csv.QUOTE_ALL)
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,7 @@ class LabelConfig:
 
     checkpoint: str = arg("runs/sft.pt", "sft.pt or ppo.pt that gives the answers")
     out: str = arg("my_comparisons.csv", "file of comparisons; an existing one is continued")
-    annotator: str = arg("person", "who chooses: you, or the data set's judge.py",
-                         ("person", "judge"))
+    annotator: str = arg("person", "who chooses: you, or the data set's judge.py", ("person", "judge"))
     count: int = arg(0, "stop when the file holds N choices (0: never)")
     data: str = arg("", "data set folder (empty: the checkpoint's)")
     reward: str = arg("", "reward model to compare with (empty: reward.pt beside the checkpoint)")
@@ -72,106 +70,80 @@ class LabelConfig:
         return Path(f"{self.out}.lock")
 
 
-# ---- the file: one line an answer, whole or not at all ----
+# ---- the file: one row an answer, whole or not at all ----
 
 
-def line_of(cells) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n", quoting=csv.QUOTE_ALL).writerow(cells)
-    return line.getvalue()
+def read_answers(path: Path) -> list[list[str]]:
+    """The rows of the file, which is created if it does not exist. A last row that breaks off is left out, after a copy
+    of the file. Raises InputError if another row is faulty, or if it is a file of another program."""
+    if not path.is_file():
+        write_answers(path, [])
+    try:
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+        if header != COLUMNS:
+            raise csv.Error(f"it is not a file of this program, whose header is {','.join(COLUMNS)}")
+        answers = list(itertools.takewhile(is_answer, rows))
+        if len(answers) < len(rows) - 1:
+            raise csv.Error(f"row {len(answers) + 1}: expected a number, three texts and one of {', '.join(ANSWERS)}")
+    except csv.Error as error:
+        raise InputError(f"{path} cannot be read: {error}; fix it, or give another --out") from error
+    if cut := len(answers) < len(rows):  # after a kill in the middle of the last row
+        Path(f"{path}.cut").write_bytes(path.read_bytes())
+        print(f"{path}: its last line breaks off and is left out; {path}.cut has the file as it was")
+    if cut or not path.read_bytes().endswith(b"\n"):
+        write_answers(path, answers)
+    return answers
 
 
-class AnswerFile:
-    """The choices so far. When `append` and `undo` return, the file on disk is up to date."""
+def is_answer(row: list[str]) -> bool:
+    return len(row) == len(COLUMNS) and row[0].isdecimal() and len(row[0]) < 10 and all(row) and row[4] in ANSWERS
 
-    def __init__(self, path: Path):
-        self.path, self.answers = path, []
-        if not path.is_file():
-            self._rewrite()
-            return
-        text = path.read_bytes().decode("utf-8", errors="replace")
-        try:
-            rows = list(csv.reader(io.StringIO(text, newline="")))
-        except csv.Error as error:
-            raise InputError(f"{path} cannot be read: {error}; fix it, or give another --out") from error
-        if not rows or tuple(rows[0]) != COLUMNS:
-            raise InputError(f"{path} is not a file of this program, whose header is {','.join(COLUMNS)}; give "
-                             f"another --out")
-        faulty = [number for number, row in enumerate(rows[1:], start=1) if not self._sound(row)]
-        if faulty and faulty[0] < len(rows) - 1:
-            raise InputError(f"{path}, row {faulty[0]}: expected a number, three texts and one of "
-                             f"{', '.join(ANSWERS)}; fix it, or give another --out")
-        self.answers = rows[1 : len(rows) - len(faulty)]
-        if faulty:  # the last line, after a kill in the middle of it
-            cut = path.with_name(path.name + ".cut")
-            cut.write_text(text, encoding="utf-8")
-            print(f"{path}: its last line breaks off and is left out; {cut} has the file as it was")
-        if faulty or not text.endswith("\n"):
-            self._rewrite()
 
-    @staticmethod
-    def _sound(row: list[str]) -> bool:
-        return len(row) == len(COLUMNS) and row[0].isdecimal() and len(row[0]) < 10 and all(row) and row[4] in ANSWERS
+def write_answers(path: Path, answers: list[list[str]]) -> None:
+    """Replace the whole file."""
+    with replacing(path, encoding="utf-8", newline="") as file:
+        writer(file).writerows([COLUMNS, *answers])
 
-    def _rewrite(self) -> None:
-        with replacing(self.path, encoding="utf-8", newline="") as file:
-            file.writelines(map(line_of, [COLUMNS, *self.answers]))
 
-    def append(self, *cells) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8", newline="") as file:
-                file.write(line_of(cells))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be written ({error}); free some space and call again") from error
-        self.answers.append([str(cell) for cell in cells])
+def append_answer(path: Path, row: list[str]) -> None:
+    """Add a row, which is on the disk when this returns."""
+    try:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            writer(file).writerow(row)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error}); free some space and call again") from error
 
-    def undo(self) -> list[str]:
-        last = self.answers.pop()
-        self._rewrite()
-        return last
 
-    @property
-    def next_pair(self) -> int:
-        return 1 + max((int(row[0]) for row in self.answers), default=-1)
+def next_pair(answers: list[list[str]]) -> int:
+    return 1 + max((int(row[0]) for row in answers), default=-1)
 
 
 # ---- the pairs: they follow from (checkpoint, seed, number) ----
 
 
-@torch.no_grad()
-def sample_pairs(gpt, prompts: list[Prompt], tokenizer, cfg: LabelConfig, block: int) -> list[tuple[str, str, str]]:
-    """Pairs block * BLOCK and so on: (prompt, first, second). Both are drawn alike, so which is first is random. An
-    answer that was cut off, or that no model could read again, is no answer: "" in its place."""
-    device = next(gpt.parameters()).device
-    rows = [prompts[i] for i in batch_indices(len(prompts), BLOCK, block, cfg.seed)]
-    tokens, prompt_lens = pad_rows([row.tokens for row in rows for _ in range(2)], tokenizer.pad_id, device)
-    generator = make_generator(device, cfg.seed, "label", block)
-    tokens, mask = generate(gpt, tokens, prompt_lens, cfg.max_new_tokens, tokenizer.eos_id, generator)
-    texts = decode_responses(tokenizer, tokens, mask)
-    for i, ended in enumerate(has_ended(tokens, mask, tokenizer.eos_id).tolist()):
-        again = len(rows[i // 2].tokens) + len(encode_response(tokenizer, texts[i]))
-        if not ended or again > gpt.config.block_size:
-            texts[i] = ""
-    return [(row.text, *texts[2 * i : 2 * i + 2]) for i, row in enumerate(rows)]
-
-
-def pairs_from(number: int, *source) -> Iterator[tuple[int, tuple[str, str, str]]]:
-    """(number, pair) from the given number on, without pairs that leave nothing to choose."""
-    block, pairs, idle = None, [], 0
-    while idle < PATIENCE:
-        if number // BLOCK != block:
-            block = number // BLOCK
-            pairs = sample_pairs(*source, block)
-        prompt, first, second = pairs[number % BLOCK]
-        idle += 1
-        if first and second and first != second:
-            idle = 0
-            yield number, (prompt, first, second)
-        number += 1
-    raise InputError(f"the last {PATIENCE} pairs left nothing to choose: both answers were the same, or one was cut "
-                     f"off; give a larger --max-new-tokens, or another --checkpoint")
+def pairs_from(number: int, gpt, prompts: list[Prompt], tokenizer, cfg: LabelConfig):
+    """(number, (prompt, first, second)) of each pair from the given number on. Both answers are drawn alike, so which
+    is first is random. Left out are pairs of equal answers, and pairs with an answer that is empty, was cut off, or
+    does not fit when a model reads it again."""
+    device, shown = next(gpt.parameters()).device, number
+    for block in itertools.count(number // BLOCK):
+        rows = [prompts[i] for i in batch_indices(len(prompts), BLOCK, block, cfg.seed)]
+        tokens, prompt_lens = pad_rows([row.tokens for row in rows for _ in range(2)], tokenizer.pad_id, device)
+        generator = make_generator(device, cfg.seed, "label", block)
+        tokens, mask = generate(gpt, tokens, prompt_lens, cfg.max_new_tokens, tokenizer.eos_id, generator)
+        texts, ended = decode_responses(tokenizer, tokens, mask), has_ended(tokens, mask, tokenizer.eos_id).tolist()
+        texts = [text if end else "" for text, end in zip(texts, ended)]
+        for at, (row, *sides) in enumerate(zip(rows, texts[::2], texts[1::2]), start=block * BLOCK):
+            longest = len(row.tokens) + max(len(encode_response(tokenizer, side)) for side in sides)
+            if at >= number and all(sides) and sides[0] != sides[1] and longest <= gpt.config.block_size:
+                shown = at
+                yield at, (row.text, *sides)
+        if at - shown >= PATIENCE:
+            raise InputError(f"the last {PATIENCE} pairs left nothing to choose: both answers were the same, or one "
+                             f"was cut off; give a larger --max-new-tokens, or another --checkpoint")
 
 
 # ---- who answers ----
@@ -209,68 +181,58 @@ def judge_answer(judge, prompt: str, first: str, second: str, rng: random.Random
     return "tie" if a == b else "first" if a > b else "second"
 
 
-class Agreement:
-    """How often a reward model makes the same choice, over the file; nothing without a reward model."""
+def agrees(reward_model, tokenizer, prompt: str, chosen: str, rejected: str) -> bool:
+    """Whether the reward model makes the same choice. If a side is too long for it to read, it does not."""
+    ids, device = tokenizer.encode(prompt), next(reward_model.parameters()).device
+    sides = [ids + encode_response(tokenizer, side) for side in (chosen, rejected)]
+    if max(map(len, sides)) > reward_model.gpt.config.block_size:
+        return False
+    scores = reward_model(*pad_rows(sides, tokenizer.pad_id, device)).tolist()
+    return scores[0] > scores[1]
 
-    def __init__(self, reward_model, tokenizer):
-        self.reward_model, self.tokenizer, self.known = reward_model, tokenizer, {}
 
-    @torch.no_grad()
-    def agrees(self, row: list[str]) -> bool:
-        _, prompt, chosen, rejected, _ = row
-        if tuple(row) not in self.known:
-            ids = self.tokenizer.encode(prompt)
-            device = next(self.reward_model.parameters()).device
-            tokens, lengths = pad_rows([ids + encode_response(self.tokenizer, side) for side in (chosen, rejected)],
-                                       self.tokenizer.pad_id, device)
-            fits = tokens.size(1) <= self.reward_model.gpt.config.block_size  # too long to read: no
-            scores = self.reward_model(tokens, lengths) if fits else (0, 0)
-            self.known[tuple(row)] = bool(scores[0] > scores[1])
-        return self.known[tuple(row)]
-
-    def __call__(self, answers: list[list[str]]) -> str:
-        decided = [row for row in answers if row[4] in ("first", "second")]
-        text = f"{len(answers)} answered, {len(decided)} of them with a choice"
-        if self.reward_model is not None and decided:
-            text += f"; the reward model agrees with {sum(map(self.agrees, decided)) / len(decided):.0%}"
-        return text
+def summary(answers: list[list[str]], agree) -> str:
+    """How many answers there are, and for which share of the choices agree(prompt, chosen, rejected) holds. agree: None
+    without a reward model."""
+    decided = [row for row in answers if row[4] in ("first", "second")]
+    text = f"{len(answers)} answered, {len(decided)} of them with a choice"
+    if agree and decided:
+        text += f"; the reward model agrees with {sum(agree(*row[1:4]) for row in decided) / len(decided):.0%}"
+    return text
 
 
 def main(cfg: LabelConfig) -> None:
-    device = pick_device(cfg.device)
-    path = Path(cfg.checkpoint)
+    path, out, device = Path(cfg.checkpoint), Path(cfg.out), pick_device(cfg.device)
     gpt, checkpoint = load_policy(path, "sft", "ppo")
     data = cfg.data or checkpoint["config"]["data"]
     tokenizer = tokenizer_of(path, checkpoint, data)
-    prompts = load_prompts(data, tokenizer, gpt.config.block_size - cfg.max_new_tokens)
+    source = gpt.to(device), load_prompts(data, tokenizer, gpt.config.block_size - cfg.max_new_tokens), tokenizer, cfg
     reward_model = find_reward_model(cfg.reward, path, tokenizer, device)
+    agree = reward_model and functools.cache(functools.partial(agrees, reward_model, tokenizer))  # scores a row once
     judge = judge_of(cfg.data, data) if cfg.annotator == "judge" else None
     if cfg.annotator == "judge" and judge is None:
         raise InputError(f"--annotator judge: {data} has no judge.py")
-    file, agreement = AnswerFile(Path(cfg.out)), Agreement(reward_model, tokenizer)
-    if file.answers:
-        print(f"{cfg.out}: going on after {agreement(file.answers)}")
+    answers = read_answers(out)
+    if answers:
+        print(f"{out}: going on after {summary(answers, agree)}")
 
-    source = gpt.to(device), prompts, tokenizer, cfg
-    pairs = pairs_from(file.next_pair, *source)
-    while not cfg.count or len(file.answers) < cfg.count:
-        number, (prompt, first, second) = next(pairs)
-        if cfg.annotator == "judge":
-            answer = judge_answer(judge, prompt, first, second, random.Random(f"{cfg.seed} vote {number}"))
-        else:
-            answer = ask(prompt, first, second)
+    pairs = pairs_from(next_pair(answers), *source)
+    while not cfg.count or len(answers) < cfg.count:
+        number, pair = next(pairs)
+        answer = ask(*pair) if judge is None else judge_answer(judge, *pair, random.Random(f"{cfg.seed} vote {number}"))
         if answer == "quit":
             break
         if answer == "undo":
-            if file.answers:
-                number = int(file.undo()[0])
-            pairs = pairs_from(number, *source)
+            del answers[-1:]
+            write_answers(out, answers)
+            pairs = pairs_from(next_pair(answers), *source)
             continue
-        chosen, rejected = (second, first) if answer == "second" else (first, second)
-        file.append(number, prompt, chosen, rejected, answer)
-        if cfg.annotator == "person" or len(file.answers) % 500 == 0:
-            print(agreement(file.answers), flush=True)
-    print(f"{cfg.out}: {agreement(file.answers)}; next: python train_reward.py --comparison-files {cfg.out}")
+        prompt, *sides = pair
+        answers.append([str(number), prompt, *(sides[::-1] if answer == "second" else sides), answer])
+        append_answer(out, answers[-1])
+        if judge is None or len(answers) % 500 == 0:
+            print(summary(answers, agree), flush=True)
+    print(f"{out}: {summary(answers, agree)}; next: python train_reward.py --comparison-files {out}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,16 @@ from rlhf.support.cli import InputError, lock, parse_cli
 from rlhf.support.cli import run as cli_run
 from rlhf.tokenizer import load_tokenizer
 from rlhf.tools import label
-from rlhf.tools.label import COLUMNS, AnswerFile, LabelConfig, judge_answer
+from rlhf.tools.label import (
+    COLUMNS,
+    LabelConfig,
+    agrees,
+    append_answer,
+    judge_answer,
+    next_pair,
+    read_answers,
+    write_answers,
+)
 from tests.helpers import BUNDLED, TINY, rows
 
 PROMPT = '\n\nHuman: say "hi", please\n\nAssistant:'
@@ -23,33 +32,30 @@ PROMPT = '\n\nHuman: say "hi", please\n\nAssistant:'
 
 
 def test_answer_file_writes_each_answer_at_once_and_reads_it_again(tmp_path):
-    path = tmp_path / "new" / "answers.csv"
-    file = AnswerFile(path)
-    file.append(4, PROMPT, 'a, "b"\nc', "d", "first")
-    assert rows(path) == [dict(zip(COLUMNS, ("4", PROMPT, 'a, "b"\nc', "d", "first")))]
-    again = AnswerFile(path)
-    assert again.answers == [["4", PROMPT, 'a, "b"\nc', "d", "first"]] and again.next_pair == 5
-    assert file.answers == again.answers
+    path, row = tmp_path / "new" / "answers.csv", ["4", PROMPT, 'a, "b"\nc', "d", "first"]
+    assert read_answers(path) == [] and next_pair([]) == 0
+    append_answer(path, row)
+    assert rows(path) == [dict(zip(COLUMNS, row))]
+    assert read_answers(path) == [row] and next_pair([row]) == 5
 
 
 def test_answer_file_cut_at_any_byte_loses_at_most_the_last_answer(tmp_path):
     """The file is cut after each byte of its last line. All earlier answers are read, and new ones can follow. The last
     line is whole only if no more than its last quotation mark and its line break are missing."""
-    path = tmp_path / "answers.csv"
-    file = AnswerFile(path)
-    file.append(0, PROMPT, "a", "b", "first")
+    path, last = tmp_path / "answers.csv", ["1", PROMPT, "naïve", "d\n\ne", "second"]
+    read_answers(path)
+    append_answer(path, ["0", PROMPT, "a", "b", "first"])
     before = len(path.read_bytes())
-    file.append(1, PROMPT, "naïve", "d\n\ne", "second")
+    append_answer(path, last)
     whole = path.read_bytes()
     for end in range(before, len(whole) - 2):
         path.write_bytes(whole[:end])
-        again = AnswerFile(path)
-        assert [row[0] for row in again.answers] == ["0"], end
-        again.append(1, PROMPT, "naïve", "d\n\ne", "second")
+        assert [row[0] for row in read_answers(path)] == ["0"], end
+        append_answer(path, last)
         assert path.read_bytes() == whole
     for end in (-2, -1):  # all but the last quotation mark, all but the line break
         path.write_bytes(whole[:end])
-        assert [row[0] for row in AnswerFile(path).answers] == ["0", "1"] and path.read_bytes() == whole
+        assert [row[0] for row in read_answers(path)] == ["0", "1"] and path.read_bytes() == whole
 
 
 def test_answer_file_survives_an_editor(tmp_path, capsys):
@@ -58,31 +64,34 @@ def test_answer_file_survives_an_editor(tmp_path, capsys):
     path = tmp_path / "answers.csv"
     header = ",".join(COLUMNS)
     path.write_text(f'{header}\n1,p,12" nail,bad,first\n2,p,a,b,tie')
-    assert AnswerFile(path).answers == [["1", "p", '12" nail', "bad", "first"], ["2", "p", "a", "b", "tie"]]
+    assert read_answers(path) == [["1", "p", '12" nail', "bad", "first"], ["2", "p", "a", "b", "tie"]]
     broken = f'{header}\n1,p,a,b,first\n2,p,"a,b,first\n3,p,a,b,tie\n'
     path.write_text(broken)
-    assert [row[0] for row in AnswerFile(path).answers] == ["1"]
+    assert [row[0] for row in read_answers(path)] == ["1"]
     assert "breaks off" in capsys.readouterr().out and (tmp_path / "answers.csv.cut").read_text() == broken
     for bad in ("x,p,a,b,first", "1,p,a,b,maybe", "1,p,a,b", "1,,a,b,first"):
         path.write_text(f"{header}\n{bad}\n2,p,a,b,first\n")
         with pytest.raises(InputError, match="row 1: expected a number"):
-            AnswerFile(path)
+            read_answers(path)
         assert path.read_text() == f"{header}\n{bad}\n2,p,a,b,first\n"
 
 
-def test_undo_removes_only_the_last_answer(tmp_path):
-    file = AnswerFile(tmp_path / "answers.csv")
-    file.append(0, "p", "a", "b", "first")
-    one = file.path.read_bytes()
-    file.append(1, "p", "c", "d", "tie")
-    assert file.undo() == ["1", "p", "c", "d", "tie"] and file.path.read_bytes() == one and len(file.answers) == 1
+def test_rewritten_file_is_the_same_as_one_that_was_appended_to(tmp_path):
+    """After undo, the file is that of the answers before."""
+    path, answers = tmp_path / "answers.csv", [["0", "p", "a", "b", "first"], ["1", "p", "c", "d", "tie"]]
+    read_answers(path)
+    append_answer(path, answers[0])
+    one = path.read_bytes()
+    append_answer(path, answers[1])
+    write_answers(path, answers[:1])
+    assert path.read_bytes() == one and read_answers(path) == answers[:1]
 
 
 def test_answer_file_rejects_a_field_too_long_to_read(tmp_path):
     path = tmp_path / "answers.csv"
     path.write_text('"Pair","Prompt","Chosen","Rejected","Answer"\n"0","' + "p" * 140_000 + '","a","b","first"\n')
     with pytest.raises(InputError, match="cannot be read: field larger than"):
-        AnswerFile(path)
+        read_answers(path)
 
 
 @pytest.mark.parametrize("text", ["", "Prompt,Chosen,Rejected\na,b,c\n", '"Pair"\n'])
@@ -90,7 +99,7 @@ def test_answer_file_rejects_another_file_and_leaves_it_unchanged(tmp_path, text
     path = tmp_path / "answers.csv"
     path.write_text(text)
     with pytest.raises(InputError, match="not a file of this program"):
-        AnswerFile(path)
+        read_answers(path)
     assert path.read_text() == text
 
 
@@ -132,10 +141,9 @@ def test_agreement_counts_a_pair_that_does_not_fit_as_disagreement(reward_model)
     """The reward model reads 16 tokens, and the last two pairs take more. Of two short responses it agrees with one
     order only."""
     tokenizer = SimpleNamespace(encode=lambda text: [len(text) % 7 + 1] * len(text), eos_id=9, pad_id=10)
-    agreement = label.Agreement(reward_model, tokenizer)
-    assert agreement.agrees(["0", "p", "aa", "a", "first"]) != agreement.agrees(["1", "p", "a", "aa", "first"])
-    assert not agreement.agrees(["2", "p", "a" * 20, "a", "first"])
-    assert not agreement.agrees(["3", "p", "a", "a" * 20, "first"])
+    assert agrees(reward_model, tokenizer, "p", "aa", "a") != agrees(reward_model, tokenizer, "p", "a", "aa")
+    assert not agrees(reward_model, tokenizer, "p", "a" * 20, "a")
+    assert not agrees(reward_model, tokenizer, "p", "a", "a" * 20)
 
 
 def test_agreement_after_undo_is_that_of_the_new_answer(trained, tmp_path, monkeypatch, capsys):
@@ -179,16 +187,12 @@ def test_judge_as_annotator_stops_at_count(trained, tmp_path, monkeypatch, capsy
 
 
 def test_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch):
-    file = AnswerFile(tmp_path / "answers.csv")
-    file.append(0, PROMPT, "a", "b", "first")
-
     def full(number):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(label.os, "fsync", full)
     with pytest.raises(InputError, match="answers.csv cannot be written .*No space left on device"):
-        file.append(1, PROMPT, "c", "d", "first")
-    assert len(file.answers) == 1
+        append_answer(tmp_path / "answers.csv", ["1", PROMPT, "c", "d", "first"])
 
 
 def test_second_program_on_the_same_file_is_refused(tmp_path, monkeypatch, capsys):
@@ -226,12 +230,13 @@ def test_label_config_rejects_impossible_values(flags):
 
 
 def test_load_comparisons_drops_ties_and_skips(tmp_path, capsys):
-    file = AnswerFile(tmp_path / "answers.csv")
+    path = tmp_path / "answers.csv"
+    read_answers(path)
     for number, answer in enumerate(("first", "tie", "second", "skip")):
-        file.append(number, PROMPT, f"good {number}", f"bad {number}", answer)
+        append_answer(path, [number, PROMPT, f"good {number}", f"bad {number}", answer])
     tokenizer = load_tokenizer(str(BUNDLED / "tokenizer.tiktoken"))
     (tmp_path / "other.csv").write_text("Prompt,Chosen,Rejected\np,x,y\n")
-    got = load_comparisons([file.path, tmp_path / "other.csv"], tokenizer, 80)
+    got = load_comparisons([path, tmp_path / "other.csv"], tokenizer, 80)
     assert [tokenizer.decode(row.chosen[:-1]) for row in got] == [" good 0", " good 2", " x"]
     assert [tokenizer.decode(row.rejected[:-1]) for row in got] == [" bad 0", " bad 2", " y"]
     assert "2 of 4 pairs dropped" in capsys.readouterr().out
