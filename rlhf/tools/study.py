@@ -70,22 +70,20 @@ class StudyConfig:
 def script(cfg: StudyConfig, name: str, seed: int, out: Path, *flags) -> None:
     """Run one of the three scripts, unless it has run to its end already."""
     finished = out / f"{name}.done"  # holds the command
-    command = [sys.executable, str(ROOT / f"train_{name}.py"), "--data", cfg.data, "--device", cfg.device, "--seed",
-               str(seed), "--out", str(out), *map(str, flags)]
-    shown = " ".join([f"train_{name}.py", *command[2:]])
+    flags = ["--data", cfg.data, "--device", cfg.device, "--seed", str(seed), "--out", str(out), *map(str, flags)]
+    shown = " ".join([f"train_{name}.py", *flags])
     if finished.is_file():
         if (before := finished.read_text(encoding="utf-8")) != shown:
             raise InputError(f"{out} holds another run, {before}; give another --out")
         return
     print(f"$ {shown}", flush=True)
-    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if cfg.jobs > 1 else {})}
     out.mkdir(parents=True, exist_ok=True)
-    command.append("--resume" if (out / f"{name}.pt").is_file() else "--overwrite")
+    command = [sys.executable, ROOT / f"train_{name}.py", *flags,
+               "--resume" if (out / f"{name}.pt").is_file() else "--overwrite"]
     # What the script prints comes through a pipe: if this program is killed, the script ends at its next line.
     with (out / f"{name}.log").open("wb", buffering=0) as log, subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as running:
-        for line in running.stdout:
-            log.write(line)
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as running:
+        log.writelines(running.stdout)
     if running.returncode:
         raise InputError(f"train_{name}.py stopped with status {running.returncode}; see {out / name}.log")
     finished.write_text(shown, encoding="utf-8")
@@ -98,12 +96,11 @@ def one_reward_model(cfg: StudyConfig, seed: int, size: int, whole: bool) -> Dat
     script(cfg, "reward", seed, folder, "--sft", sft, "--comparisons", size,
            "--steps", max(1, round(EPOCHS * size / BATCH_SIZE)))
     points = [best_of_n_points(cfg, seed, sft, folder / "reward.pt")]
-    for kl_coef in cfg.kl_coefs.split(","):
-        if float(kl_coef) == 0 or whole:
-            out = folder / f"kl{kl_coef}"
-            script(cfg, "ppo", seed, out, "--sft", sft, "--reward", folder / "reward.pt", "--kl-coef", kl_coef)
-            steps = read_csv(out / "ppo.csv").drop(columns="kl_coef").rename(columns={"step": "step_or_n"})
-            points.append(steps.assign(method="ppo", kl_coef=float(kl_coef)))
+    for kl_coef in [x for x in cfg.kl_coefs.split(",") if whole or float(x) == 0]:
+        out = folder / f"kl{kl_coef}"
+        script(cfg, "ppo", seed, out, "--sft", sft, "--reward", folder / "reward.pt", "--kl-coef", kl_coef)
+        steps = read_csv(out / "ppo.csv").rename(columns={"step": "step_or_n"})
+        points.append(steps.assign(method="ppo", kl_coef=float(kl_coef)))
     print(f"seed {seed}, {size} comparisons: done", flush=True)
     return concat(points).assign(seed=seed, comparisons=size)[POINT]
 
@@ -116,39 +113,35 @@ def best_of_n_points(cfg: StudyConfig, seed: int, sft_path: Path, reward_path: P
     limit = reference.config.block_size - frozen.max_new_tokens
     prompts = load_prompts(cfg.data, tokenizer, limit, heldout=True)[: cfg.prompts]
     scores, golds = reference_samples(prompts, cfg.largest_n, frozen, judge, seed)
-    return DataFrame([{"method": "best_of_n", "step_or_n": n, "kl_ref": best_of_n_kl(n),
-                       "score": best_of_n(scores, scores, n).mean().item(),
-                       "gold": best_of_n(scores, golds, n).mean().item()}
-                      for n in (2**k for k in range(cfg.largest_n.bit_length()))])
+    rows = [("best_of_n", n, best_of_n_kl(n), *(best_of_n(scores, x, n).mean().item() for x in (scores, golds)))
+            for n in (2**k for k in range(cfg.largest_n.bit_length()))]
+    return DataFrame(rows, columns=["method", "step_or_n", "kl_ref", "score", "gold"])
 
 
 def plot(points: DataFrame, path: Path) -> None:
-    figure, axes = load_pyplot().subplots(2, 2, figsize=(11, 7), sharex="col")
-    sizes, first = sorted(set(points["comparisons"])), points["seed"].min()
-    for (method, seed, size), curve in curves(points):
-        for row, name in enumerate(("score", "gold")):
-            ax = axes[row][int(method == "best_of_n")]
-            ax.plot(curve["d"], curve[name], "." if method == "ppo" else ".-", color=f"C{sizes.index(size)}",
-                    markersize=4, label=f"{size:,} comparisons" if seed == first else None)
-            ax.set(ylabel="reward model's score" if name == "score" else "gold",
-                   title="PPO, kl_coef = 0" if method == "ppo" else "best-of-n",
-                   xlabel="sqrt(KL to the reference), nats per response")
+    figure, axes = load_pyplot().subplots(2, 2, figsize=(11, 7), sharex="col", layout="tight")
+    sizes = sorted(set(points["comparisons"]))
+    looks = {"ppo": (0, "PPO, kl_coef = 0", "."), "best_of_n": (1, "best-of-n", ".-")}
+    for (method, _, size), curve in curves(points):
+        column, title, style = looks[method]
+        for ax, name, label in zip(axes[:, column], ("score", "gold"), ("reward model's score", "gold")):
+            ax.plot(curve["d"], curve[name], style, color=f"C{sizes.index(size)}", markersize=4)
+            ax.set(title=title, xlabel="sqrt(KL to the reference), nats per response", ylabel=label)
             ax.grid(visible=True, alpha=0.3)
-    axes[0][0].legend()
-    figure.tight_layout()
+    axes[0][0].legend([f"{size:,} comparisons" for size in sizes])
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 
 
 def main(cfg: StudyConfig) -> None:
     if cfg.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts
         torch.set_num_threads(1)
     tokenizer, out = find_tokenizer(cfg.data), Path(cfg.out)
     if load_judge(cfg.data) is None:
         raise InputError(f"{cfg.data} has no judge.py: without gold there is nothing to compare the score with")
-    rows = len(load_comparisons([csv_path(cfg.data, "comparisons")], tokenizer, 10**9))
     seeds, sizes = ([int(x) for x in values.split(",")] for values in (cfg.seeds, cfg.comparisons))
-    if max(sizes) > rows:
+    if max(sizes) > (rows := len(load_comparisons([csv_path(cfg.data, "comparisons")], tokenizer, 10**9))):
         raise InputError(f"--comparisons {max(sizes)}: {cfg.data} has {rows}")
     pool = ThreadPoolExecutor(cfg.jobs)
     try:
