@@ -88,21 +88,16 @@ def reply(gpt: GPT, prompt: str, tokenizer, reward_model: RewardModel | None, ju
     tokens, mask = generate(sampler, tokens, prompt_lens, room, tokenizer.eos_id,
                             make_generator(device, cfg.seed, "sample", turn))
     texts = decode_responses(tokenizer, tokens, mask)
-    scores = golds = [None] * cfg.samples
-    if reward_model is not None and tokens.size(1) <= reward_model.gpt.config.block_size:
-        scores = reward_model(tokens, prompt_lens + mask.sum(dim=1)).tolist()
-    if judge is not None:
-        golds = gold_scores(judge, [prompt] * cfg.samples, texts)
+    fits = reward_model is not None and tokens.size(1) <= reward_model.gpt.config.block_size
+    scores = reward_model(tokens, prompt_lens + mask.sum(dim=1)).tolist() if fits else [None] * cfg.samples
+    golds = [None] * cfg.samples if judge is None else gold_scores(judge, [prompt] * cfg.samples, texts)
     ended = has_ended(tokens, mask, tokenizer.eos_id).tolist()
     return [{"response": text, "score": score, "gold": gold, "ended": end}
             for text, score, gold, end in zip(texts, scores, golds, ended)]
 
 
-def turns(cfg: SampleConfig):
-    """The prompts: the flag, or the lines typed until an empty one."""
-    if cfg.prompt:
-        yield cfg.prompt
-        return
+def typed():
+    """The lines typed at the terminal until an empty one."""
     print("type a question; an empty line ends")
     with contextlib.suppress(EOFError):
         while line := input("\n> ").strip():
@@ -120,7 +115,7 @@ def main(cfg: SampleConfig) -> None:
     reward_model = find_reward_model(cfg.reward, paths[0], tokenizers[0], device)
 
     dialogues = [""] * len(policies)  # each policy continues from its own responses
-    for turn, text in enumerate(turns(cfg)):
+    for turn, text in enumerate([cfg.prompt] if cfg.prompt else typed()):
         for i, (path, gpt, tokenizer) in enumerate(zip(paths, policies, tokenizers)):
             prompt = text if cfg.plain else f"{dialogues[i]}\n\nHuman: {text}\n\nAssistant:"
             reads_it = tokenizer.fingerprint == tokenizers[0].fingerprint  # the reward model's tokens

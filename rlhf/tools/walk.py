@@ -66,19 +66,17 @@ def after_step(policy, rollout: Rollout, whitened: Tensor, returns: Tensor, row:
     optimizer.step()
 
     one = rollout.take(torch.tensor([row], device=rollout.tokens.device))
-    width, slots = one.mask.size(1), one.mask[0].nonzero().flatten()
+    whitened, returns = (x[row : row + 1, : one.mask.size(1)] for x in (whitened, returns))
     with torch.no_grad():
         logits, values = policy(one.tokens)
-        new_logprobs = token_logprobs(logits, one.tokens, one.mask)
+        new, values = token_logprobs(logits, one.tokens, one.mask), values[:, :-1]  # (1, T-1)
         # The loss of one slot: the mean over a mask that holds no other slot.
-        of_slots = [(policy_loss(new_logprobs, one.logprobs, whitened[row : row + 1, :width], only, config["clip_eps"]),
-                     value_loss(values[:, :-1], one.values, returns[row : row + 1, :width], only,
-                                config["value_clip_eps"]))
-                    for only in torch.nn.functional.one_hot(slots, width).bool().unsqueeze(1)]
-    return {"new logprob": new_logprobs[one.mask], "ratio": (new_logprobs - one.logprobs)[one.mask].exp(),
-            "clipped": torch.stack([pg[1] for pg, _ in of_slots]),
-            "policy loss": torch.stack([pg[0] for pg, _ in of_slots]), "new value": values[:, :-1][one.mask],
-            "value loss": torch.stack([v[0] for _, v in of_slots])}
+        masks = torch.diag(one.mask[0])[one.mask[0]].unsqueeze(1)  # (slots of the response, 1, T-1)
+        pg_losses, clipped = zip(*(policy_loss(new, one.logprobs, whitened, x, config["clip_eps"]) for x in masks))
+        v_losses, _ = zip(*(value_loss(values, one.values, returns, x, config["value_clip_eps"]) for x in masks))
+    return {"new logprob": new[one.mask], "ratio": (new - one.logprobs)[one.mask].exp(),
+            "clipped": torch.stack(clipped), "policy loss": torch.stack(pg_losses),
+            "new value": values[one.mask], "value loss": torch.stack(v_losses)}
 
 
 def print_columns(slots: list[int], tokens: list[str], columns: dict[str, Tensor], total: tuple[str, ...] = ()) -> None:
