@@ -117,10 +117,6 @@ def append_answer(path: Path, row: list[str]) -> None:
         raise InputError(f"{path} cannot be written ({error}); free some space and call again") from error
 
 
-def next_pair(answers: list[list[str]]) -> int:
-    return 1 + max((int(row[0]) for row in answers), default=-1)
-
-
 # ---- the pairs: they follow from (checkpoint, seed, number) ----
 
 
@@ -185,9 +181,8 @@ def agrees(reward_model, tokenizer, prompt: str, chosen: str, rejected: str) -> 
     """Whether the reward model makes the same choice. If a side is too long for it to read, it does not."""
     ids, device = tokenizer.encode(prompt), next(reward_model.parameters()).device
     sides = [ids + encode_response(tokenizer, side) for side in (chosen, rejected)]
-    if max(map(len, sides)) > reward_model.gpt.config.block_size:
-        return False
-    scores = reward_model(*pad_rows(sides, tokenizer.pad_id, device)).tolist()
+    fits = max(map(len, sides)) <= reward_model.gpt.config.block_size
+    scores = reward_model(*pad_rows(sides, tokenizer.pad_id, device)).tolist() if fits else [0, 0]
     return scores[0] > scores[1]
 
 
@@ -216,16 +211,16 @@ def main(cfg: LabelConfig) -> None:
     if answers:
         print(f"{out}: going on after {summary(answers, agree)}")
 
-    pairs = pairs_from(next_pair(answers), *source)
+    pairs = pairs_from(1 + max((int(row[0]) for row in answers), default=-1), *source)
     while not cfg.count or len(answers) < cfg.count:
         number, pair = next(pairs)
         answer = ask(*pair) if judge is None else judge_answer(judge, *pair, random.Random(f"{cfg.seed} vote {number}"))
         if answer == "quit":
             break
         if answer == "undo":
-            del answers[-1:]
+            number = int(answers.pop()[0]) if answers else number
             write_answers(out, answers)
-            pairs = pairs_from(next_pair(answers), *source)
+            pairs = pairs_from(number, *source)
             continue
         prompt, *sides = pair
         answers.append([str(number), prompt, *(sides[::-1] if answer == "second" else sides), answer])

@@ -69,8 +69,7 @@ def find_reward_model(given: str, beside: Path, tokenizer: Tokenizer, device: to
 def shorten(prompt: str, tokenizer, limit: int) -> tuple[str, list[int]]:
     """The dialogue without its first turns, so that it fits. Raises InputError if the last turn does not fit."""
     while len(ids := tokenizer.encode(prompt)) > limit:
-        at = prompt.find("\n\nHuman:", 1)
-        if at < 0:
+        if (at := prompt.find("\n\nHuman:", 1)) < 0:
             raise InputError(f"the prompt takes {len(ids)} tokens and there is room for {limit}; shorten it, or give a "
                              f"smaller --max-new-tokens")
         prompt = prompt[at:]
@@ -110,17 +109,16 @@ def main(cfg: SampleConfig) -> None:
     loaded = [load_policy(path, "sft", "ppo") for path in paths]
     data = cfg.data or loaded[0][1]["config"]["data"]
     tokenizers = [tokenizer_of(path, checkpoint, data) for path, (_, checkpoint) in zip(paths, loaded)]
-    policies = [gpt.to(device) for gpt, _ in loaded]
     judge = judge_of(cfg.data, data, needed=False)
     reward_model = find_reward_model(cfg.reward, paths[0], tokenizers[0], device)
 
-    dialogues = [""] * len(policies)  # each policy continues from its own responses
+    dialogues = [""] * len(paths)  # each policy continues from its own responses
     for turn, text in enumerate([cfg.prompt] if cfg.prompt else typed()):
-        for i, (path, gpt, tokenizer) in enumerate(zip(paths, policies, tokenizers)):
+        for i, (path, (gpt, _), tokenizer) in enumerate(zip(paths, loaded, tokenizers)):
             prompt = text if cfg.plain else f"{dialogues[i]}\n\nHuman: {text}\n\nAssistant:"
             reads_it = tokenizer.fingerprint == tokenizers[0].fingerprint  # the reward model's tokens
             try:
-                answers = reply(gpt, prompt, tokenizer, reward_model if reads_it else None, judge, cfg, turn)
+                answers = reply(gpt.to(device), prompt, tokenizer, reward_model if reads_it else None, judge, cfg, turn)
             except InputError as error:  # a prompt that is too long does not end a dialogue
                 if cfg.prompt:
                     raise

@@ -13,16 +13,7 @@ from rlhf.support.cli import InputError, lock, parse_cli
 from rlhf.support.cli import run as cli_run
 from rlhf.tokenizer import load_tokenizer
 from rlhf.tools import label
-from rlhf.tools.label import (
-    COLUMNS,
-    LabelConfig,
-    agrees,
-    append_answer,
-    judge_answer,
-    next_pair,
-    read_answers,
-    write_answers,
-)
+from rlhf.tools.label import COLUMNS, LabelConfig, agrees, append_answer, judge_answer, read_answers, write_answers
 from tests.helpers import BUNDLED, TINY, rows
 
 PROMPT = '\n\nHuman: say "hi", please\n\nAssistant:'
@@ -33,10 +24,10 @@ PROMPT = '\n\nHuman: say "hi", please\n\nAssistant:'
 
 def test_answer_file_writes_each_answer_at_once_and_reads_it_again(tmp_path):
     path, row = tmp_path / "new" / "answers.csv", ["4", PROMPT, 'a, "b"\nc', "d", "first"]
-    assert read_answers(path) == [] and next_pair([]) == 0
+    assert read_answers(path) == []
     append_answer(path, row)
     assert rows(path) == [dict(zip(COLUMNS, row))]
-    assert read_answers(path) == [row] and next_pair([row]) == 5
+    assert read_answers(path) == [row]
 
 
 def test_answer_file_cut_at_any_byte_loses_at_most_the_last_answer(tmp_path):
