@@ -20,12 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import torch
 from pandas import DataFrame, concat, read_csv
 
 from rlhf.data import load_comparisons, load_prompts
 from rlhf.extras.optimum import best_of_n, best_of_n_kl
-from rlhf.extras.overoptimisation import curves, fits, spread
 from rlhf.rollout import Frozen
 from rlhf.support.checkpoints import load_policy, load_reward_model
 from rlhf.support.cli import InputError, arg, check_positive, run
@@ -37,7 +37,6 @@ from rlhf.tools.optimality import reference_samples
 from rlhf.tools.plot import load_pyplot
 
 ROOT = Path(__file__).resolve().parents[2]
-EPOCHS, BATCH_SIZE = 4.0, 64  # of every reward model, those of train_reward.py's defaults
 POINT = ["method", "seed", "comparisons", "kl_coef", "step_or_n", "kl_ref", "score", "gold"]  # columns of study.csv
 
 
@@ -67,6 +66,9 @@ class StudyConfig:
         return Path(self.out) / ".lock"
 
 
+# ---- the runs and their points ----
+
+
 def script(cfg: StudyConfig, name: str, seed: int, out: Path, *flags) -> None:
     """Run one of the three scripts, unless it has run to its end already."""
     finished = out / f"{name}.done"  # holds the command
@@ -93,14 +95,14 @@ def one_reward_model(cfg: StudyConfig, seed: int, size: int, whole: bool) -> Dat
     """Train a reward model on so many comparisons and PPO against it, and sample best-of-n. Returns the points."""
     folder = Path(cfg.out) / f"seed{seed}" / f"comparisons{size}"
     sft = folder.parent / "sft.pt"
-    script(cfg, "reward", seed, folder, "--sft", sft, "--comparisons", size,
-           "--steps", max(1, round(EPOCHS * size / BATCH_SIZE)))
+    steps = max(1, round(4 * size / 64))  # 4 epochs in batches of 64, train_reward.py's defaults
+    script(cfg, "reward", seed, folder, "--sft", sft, "--comparisons", size, "--steps", steps)
     points = [best_of_n_points(cfg, seed, sft, folder / "reward.pt")]
     for kl_coef in [x for x in cfg.kl_coefs.split(",") if whole or float(x) == 0]:
         out = folder / f"kl{kl_coef}"
         script(cfg, "ppo", seed, out, "--sft", sft, "--reward", folder / "reward.pt", "--kl-coef", kl_coef)
-        steps = read_csv(out / "ppo.csv").rename(columns={"step": "step_or_n"})
-        points.append(steps.assign(method="ppo", kl_coef=float(kl_coef)))
+        curve = read_csv(out / "ppo.csv").rename(columns={"step": "step_or_n"})
+        points.append(curve.assign(method="ppo", kl_coef=float(kl_coef)))
     print(f"seed {seed}, {size} comparisons: done", flush=True)
     return concat(points).assign(seed=seed, comparisons=size)[POINT]
 
@@ -116,6 +118,41 @@ def best_of_n_points(cfg: StudyConfig, seed: int, sft_path: Path, reward_path: P
     rows = [("best_of_n", n, best_of_n_kl(n), *(best_of_n(scores, x, n).mean().item() for x in (scores, golds)))
             for n in (2**k for k in range(cfg.largest_n.bit_length()))]
     return DataFrame(rows, columns=["method", "step_or_n", "kl_ref", "score", "gold"])
+
+
+# ---- the curves ----
+
+
+def fit(d: numpy.ndarray, gain: numpy.ndarray, method: str) -> tuple[float, float]:
+    """(a, b) of gain = d (a - b d) for best_of_n, gain = d (a - b log d) for ppo, by least squares. Gao et al. 2022."""
+    columns = numpy.stack([d, -d * (d if method == "best_of_n" else numpy.log(d))], axis=1)
+    return tuple(numpy.linalg.lstsq(columns, gain, rcond=None)[0])
+
+
+def curves(points: DataFrame):
+    """((method, seed, comparisons), points) of each curve: those without a KL penalty, with a column d = sqrt(KL)."""
+    points = points[points["kl_coef"].fillna(0) == 0]
+    return points.assign(d=points["kl_ref"].clip(lower=0) ** 0.5).groupby(["method", "seed", "comparisons"])
+
+
+def fits(points: DataFrame) -> DataFrame:
+    """One row for each curve. A curve starts with its first point, at d = 0; points whose d is not positive are not
+    fitted, and a curve with fewer than three others has no row."""
+    rows = []
+    for (method, seed, size), curve in curves(points):
+        rest, best, last = curve[curve["d"] > 0], curve.iloc[curve["gold"].argmax()], curve.iloc[-1]
+        if len(rest) >= 3:
+            a, b = fit(rest["d"].to_numpy(), (rest["gold"] - curve["gold"].iloc[0]).to_numpy(), method)
+            rows.append({"method": method, "seed": seed, "comparisons": size, "alpha": a, "beta": b,
+                         "highest_gold": best["gold"], "at_sqrt_kl": best["d"], "last_gold": last["gold"],
+                         "last_score": last["score"], "last_sqrt_kl": last["d"]})
+    return DataFrame(rows)
+
+
+def spread(table: DataFrame) -> DataFrame:
+    """Of the rows of fits, mean and standard deviation over the seeds for each method and size."""
+    return table.drop(columns=["seed", "last_score", "last_sqrt_kl"]).groupby(["method", "comparisons"]).agg(
+        ["mean", "std"])
 
 
 def plot(points: DataFrame, path: Path) -> None:

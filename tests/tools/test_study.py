@@ -11,10 +11,9 @@ import pytest
 from pandas import DataFrame, read_csv
 from pandas.testing import assert_frame_equal
 
-from rlhf.extras.overoptimisation import fit, fits, spread
 from rlhf.support.cli import InputError
 from rlhf.tools import study
-from rlhf.tools.study import POINT, StudyConfig, main, one_reward_model, script
+from rlhf.tools.study import POINT, StudyConfig, fit, fits, main, one_reward_model, script, spread
 from tests.helpers import ROOT
 
 
