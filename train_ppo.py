@@ -34,6 +34,7 @@ import torch
 from rlhf import data, evaluate
 from rlhf.advantages import explained_variance, gae
 from rlhf.extras import alternatives, parallel, report
+from rlhf.extras.from_checkpoint import tokenizer_of
 from rlhf.extras.lora import trained_and_frozen
 from rlhf.extras.ptx import PretrainingMix
 from rlhf.losses import mean_entropy, policy_loss, value_loss
@@ -42,7 +43,6 @@ from rlhf.model import PolicyWithValue
 from rlhf.rewards import adapt_kl_coef, kl_k1, kl_k3, shape_rewards
 from rlhf.rollout import Frozen
 from rlhf.support import checkpoints, judge, runtime, tables
-from rlhf.tokenizer import find_tokenizer
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,7 @@ def load_models(cfg: PPOConfig, device, amp):
     sft_path, reward_path = cfg.checkpoint("sft"), cfg.checkpoint("reward")
     gpt, sft = checkpoints.load_policy(sft_path, "sft")
     reward_model, reward = checkpoints.load_reward_model(reward_path)
-    tokenizer = find_tokenizer(cfg.data, sft["config"]["tokenizer"])
-    checkpoints.check_tokenizer(sft_path, sft, tokenizer)
+    tokenizer = tokenizer_of(sft_path, sft, cfg.data)
     checkpoints.check_tokenizer(reward_path, reward, tokenizer)
     inputs = checkpoints.digests(sft=sft_path, reward=reward_path, prompts=tables.csv_path(cfg.data, "prompts"))
     checkpoints.check_input(reward_path, reward, "sft", sft_path)
@@ -252,9 +251,8 @@ def load_models(cfg: PPOConfig, device, amp):
     if cfg.advantage == "gae" and cfg.value_network == "reward":
         # Its network already tells good responses from bad ones. The value head is new and starts at zero.
         value_gpt, reward_model.gpt = trained_and_frozen(reward_model.gpt, cfg.lora_rank, generator)
-    policy = PolicyWithValue(policy_gpt, value_gpt)
-    if cfg.advantage != "gae":
-        policy = alternatives.PolicyWithoutValue(policy_gpt)
+    policy = (PolicyWithValue(policy_gpt, value_gpt) if cfg.advantage == "gae"
+              else alternatives.PolicyWithoutValue(policy_gpt))
     if cfg.ptx_coef:
         inputs |= checkpoints.digests(demonstrations=tables.csv_path(cfg.data, "demonstrations"))
     frozen = Frozen(reference.to(device), reward_model.to(device), tokenizer, cfg.max_new_tokens,

@@ -26,13 +26,13 @@ import torch
 
 from rlhf.data import batch_indices, chunks, comparison_batch, load_comparisons, load_demonstrations, pad_rows
 from rlhf.extras import parallel
+from rlhf.extras.from_checkpoint import tokenizer_of
 from rlhf.extras.lora import add_adapters
 from rlhf.extras.rankings import load_rankings, score_rankings
 from rlhf.extras.yardsticks import judge_accuracies, share_positive, swap_prompts
 from rlhf.losses import bradley_terry_loss
 from rlhf.model import RewardModel
 from rlhf.support import checkpoints, judge, runtime, tables
-from rlhf.tokenizer import find_tokenizer
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class RewardConfig(cli.TrainConfig):
     max_grad_norm: float = 5.0
     log_every: int = cli.arg(20, "steps between lines of metrics")
     eval_every: int = 150
+    eval_rows: int = cli.arg(0, "rows of the closing evaluation, and that set the scale (0: all)")
     weight_decay: float = cli.arg(0.5, "AdamW's weight decay, on matrices only")
     sft: str = cli.arg("", "checkpoint to start from (empty: OUT/sft.pt)", group="model and data")
     comparison_files: tuple[str, ...] = cli.arg((), "files to learn from instead of comparisons.csv")
@@ -57,7 +58,7 @@ class RewardConfig(cli.TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         cli.check_positive(self, "log_every")
-        cli.check_not_negative(self, "weight_decay", "comparisons")
+        cli.check_not_negative(self, "weight_decay", "comparisons", "eval_rows")
         if self.rankings and (self.shuffle_prompts or self.comparison_files):
             raise ValueError("--shuffle-prompts and --comparison-files are for comparisons, not for --rankings")
 
@@ -66,14 +67,14 @@ def main(cfg: RewardConfig) -> None:
     device, amp, scaler = runtime.setup(cfg.device, cfg.amp)
     sft_path, path = cfg.checkpoint("sft"), cfg.checkpoint("reward")
     gpt, sft = checkpoints.load_policy(sft_path, "sft")
-    tokenizer = find_tokenizer(cfg.data, sft["config"]["tokenizer"])
-    checkpoints.check_tokenizer(sft_path, sft, tokenizer)
+    tokenizer = tokenizer_of(sft_path, sft, cfg.data)
     pad_id, limit, kind = tokenizer.pad_id, gpt.config.block_size, "rankings" if cfg.rankings else "comparisons"
     train_files = [Path(name) for name in cfg.comparison_files] or [tables.csv_path(cfg.data, kind)]
     train_rows = (load_rankings(train_files[0], tokenizer, limit) if cfg.rankings
                   else load_comparisons(train_files, tokenizer, limit))[: cfg.comparisons or None]
-    heldout_rows = load_comparisons([tables.csv_path(cfg.data, "comparisons", heldout=True)], tokenizer, limit)
-    demonstrations = load_demonstrations(cfg.data, tokenizer, limit)
+    heldout_file, some = tables.csv_path(cfg.data, "comparisons", heldout=True), slice(cfg.eval_rows or None)
+    heldout_rows = load_comparisons([heldout_file], tokenizer, limit)[some]
+    demonstrations = load_demonstrations(cfg.data, tokenizer, limit)[some]
     if cfg.shuffle_prompts:
         train_rows = swap_prompts(train_rows, cfg.seed, limit)
 

@@ -22,7 +22,7 @@ from rlhf.data import batch_indices, chunks, demonstration_batch, load_demonstra
 from rlhf.evaluate import decode_responses
 from rlhf.extras import parallel
 from rlhf.extras.lora import add_adapters
-from rlhf.extras.pretrained import init_from
+from rlhf.extras.pretrained import start_from
 from rlhf.losses import sft_loss
 from rlhf.model import GPT, GPTConfig
 from rlhf.rollout import generate
@@ -41,9 +41,12 @@ class SFTConfig(cli.TrainConfig):
     warmup: int = 30
     log_every: int = cli.arg(25, "steps between lines of metrics")
     eval_every: int = 200
+    eval_rows: int = cli.arg(0, "held-out demonstrations of an evaluation (0: all)")
     weight_decay: float = cli.arg(0.1, "AdamW's weight decay, on matrices only")
     tokenizer: str = cli.arg("auto", "auto (the data set's, else GPT-2's), gpt2 or FILE.tiktoken", group="model")
-    init: str = cli.arg("", "GPT-2's weights: gpt2, ..., gpt2-xl, or a folder")
+    init: str = cli.arg("", "pretrained weights: gpt2, ..., a folder, a GGUF file, a name")
+    load_in_4bit: bool = cli.arg(False, "hold the weights of --init in 4 bits")
+    cut_vocab: bool = cli.arg(False, "drop the tokens that the data set does not use")
     n_layer: int = cli.arg(3, "transformer blocks")
     n_head: int = cli.arg(4, "attention heads")
     n_embd: int = cli.arg(64, "channels")
@@ -52,9 +55,9 @@ class SFTConfig(cli.TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         cli.check_positive(self, "log_every")
-        cli.check_not_negative(self, "weight_decay")
-        if self.lora_rank and not self.init:
-            raise ValueError("--lora-rank needs --init: adapters on random weights have nothing to adapt")
+        cli.check_not_negative(self, "weight_decay", "eval_rows")
+        if not self.init and (self.lora_rank or self.cut_vocab) or self.load_in_4bit and not self.lora_rank:
+            raise ValueError("--lora-rank and --cut-vocab need --init, and --load-in-4bit needs --init and --lora-rank")
         if self.init and any(getattr(self, size) != getattr(SFTConfig, size)
                              for size in ("n_layer", "n_head", "n_embd", "block_size")):
             raise ValueError("--n-layer, --n-head, --n-embd and --block-size come with --init; leave them out")
@@ -63,27 +66,25 @@ class SFTConfig(cli.TrainConfig):
 
 def main(cfg: SFTConfig) -> None:
     device, amp, scaler = runtime.setup(cfg.device, cfg.amp)
-    tokenizer = find_tokenizer(cfg.data, cfg.tokenizer)
-    inputs = checkpoints.digests(demonstrations=tables.csv_path(cfg.data, "demonstrations"))
     torch.manual_seed(cfg.seed)  # for the initial weights; everything else random has its own generator
     if cfg.init:
-        gpt, init_inputs = init_from(cfg.init, tokenizer.vocab_size)
-        inputs |= init_inputs
+        gpt, tokenizer, inputs = start_from(cfg)
     else:
+        tokenizer, inputs = find_tokenizer(cfg.data, cfg.tokenizer), {}
         gpt = GPT(GPTConfig(tokenizer.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
+    inputs |= checkpoints.digests(demonstrations=tables.csv_path(cfg.data, "demonstrations"))
     gpt = add_adapters(gpt, cfg.lora_rank, runtime.make_generator("cpu", cfg.seed, "adapters")).to(device)
     train_rows = load_demonstrations(cfg.data, tokenizer, gpt.config.block_size)
-    heldout_rows = load_demonstrations(cfg.data, tokenizer, gpt.config.block_size, heldout=True)
+    valid_rows = load_demonstrations(cfg.data, tokenizer, gpt.config.block_size, heldout=True)[: cfg.eval_rows or None]
 
     optimizer = runtime.make_optimizer(gpt, cfg.lr, cfg.weight_decay)
     path = cfg.checkpoint("sft")
     begun = checkpoints.begin(path, cfg, tokenizer, inputs, gpt, optimizer, scaler)
     print(f"{sum(p.numel() for p in gpt.parameters()):,} parameters, {tokenizer.vocab_size} tokens, "
-          f"{len(train_rows):,} demonstrations ({len(heldout_rows):,} held out), on {device}, amp {cfg.amp}, "
+          f"{len(train_rows):,} demonstrations ({len(valid_rows):,} held out), on {device}, amp {cfg.amp}, "
           f"seed {cfg.seed}")
-    first = train_rows[0]
-    print(f"one row, | where the loss begins: {tokenizer.decode(first.tokens[:first.prompt_len])!r} | "
-          f"{tokenizer.decode(first.tokens[first.prompt_len:])!r}")
+    row, n = train_rows[0]
+    print(f"one row, | where the loss begins: {tokenizer.decode(row[:n])!r} | {tokenizer.decode(row[n:])!r}")
 
     progress = tables.Progress(
         path.with_suffix(".csv"), cfg.steps, begun, ("loss", "valid", "grad_norm", "lr"), cfg.tensorboard)
@@ -107,12 +108,12 @@ def main(cfg: SFTConfig) -> None:
 
         done = step + 1
         evaluated = done % cfg.eval_every == 0 or done == cfg.steps
-        valid = validation_loss(gpt, heldout_rows, cfg, tokenizer.pad_id, device, amp) if evaluated else None
+        valid = validation_loss(gpt, valid_rows, cfg, tokenizer.pad_id, device, amp) if evaluated else None
         runtime.check_finite(gpt, done, loss, valid)
         if evaluated or step == 0 or done % cfg.log_every == 0:
             progress.log(done, loss=loss.item(), valid=valid, grad_norm=grad_norm.item(), lr=lr)
         if evaluated:
-            print_samples(gpt, heldout_rows, tokenizer, device, amp, cfg.seed)
+            print_samples(gpt, valid_rows, tokenizer, device, amp, cfg.seed)
             checkpoints.save(path, "sft", gpt, cfg, done, tokenizer, optimizer, scaler, inputs, progress)
     print(f"wrote {path}; next: python train_reward.py")
 

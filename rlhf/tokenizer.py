@@ -65,9 +65,8 @@ def find_tokenizer(folder: str, choice: str = "auto") -> Tokenizer:
     if not Path(folder).is_dir():
         raise InputError(f"--data {folder}: there is no such folder here")
     own = Path(folder) / "tokenizer.tiktoken"
-    if choice == "auto":
-        choice = str(own) if own.is_file() else "gpt2"
-    return load_tokenizer(choice)
+    default = str(own) if own.is_file() else "gpt2"
+    return load_tokenizer(default if choice == "auto" else choice)
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

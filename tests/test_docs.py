@@ -29,7 +29,7 @@ def test_own_reward_of_the_page_trains(trained, tmp_path, monkeypatch):
     page = (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")
     names = {"torch": torch}
     exec(textwrap.dedent(re.search(r"    class MyReward.*?tokens.device\)\n", page, flags=re.S)[0]), names)
-    line = "    policy = PolicyWithValue(policy_gpt, value_gpt)"
+    line = "    policy = (PolicyWithValue(policy_gpt, value_gpt)"
     assert (ROOT / "train_ppo.py").read_text(encoding="utf-8").count(line) == 1
     tokenizer = find_tokenizer(str(data))
     ids = torch.tensor([tokenizer.encode("Human: please please\n\nAssistant: Yes, please.")])

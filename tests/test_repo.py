@@ -28,7 +28,7 @@ def imports(path):
 
 
 OPTIONAL = {"rlhf/tools/study.py": {"matplotlib"}, "rlhf/tools/plot.py": {"matplotlib"},
-            "tests/tools/test_plot.py": {"tensorboard"}, "rlhf/extras/trl_ppo.py": {"transformers", "trl"}}
+            "tests/tools/test_plot.py": {"tensorboard"}, "rlhf/tools/trl_ppo.py": {"transformers", "trl"}}
 
 
 def wing(module):

@@ -416,6 +416,7 @@ def main(cfg: PrepareConfig) -> None:
                                 [(PROMPT, better.text, worse.text, better.gold, worse.gold)
                                  for better, worse in gold_pairs]),
         "rankings": ("Prompt,Response,Rank,Group", rankings),
+        "ratings": ("Prompt,Response,Gold", [(PROMPT, sentence.text, sentence.gold) for sentence in train]),
         "ratings_heldout": ("Prompt,Response,Gold,VotersMean",
                             [(PROMPT, sentence.text, sentence.gold, fmean(sentence.votes)) for sentence in heldout]),
         "judge_weights": ("Feature,Weight", weights.items()),

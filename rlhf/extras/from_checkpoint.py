@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import ModuleType
 
+from rlhf.extras import hf
 from rlhf.support.checkpoints import check_tokenizer
 from rlhf.support.cli import InputError
 from rlhf.support.judge import load_judge
@@ -12,10 +13,13 @@ BUNDLED = Path(__file__).resolve().parents[2] / "data" / "tiny_assistant"
 
 
 def tokenizer_of(path: Path, checkpoint: dict, folder: str) -> Tokenizer:
-    """The tokenizer that a checkpoint was trained with: the data set's or, failing that, the one it names."""
-    name = checkpoint["tokenizer_name"]
-    tokenizer = find_tokenizer(folder, "auto" if (Path(folder) / "tokenizer.tiktoken").is_file() else name)
-    if checkpoint["tokenizer"] != tokenizer.fingerprint:
+    """The tokenizer that a checkpoint was trained with: its model's own, the data set's or, failing that, the one it
+    names."""
+    config, name = checkpoint["model_config"], checkpoint["tokenizer_name"]
+    own = (Path(folder) / "tokenizer.tiktoken").is_file()
+    tokenizer = (hf.HFTokenizer(config["init"], config["kept"]) if "init" in config
+                 else find_tokenizer(folder, "auto" if own else name))
+    if checkpoint["tokenizer"] != tokenizer.fingerprint and "init" not in config:
         tokenizer = find_tokenizer(folder, name)
     check_tokenizer(path, checkpoint, tokenizer)
     return tokenizer

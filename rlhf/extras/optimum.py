@@ -58,8 +58,7 @@ def optimum(scores: Tensor, kl_coef: float, log_ratio: Tensor | None = None,
     if scores.dim() != 2 or scores.size(1) < 2:
         raise ValueError(f"scores must be (Q, N) with N at least 2, got {tuple(scores.shape)}")
     if not kl_coef >= 0 or not 0 < reference_share <= 1:
-        raise ValueError(f"kl_coef is {kl_coef} and reference_share {reference_share}: they must be 0 or more, and "
-                         f"above 0 and at most 1")
+        raise ValueError(f"kl_coef, share are {kl_coef}, {reference_share}: not 0 or more, and above 0 and at most 1")
     scores, shares = scores.double(), torch.tensor([reference_share, 1 - reference_share], dtype=torch.float64)
     log_q = torch.logaddexp(shares[0].log(), shares[1].log() + log_ratio.double())  # (Q, N): log q / pi_ref
     if kl_coef == 0:

@@ -5,19 +5,16 @@ from pathlib import Path
 
 import torch
 
+from rlhf.extras import hf
 from rlhf.model import GPT, GPTConfig
 from rlhf.support.checkpoints import digests
 from rlhf.support.cli import InputError
 from rlhf.support.tables import replacing
+from rlhf.tokenizer import Tokenizer, find_tokenizer
 
 # The published GPT-2s: layers, heads, channels. All know 50,257 tokens and read 1,024.
-PRETRAINED = {
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-    "distilgpt2": (6, 12, 768),
-}
+PRETRAINED = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
+              "gpt2-xl": (48, 25, 1600), "distilgpt2": (6, 12, 768)}
 # What a config.json must say, or leave out, for the network to be the one of rlhf/model.py.
 ARCHITECTURE = {"model_type": "gpt2", "activation_function": "gelu_new", "n_inner": None, "layer_norm_epsilon": 1e-5,
                 "tie_word_embeddings": True, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
@@ -65,9 +62,19 @@ def load_gpt2(name_or_path: str) -> GPT:
     return gpt
 
 
+def start_from(cfg) -> tuple[GPT, Tokenizer, dict[str, str]]:
+    """What `train_sft.py --init` starts from: GPT-2's weights, or what rlhf/extras/hf.py makes of other models'."""
+    by_hand = cfg.init in PRETRAINED or (Path(cfg.init) / "pytorch_model.bin").is_file()
+    if not by_hand or cfg.load_in_4bit or cfg.cut_vocab:
+        return hf.init_from(cfg)
+    tokenizer = find_tokenizer(cfg.data, cfg.tokenizer)
+    gpt, inputs = init_from(cfg.init, tokenizer.vocab_size)
+    return gpt, tokenizer, inputs
+
+
 def init_from(name_or_path: str, vocab_size: int) -> tuple[GPT, dict[str, str]]:
-    """What `train_sft.py --init` starts from, and the digests of a local folder's files. (A published name always
-    means the same files.) Raises InputError if the weights cannot be loaded or know other tokens."""
+    """GPT-2's weights, and the digests of a local folder's files. (A published name always means the same files.)
+    Raises InputError if the weights cannot be loaded or know other tokens."""
     try:
         gpt = load_gpt2(name_or_path)
     except Exception as error:  # no network, no such file, another architecture, a garbled file, ...
@@ -77,10 +84,8 @@ def init_from(name_or_path: str, vocab_size: int) -> tuple[GPT, dict[str, str]]:
     if gpt.config.vocab_size != vocab_size:
         raise InputError(f"--init {name_or_path} knows {gpt.config.vocab_size} tokens and the tokenizer {vocab_size}; "
                          f"give --tokenizer gpt2, or the file it was trained with")
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        return gpt, {}
-    return gpt, digests(**{"init": folder / "pytorch_model.bin", "init config": folder / "config.json"})
+    files = {"init": "pytorch_model.bin", "init config": "config.json"} if Path(name_or_path).is_dir() else {}
+    return gpt, digests(**{key: Path(name_or_path) / name for key, name in files.items()})
 
 
 def save_gpt2(gpt: GPT, folder: Path, eos_id: int) -> None:
@@ -94,6 +99,7 @@ def save_gpt2(gpt: GPT, folder: Path, eos_id: int) -> None:
     state = {}
     for ours, weight in gpt.state_dict().items():
         name, transposed = published_name(ours)
+        weight = weight / gpt.temperature if ours.startswith("ln_f.") else weight  # the logits are linear in it
         state[f"transformer.{name}"] = (weight.t() if transposed else weight).contiguous()
     state["lm_head.weight"] = state["transformer.wte.weight"]
     with replacing(folder / "pytorch_model.bin", "wb") as file:

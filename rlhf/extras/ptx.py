@@ -31,5 +31,4 @@ class PretrainingMix:
             tokens, mask = demonstration_batch(part, self.pad_id, self.device)  # (B, T), (B, T-1)
             with autocast(self.device, self.amp):
                 loss = sft_loss(gpt.hidden(tokens), tokens, mask, gpt.logits)
-            loss = cfg.ptx_coef * loss * (mask.sum() / actions)
-            scaler.scale(loss).backward()
+            scaler.scale(cfg.ptx_coef * loss * (mask.sum() / actions)).backward()

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf.model import GPT, KVCache
+from rlhf.model import GPT
 
 
 def filter_top_k_top_p(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -31,12 +31,7 @@ class Sampler:
 
     def __init__(self, gpt: GPT, temperature: float, top_k: int, top_p: float):
         self.gpt, self.temperature, self.top_k, self.top_p = gpt, temperature, top_k, top_p
-
-    def make_cache(self, batch_size: int, max_length: int) -> KVCache:
-        return self.gpt.make_cache(batch_size, max_length)
-
-    def hidden(self, *args) -> Tensor:
-        return self.gpt.hidden(*args)
+        self.make_cache, self.hidden = gpt.make_cache, gpt.hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         return filter_top_k_top_p(self.gpt.logits(hidden) / self.temperature, self.top_k, self.top_p)  # (B, V)

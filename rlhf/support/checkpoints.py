@@ -19,6 +19,7 @@ from rlhf.support.tables import Progress, check_file, replacing
 from rlhf.tokenizer import Tokenizer
 
 FORMAT = 3  # of a checkpoint
+NETWORKS = {"gpt": (GPTConfig, GPT)}  # rlhf/extras/hf.py adds its own
 # What a run writes beside its checkpoint.
 RESULTS = {"sft": ("sft.csv",), "reward": ("reward.csv", "reward_evaluation.csv"),
            **{of: (f"{of}.csv", "evaluation.csv", f"{of}_samples.csv", "optimality.csv") for of in ("ppo", "dpo")}}
@@ -78,8 +79,7 @@ def begin(path: Path, config, tokenizer, inputs: dict[str, str], model, optimize
     if not config.resume:
         old = [file for file in (path, *map(path.with_name, RESULTS[path.stem])) if file.exists()]
         if old and not config.overwrite:
-            raise InputError(f"{old[0]} is of another run; give --resume to continue it, --overwrite to replace it, or "
-                             f"another --out")
+            raise InputError(f"{old[0]} is of another run; give --resume to go on, --overwrite or another --out")
         return {"step": 0, "metrics": [], "replaced": old[1:] if path in old else old}
     check_file(path, "so there is nothing to resume from; drop --resume")
     checkpoint = load_checkpoint(path, path.stem, unfinished=True)
@@ -101,6 +101,12 @@ def begin(path: Path, config, tokenizer, inputs: dict[str, str], model, optimize
 # ---- load for use ----
 
 
+def network(checkpoint: dict) -> GPT:
+    """The network of a checkpoint, before its weights are loaded."""
+    Config, Network = NETWORKS["hf" if "init" in checkpoint["model_config"] else "gpt"]
+    return Network(Config(**checkpoint["model_config"]))
+
+
 def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
     """Read a checkpoint of one of the kinds "sft", "reward" and "ppo", on the CPU. With "ppo" goes "dpo".
 
@@ -115,8 +121,9 @@ def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
                 raise ValueError(f"damaged in {damaged}")
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"of format {checkpoint['format']}, this code reads {FORMAT}")
-        # Raises if the sizes make no network, or the weights are no tensors.
-        GPTConfig(**checkpoint["model_config"]), [weight.shape for weight in checkpoint["model"].values()]
+        # Raises if the weights are no tensors, or the sizes make no network.
+        config = checkpoint["model_config"]
+        "init" in config or GPTConfig(**config), [weight.shape for weight in checkpoint["model"].values()]
         step, steps = checkpoint["step"], checkpoint["config"]["steps"]
         script = "-m rlhf.tools.train_dpo" if checkpoint["kind"] == "dpo" else f"train_{checkpoint['kind']}.py"
     except Exception as error:  # a zip that is cut short, a pickle of something else, a missing key, ...
@@ -131,14 +138,14 @@ def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
 def merged(state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """The plain weights of a finished checkpoint, of the names that begin with prefix, without it.
 
-    An adapter is folded into its matrix: weight = W + scale * B A (rlhf/extras/lora.py).
+    An adapter is folded into its matrix: weight = W + scale * B A (rlhf/extras/lora.py). If the matrix is not in the
+    checkpoint, it stays an adapter (rlhf/extras/hf.py).
     """
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    for layer in [name.removesuffix(".A") for name in state if name.endswith(".A")]:
+    for layer in [name.removesuffix(".linear.weight") for name in state if name.endswith(".linear.weight")]:
         A, B, scale = (state.pop(f"{layer}.{name}") for name in ("A", "B", "scale"))
-        state[f"{layer}.weight"] = state.pop(f"{layer}.linear.weight") + scale * B @ A
-        state[f"{layer}.bias"] = state.pop(f"{layer}.linear.bias")
-    return state
+        state[f"{layer}.linear.weight"] = state[f"{layer}.linear.weight"] + scale * B @ A
+    return {name.replace(".linear.", "."): tensor for name, tensor in state.items()}
 
 
 def load_weights(path: Path, model: nn.Module, state: dict[str, Tensor], prefix="", resume=False) -> None:
@@ -160,22 +167,19 @@ def load_policy(path: Path, *kinds: str) -> tuple[GPT, dict]:
     """The GPT of a checkpoint of one of the kinds "sft" and "ppo" (or "dpo"), without the value estimate, and the
     checkpoint.
 
-    A policy that was trained at another temperature than 1 is sampled at it: the temperature is folded into the last
-    LayerNorm, from which the logits are made.
+    A policy that was trained at another temperature than 1 is sampled at it.
     """
     checkpoint = load_checkpoint(path, *kinds)
-    gpt = GPT(GPTConfig(**checkpoint["model_config"]))
+    gpt = network(checkpoint)
     load_weights(path, gpt, checkpoint["model"], prefix="" if checkpoint["kind"] == "sft" else "gpt.")
-    with torch.no_grad():
-        for parameter in gpt.ln_f.parameters():
-            parameter /= checkpoint["config"].get("temperature", 1.0)
+    gpt.temperature = checkpoint["config"].get("temperature", 1.0)
     return gpt, checkpoint
 
 
 def load_reward_model(path: Path) -> tuple[RewardModel, dict]:
     """The reward model of reward.pt, and the checkpoint."""
     checkpoint = load_checkpoint(path, "reward")
-    model = RewardModel(GPT(GPTConfig(**checkpoint["model_config"])))
+    model = RewardModel(network(checkpoint))
     load_weights(path, model, checkpoint["model"])
     return model, checkpoint
 

@@ -33,8 +33,7 @@ def arg(default, help: str, choices: tuple[str, ...] | None = None, group: str |
     A tuple[str, ...] takes several values. group: the heading in --help from this field on. flag: False for values that
     stand by themselves, without a flag.
     """
-    about = {"help": help, "choices": choices, "group": group, "flag": flag}
-    return dataclasses.field(default=default, metadata=about)
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "group": group, "flag": flag})
 
 
 @dataclass(frozen=True)

@@ -130,10 +130,10 @@ class Progress:
         left = elapsed / max(1, step - self.start) * (self.steps - step)
         row = {"step": step, **metrics, "tokens_per_s": round(self.tokens / elapsed),
                "seconds": round(self.seconds_before + elapsed, 1)}
-        cells = {"step": f"{step}/{self.steps}"}
-        cells |= {name: "" if metrics[name] is None else f"{metrics[name]:{'.1e' if name == 'lr' else '.3f'}}"
-                  for name in self.screen}
-        cells |= {"tokens/s": f"{row['tokens_per_s']:,}", "left": format_seconds(left)}
+        cells = {"step": f"{step}/{self.steps}",
+                 **{name: "" if metrics[name] is None else f"{metrics[name]:{'.1e' if name == 'lr' else '.3f'}}"
+                    for name in self.screen},
+                 "tokens/s": f"{row['tokens_per_s']:,}", "left": format_seconds(left)}
         if self.lines % 25 == 0:
             print("  ".join(name.rjust(8) for name in cells))
         print("  ".join(cell.rjust(max(8, len(name))) for name, cell in cells.items()), flush=True)

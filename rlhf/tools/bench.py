@@ -28,9 +28,9 @@ import torch
 from rlhf import rollout
 from rlhf.extras.measure import clock, matmul_rate, medians, noting, peak_memory, ratios, training_flops
 from rlhf.extras.report import print_table
-from rlhf.extras.trl_ppo import trl_iterations
 from rlhf.model import GPT, GPTConfig, PolicyWithValue, RewardModel
 from rlhf.support import cli, runtime
+from rlhf.tools.trl_ppo import trl_iterations
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from rlhf.extras.from_checkpoint import tokenizer_of
 from rlhf.extras.pretrained import save_gpt2
 from rlhf.support.checkpoints import load_policy
-from rlhf.support.cli import arg, run
+from rlhf.support.cli import InputError, arg, run
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class ExportConfig:
 def main(cfg: ExportConfig) -> None:
     path = Path(cfg.checkpoint)
     gpt, checkpoint = load_policy(path, "sft", "ppo")
+    if "init" in checkpoint["model_config"]:
+        raise InputError(f"{path} is no GPT-2: this program writes GPT-2's format only")
     tokenizer = tokenizer_of(path, checkpoint, cfg.data or checkpoint["config"]["data"])
     save_gpt2(gpt, Path(cfg.out), tokenizer.eos_id)
     print(f"wrote {cfg.out}/config.json and {cfg.out}/pytorch_model.bin: {sum(p.numel() for p in gpt.parameters()):,} "

@@ -24,7 +24,7 @@ from rlhf.extras.alternatives import PolicyWithoutValue
 from rlhf.extras.from_checkpoint import judge_of, tokenizer_of
 from rlhf.extras.optimum import add_optimum, column
 from rlhf.extras.report import print_table
-from rlhf.model import GPT, GPTConfig, PolicyWithValue
+from rlhf.model import GPT, PolicyWithValue
 from rlhf.rollout import Frozen
 from rlhf.support import checkpoints, cli, runtime, tables
 
@@ -71,9 +71,9 @@ def load_run(cfg: RunConfig) -> Run:
     device, amp, _ = runtime.setup(cfg.device, config["amp"])
     reference, _ = checkpoints.load_policy(trained_file(checkpoint, "sft", cfg.sft, path), "sft")
     reward_model, _ = checkpoints.load_reward_model(trained_file(checkpoint, "reward", cfg.reward, path))
-    gpt, weights = GPT(GPTConfig(**checkpoint["model_config"])), checkpoint["model"]
+    gpt, weights = checkpoints.network(checkpoint), checkpoint["model"]
     separate = any(name.startswith("value_gpt.") for name in weights)
-    policy = PolicyWithValue(gpt, GPT(reward_model.gpt.config) if separate else None)
+    policy = PolicyWithValue(gpt, type(gpt)(reward_model.gpt.config) if separate else None)
     if "value_head.weight" not in weights:  # another --advantage than gae, or DPO
         policy = PolicyWithoutValue(gpt)
     checkpoints.load_weights(path, policy, weights)

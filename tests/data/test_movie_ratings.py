@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,11 +31,11 @@ from tests.helpers import rows as rows_of
 FOLDER = ROOT / "data" / "movie_ratings"
 ARCHIVES = ROOT.parent / "shared" / "data"
 FILES = {"prompts", "prompts_heldout", "demonstrations", "demonstrations_heldout", "comparisons", "comparisons_heldout",
-         "rankings", "ratings_heldout", "judge_weights"}
+         "rankings", "ratings", "ratings_heldout", "judge_weights"}
 
 
 def load(name, monkeypatch):
-    """prepare.py, judge.py or linear.py under a name of its own, because other data sets have files of these names."""
+    """A file of the data set under a name of its own, because other data sets have files of these names."""
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.delitem(sys.modules, "judge", raising=False)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -470,7 +471,8 @@ def check_data_set(prepare, folder, limit):
     learned = [prepare.letters(f"{row['Prompt']} {row['Response']}") for row in tables["demonstrations"]]
     compared = {row[side] for row in tables["comparisons"] for side in ("Chosen", "Rejected")}
     ranked = {row["Response"] for row in tables["rankings"]}
-    assert not heldout & {prepare.letters(text) for text in compared | ranked}
+    rated = {row["Response"] for row in tables["ratings"]}
+    assert not heldout & {prepare.letters(text) for text in compared | ranked | rated}
     everything = "|".join(learned)
     assert not [key for key in heldout if len(key) >= 20 and key in everything]
     assert compared | ranked <= {f"{row['Prompt']} {row['Response']}".removeprefix("Review: ")
@@ -494,7 +496,7 @@ def test_small_data_set_has_the_expected_counts(prepare, small, tmp_path, capsys
     out = capsys.readouterr().out
     assert "120 rated sentences: 96 to train on, 24 held out" in out
     assert "40 reviews: 20 for the judge, 18 for the language model, 2 held out" in out
-    assert len(tables["ratings_heldout"]) == 24
+    assert len(tables["ratings_heldout"]) == 24 and len(tables["ratings"]) == 96
     leaks = 96 + 18 * 13 - len(tables["demonstrations"])
     assert f"{leaks} training texts hold a held-out sentence" in out and 0 < leaks < 18
     assert len(tables["demonstrations_heldout"]) == 24 + 2 * 13
@@ -703,3 +705,37 @@ def test_linear_rejects_texts_without_a_common_word(linear, tmp_path):
 def test_linear_runs_on_the_small_data_set(linear, small, tmp_path, capsys):
     linear.main(linear.LinearConfig(data=str(small(tmp_path / "out"))))
     assert re.search(r"held out: [01]\.\d{3} of [\d,]+ comparisons", capsys.readouterr().out)
+
+
+# ---- the second yardstick ----
+
+
+@pytest.fixture(scope="module")
+def people(module_patch):
+    return load("people", module_patch)
+
+
+def test_ridge_matches_hand_computation(people):
+    """x = (1, -1), y = (3, -1): x y = 4 and x x = 2, so w = 4 / (2 + penalty)."""
+    x, y = torch.tensor([[1.0], [-1.0]], dtype=torch.float64), torch.tensor([3.0, -1.0], dtype=torch.float64)
+    assert [people.ridge(x, y, penalty).item() for penalty in (0, 2, 6)] == pytest.approx([2, 1, 0.5])
+
+
+def test_fit_finds_a_linear_function(people):
+    """y = 2 + 3 a - b without noise: the smallest penalty is chosen, and unseen rows get their y."""
+    x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = 2 + 3 * x[:, 0] - x[:, 1]
+    assert people.fit(x, y)(torch.tensor([[1.0, 5.0], [0.0, 0.0]], dtype=torch.float64)).tolist() == pytest.approx(
+        [0, 2], abs=0.01)
+
+
+def test_features_are_last_and_mean_of_the_real_tokens(people):
+    """Hidden states (1, 0), (3, 2), (100, 100), of which the last belongs to a pad in the first row."""
+    gpt = SimpleNamespace(hidden=lambda tokens: torch.tensor([[[1.0, 0], [3, 2], [100, 100]]] * len(tokens)))
+    x = people.features(gpt, torch.zeros(2, 3, dtype=torch.long), torch.tensor([2, 1]))
+    assert x.tolist() == [[3, 2, 2, 1], [1, 0, 1, 0]]
+
+
+def test_batches_come_back_in_the_order_of_the_rows(people):
+    rows = [[7] * length for length in (3, 1, 2) * 50]
+    assert people.in_batches(lambda tokens, lengths: lengths, rows, 0, "rows").tolist() == [len(row) for row in rows]

@@ -23,7 +23,7 @@ def two_tokenizers(tmp_path, small_data):
 def test_tokenizer_of_is_the_one_of_the_checkpoint(tmp_path, two_tokenizers, name):
     """The data set's own or, if the checkpoint was trained with another, the one that it names."""
     expected = getattr(two_tokenizers, name)
-    checkpoint = {"tokenizer": expected.fingerprint, "tokenizer_name": expected.name}
+    checkpoint = {"tokenizer": expected.fingerprint, "tokenizer_name": expected.name, "model_config": {}}
     got = tokenizer_of(tmp_path / "sft.pt", checkpoint, two_tokenizers.folder)
     assert got.fingerprint == expected.fingerprint
 
@@ -32,8 +32,8 @@ def test_tokenizer_of_rejects_a_tokenizer_file_that_has_changed(tmp_path, two_to
     other = two_tokenizers.other
     (tmp_path / "short.tiktoken").write_bytes((tmp_path / "data" / "tokenizer.tiktoken").read_bytes())
     with pytest.raises(InputError, match="another tokenizer"):
-        tokenizer_of(tmp_path / "sft.pt", {"tokenizer": other.fingerprint, "tokenizer_name": other.name},
-                     two_tokenizers.folder)
+        tokenizer_of(tmp_path / "sft.pt", {"tokenizer": other.fingerprint, "tokenizer_name": other.name,
+                                           "model_config": {}}, two_tokenizers.folder)
 
 
 def marked_judge(folder):

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 import train_ppo
 import train_reward
 import train_sft
-from rlhf.extras.lora import ALPHA, LoRALinear, WithoutAdapters, add_adapters, memory_table, trained_and_frozen
-from rlhf.extras.pretrained import PRETRAINED, save_gpt2
+from rlhf.extras.lora import ALPHA, LoRALinear, add_adapters, trained_and_frozen
+from rlhf.extras.pretrained import save_gpt2
 from rlhf.model import GPT, GPTConfig, PolicyWithValue
 from rlhf.rollout import generate
 from rlhf.support import checkpoints
@@ -32,7 +32,10 @@ def generator():
 
 def adapted(gpt, rank=2):
     """The GPT with adapters that change its output: B is no longer zero."""
-    add_adapters(gpt, rank, generator()).double()
+    return with_other_b(add_adapters(gpt, rank, generator()).double())
+
+
+def with_other_b(gpt):
     for name, parameter in gpt.named_parameters():
         if name.endswith(".B"):
             nn.init.normal_(parameter, std=0.3, generator=generator())
@@ -120,14 +123,15 @@ def test_only_adapters_get_gradients(gpt):
     assert sum(p.numel() for p in gpt.parameters() if p.requires_grad) == 512
 
 
-def test_without_adapters_equals_original_network(gpt):
-    """It gives the same logits as before the adapters, bit for bit, also when it samples with a cache. Afterwards the
-    adapters are on again."""
+def test_frozen_copy_equals_original_network(gpt):
+    """The reference of PPO: it gives the same logits as before the adapters, bit for bit, also when it samples with a
+    cache, while the adapters of the other network change."""
     before = gpt(TOKENS)
     prompts, lens = TOKENS[:, :3], torch.tensor([3, 3, 3])
     sampled = generate(gpt, prompts, lens, 6, 10, generator())
-    reference = WithoutAdapters(adapted(gpt))
-    changed = gpt(TOKENS)
+    trained, frozen = trained_and_frozen(gpt, 2, generator())
+    changed = with_other_b(trained.double())(TOKENS)
+    reference = frozen.double()
     assert not torch.allclose(changed, before)
     assert torch.equal(reference(TOKENS), before)
     assert all(map(torch.equal, generate(reference, prompts, lens, 6, 10, generator()), sampled))
@@ -135,19 +139,17 @@ def test_without_adapters_equals_original_network(gpt):
     assert not generate(gpt, prompts, lens, 6, 10, generator())[0].equal(sampled[0])
 
 
-def test_adapters_are_on_again_after_error(gpt):
-    changed = adapted(gpt)(TOKENS)
-    with pytest.raises(ValueError, match="block_size"):
-        WithoutAdapters(gpt).hidden(TOKENS.repeat(1, 9))
-    assert torch.equal(gpt(TOKENS), changed)
-
-
-def test_trained_and_frozen_copies_network_only_without_adapters(gpt):
-    trained, frozen = trained_and_frozen(gpt, 0, generator())
-    assert trained is gpt and frozen.wte.weight.data_ptr() != gpt.wte.weight.data_ptr()
-    assert not any(p.requires_grad for p in frozen.parameters()) and gpt.wte.weight.requires_grad
-    trained, frozen = trained_and_frozen(gpt, 2, generator())
-    assert trained is gpt and frozen.gpt is gpt
+@pytest.mark.parametrize("rank", [0, 2])
+def test_frozen_copy_shares_what_is_not_trained(gpt, rank):
+    """With adapters these are the weights under them. Without, everything is trained, and everything is a copy."""
+    trained, frozen = trained_and_frozen(gpt, rank, generator())
+    assert trained is gpt and not any(p.requires_grad for p in frozen.parameters())
+    copies = dict(frozen.named_parameters())
+    assert copies.keys() == dict(gpt.named_parameters()).keys()
+    for name, parameter in gpt.named_parameters():
+        assert torch.equal(copies[name], parameter)
+        assert parameter.requires_grad == (rank == 0 or name.endswith((".A", ".B"))), name
+        assert (copies[name].data_ptr() == parameter.data_ptr()) == (not parameter.requires_grad), name
 
 
 def test_trained_state_holds_adapters_only_and_loads_back(gpt):
@@ -161,21 +163,6 @@ def test_trained_state_holds_adapters_only_and_loads_back(gpt):
     for wrong in ({k: v for k, v in state.items() if k != name}, {**state, "other": torch.zeros(1)}):
         with pytest.raises(InputError, match="sft.pt does not fit its own settings"):
             checkpoints.load_weights(Path("sft.pt"), gpt, wrong, resume=True)
-
-
-def test_memory_table_matches_counts_on_paper():
-    """GPT-2 with rank 8: each of 12 blocks has 8 * ((C + 3C) + (C + C) + (C + 4C) + (4C + C)) = 128 C numbers in its
-    adapters. With C = 768 that makes 1,179,648."""
-    row, *others = memory_table(8)
-    assert (row["model"], row["parameters"], row["rank 8"]) == ("gpt2", 124_439_808, 1_179_648)
-    assert row["trained"] == pytest.approx(1_179_648 / 124_439_808)
-    assert row["PPO, all weights"] == pytest.approx(4.97759232)  # 10 N * 4 bytes
-    assert row["PPO, adapters"] == pytest.approx(1.0332672)  # (2 * 124,439,808 + 8 * 1,179,648) * 4 bytes
-    # V C + 1024 C for the embeddings, 12 C^2 + 13 C a block, 2 C for the last LayerNorm; heads are 64 wide.
-    assert [(other["model"], other["parameters"]) for other in others] == [
-        ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200),
-        ("distilgpt2", 81_912_576)]
-    assert all(n_embd == 64 * n_head for _, n_head, n_embd in PRETRAINED.values())
 
 
 # ---- the scripts ----
@@ -213,7 +200,7 @@ def lora_runs(trained, tmp_path_factory):
     @torch.no_grad()
     def save_and_keep_outputs(path, kind, model, *args, **state):
         save(path, kind, model, *args, **state)
-        assert any(isinstance(module, LoRALinear) and module.on for module in model.modules())
+        assert any(isinstance(module, LoRALinear) for module in model.modules())
         outputs[kind] = Outputs(model.gpt(TOKENS), model(TOKENS, LENGTHS) if kind == "reward" else None)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -380,7 +367,7 @@ def test_full_training_from_lora_sft_trains_every_weight(trained, tmp_path):
                 assert not torch.equal(state[f"gpt.{key}"], tensor), (name, key)
 
 
-@pytest.mark.parametrize(("flags", "message"), [(["--lora-rank", "4"], "needs --init"),
+@pytest.mark.parametrize(("flags", "message"), [(["--lora-rank", "4"], "need --init"),
                                                 (["--init", "gpt2", "--n-layer", "12"], "come with --init")])
 def test_sft_config_rejects_flags_that_do_not_fit_init(capsys, flags, message):
     with pytest.raises(SystemExit):

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from rlhf import rollout
-from rlhf.extras import trl_ppo
 from rlhf.extras.measure import matmul_rate, noting, peak_memory, training_flops
 from rlhf.model import GPTConfig
 from rlhf.support import cli
-from rlhf.tools import bench
+from rlhf.tools import bench, trl_ppo
 from rlhf.tools.bench import BenchConfig, iterations, update_flops
 from tests.helpers import ROOT
 
