@@ -40,7 +40,7 @@ class PeopleConfig:
 
     model: str = arg("gemma-3-270m", "what train_sft.py --init was given: a folder or a name")
     data: str = arg(str(FOLDER), "data set folder")
-    sentences: int = arg(0, "training sentences to use (0: all)")
+    sentences: int = arg(0, "training sentences to use, at random (0: all)")
     reward: str = arg("", "reward model to compare with on the held-out sentences")
     samples: tuple[str, ...] = arg((), "ppo_samples.csv files to judge")
 
@@ -93,7 +93,8 @@ def main(cfg: PeopleConfig) -> None:
         return in_batches(lambda *batch: features(gpt, *batch), encode(rows, tokenizer), tokenizer.pad_id, what)
 
     columns = ("Prompt", "Response", "Gold")
-    train = read_csv(csv_path(cfg.data, "ratings"), columns)[: cfg.sentences or None]
+    train = read_csv(csv_path(cfg.data, "ratings"), columns)
+    train = train.sample(frac=1, random_state=0)[: cfg.sentences or None]  # the source has favourable sentences first
     heldout = read_csv(csv_path(cfg.data, "ratings", heldout=True), columns)
     people = fit(read(list(zip(train["Prompt"], train["Response"])), "training sentences"),
                  torch.tensor(train["Gold"].astype(float).tolist(), dtype=torch.float64))
