@@ -119,7 +119,7 @@ HAND = [
     ("hf", "begin-of-text of a model that expects none", ' and self.theirs("")["input_ids"][:1] == [bos]', ""),
     ("hf", "positions without begin-of-text", "positions + shift", "positions"),
     ("hf", "pads between prompt and response are read", "attention_mask=mask", "attention_mask=None"),
-    ("hf", "the sliding window counts pads", "                cache.put_pads_first(real)\n            mask = real.int().sort(dim=1).values", "                pass\n            mask = real"),
+    ("hf", "the sliding window counts pads", "cache.pads_first(F.pad(readable[:, 0, 0].int(), (shift, 0), value=1))", "F.pad(readable[:, 0, 0].int(), (shift, 0), value=1)"),
     ("hf", "keys stay where the pads were", "x.take_along_dim(order, dim=2)", "x"),
     ("hf", "cache drops other rows", "batch_select_indices(rows)", "batch_select_indices(torch.arange(len(rows)))"),
     ("hf", "--temperature ignored", " / self.temperature", ""),

@@ -84,17 +84,19 @@ class Cache:
     sliding window, because some of the last ones may be pads."""
 
     def __init__(self):
-        self.past, self.pads_first = package("transformers").DynamicCache(), False
+        self.past, self.moved = package("transformers").DynamicCache(), False
 
     def keep(self, rows: Tensor) -> None:
         self.past.batch_select_indices(rows)
 
-    def put_pads_first(self, real: Tensor) -> None:
-        """Move each row's pads before its tokens: sliding windows count columns. real (B, columns), False at a pad."""
-        order = real[:, : self.past.get_seq_length()].int().argsort(dim=1, stable=True)[:, None, :, None]
-        for layer in self.past.layers:
+    def pads_first(self, real: Tensor) -> Tensor:
+        """real (B, columns), which is 0 at a pad, with each row's pads before its tokens. The first call moves the keys
+        and values in the same way, because a sliding window counts columns."""
+        order = real[:, :-1].argsort(dim=1, stable=True)[:, None, :, None]  # (B, 1, columns so far, 1)
+        for layer in self.past.layers if not self.moved else []:
             layer.keys, layer.values = (x.take_along_dim(order, dim=2) for x in (layer.keys, layer.values))
-        self.pads_first = True
+        self.moved = True
+        return real.sort(dim=1).values
 
 
 class HF(GPT):
@@ -125,14 +127,10 @@ class HF(GPT):
     def hidden(self, tokens: Tensor, cache: Cache | None = None, positions: Tensor | None = None,
                readable: Tensor | None = None) -> Tensor:
         """As GPT.hidden: tokens (B, T) -> (B, T, C)."""
-        begin, past, mask = self.tokenizer.begin, None if cache is None else cache.past, None
+        begin, past = self.tokenizer.begin, None if cache is None else cache.past
         shift = int(begin is not None)  # begin-of-text takes a column
         first = 0 if past is not None and past.get_seq_length() else shift
-        if readable is not None:
-            real = F.pad(readable[:, 0, 0], (shift, 0), value=True)  # (B, columns)
-            if not cache.pads_first:
-                cache.put_pads_first(real)
-            mask = real.int().sort(dim=1).values  # (B, columns)
+        mask = None if readable is None else cache.pads_first(F.pad(readable[:, 0, 0].int(), (shift, 0), value=1))
         output = self.trunk(
             F.pad(tokens, (first, 0), value=begin), attention_mask=mask,  # (B, first + T)
             position_ids=None if positions is None else positions + shift, past_key_values=past, use_cache=bool(cache))
@@ -176,13 +174,15 @@ def base(init: str, kept: tuple[int, ...], four_bit: bool) -> tuple[nn.Module, n
     """A model without its output matrix, that matrix, and the tokenizer. Float32, or linear layers in 4 bits: NF4 with
     double quantisation (Dettmers et al. 2023).
 
-    Raises InputError if the logits are not just the output matrix times the last hidden state.
+    Raises InputError if the logits are not just the output matrix times the last hidden state, or if there are layers
+    whose memory is not keys and values.
     """
     model = loaded("AutoModelForCausalLM", init, dtype=torch.float32).eval()
     trunk, output, embedding = model.base_model, model.get_output_embeddings(), model.get_input_embeddings()
     tokens = torch.arange(8)[None]  # any will do
+    others = set(getattr(trunk.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     with torch.no_grad():
-        if not torch.allclose(model(tokens).logits, output(trunk(tokens).last_hidden_state), atol=1e-3):
+        if others or not torch.allclose(model(tokens).logits, output(trunk(tokens).last_hidden_state), atol=1e-3):
             raise InputError(f"--init {init}: rlhf/extras/hf.py cannot make the logits of a {type(model).__name__}")
     if kept:
         tied, embedding.padding_idx = output.weight is embedding.weight, None

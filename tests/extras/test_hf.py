@@ -72,6 +72,8 @@ def make_model(kind, **more):
         model = T.Gemma2ForCausalLM(T.Gemma2Config(**sizes, final_logit_softcapping=1.0))
     elif kind == "cohere":
         model = T.CohereForCausalLM(T.CohereConfig(**sizes, logit_scale=0.5))
+    elif kind == "lfm2":
+        model = T.Lfm2ForCausalLM(T.Lfm2Config(**sizes, layer_types=["conv", "full_attention"], block_multiple_of=4))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -835,6 +837,7 @@ def test_flags_that_do_not_fit_init_are_refused(sft_error, bases, flags, message
     ("kind", "rank", "message"),
     [("gemma2", 0, "cannot make the logits of a Gemma2ForCausalLM"),  # capped by tanh
      ("cohere", 0, "cannot make the logits of a CohereForCausalLM"),  # multiplied by logit_scale
+     ("lfm2", 0, "cannot make the logits of a Lfm2ForCausalLM"),  # its convolutions keep no keys and values
      ("gpt2", 2, "has no linear layers of torch for adapters; use --lora-rank 0")],  # but its own Conv1D
 )
 def test_model_of_another_kind_is_refused(sft_error, texts, tmp_path, kind, rank, message):
