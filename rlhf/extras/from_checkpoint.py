@@ -16,9 +16,8 @@ def tokenizer_of(path: Path, checkpoint: dict, folder: str) -> Tokenizer:
     """The tokenizer that a checkpoint was trained with: its model's own, the data set's or, failing that, the one it
     names."""
     config, name = checkpoint["model_config"], checkpoint["tokenizer_name"]
-    own = (Path(folder) / "tokenizer.tiktoken").is_file()
     tokenizer = (hf.HFTokenizer(config["init"], config["kept"]) if "init" in config
-                 else find_tokenizer(folder, "auto" if own else name))
+                 else find_tokenizer(folder, "auto" if (Path(folder) / "tokenizer.tiktoken").is_file() else name))
     if checkpoint["tokenizer"] != tokenizer.fingerprint and "init" not in config:
         tokenizer = find_tokenizer(folder, name)
     check_tokenizer(path, checkpoint, tokenizer)

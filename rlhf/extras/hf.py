@@ -16,6 +16,7 @@ import copy
 import functools
 import hashlib
 import importlib
+import inspect
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +54,8 @@ class HFTokenizer:
         self.kept = kept or range(max(self.vocab.values()) + 1)
         self.new = {old: new for new, old in enumerate(self.kept)}
         bos, eos, pad = self.theirs.bos_token_id, self.theirs.eos_token_id, self.theirs.pad_token_id
+        if eos is None:
+            raise InputError(f"--init {init}: the tokenizer names no end-of-text token; give it one (eos_token)")
         self.begin = self.new[bos] if bos is not None and self.theirs("")["input_ids"][:1] == [bos] else None
         self.vocab_size, self.eos_id = len(self.kept), self.new[eos]
         self.pad_id = self.new[pad] if pad not in (None, eos) else int(self.eos_id == 0)  # any but end-of-text will do
@@ -105,6 +108,8 @@ class HF(GPT):
     def __init__(self, config: HFConfig):
         nn.Module.__init__(self)  # and not a GPT's weights
         trunk, output, self.tokenizer = base(config.init, config.kept, config.four_bit)
+        # What this release of transformers calls the argument: the second was the name up to 5.2x.
+        self.cache_argument = "cache" if "cache" in inspect.signature(trunk.forward).parameters else "past_key_values"
         context = trunk.config.max_position_embeddings - (self.tokenizer.begin is not None)
         self.config = replace(config, block_size=context, n_embd=trunk.config.hidden_size)
         # With adapters, all networks share the weights of the base. Without, each has its own.
@@ -133,7 +138,8 @@ class HF(GPT):
         mask = None if readable is None else cache.pads_first(F.pad(readable[:, 0, 0].int(), (shift, 0), value=1))
         output = self.trunk(
             F.pad(tokens, (first, 0), value=begin), attention_mask=mask,  # (B, first + T)
-            position_ids=None if positions is None else positions + shift, past_key_values=past, use_cache=bool(cache))
+            position_ids=None if positions is None else positions + shift, use_cache=bool(cache),
+            **{self.cache_argument: past})
         return output.last_hidden_state[:, first:]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -174,15 +180,16 @@ def base(init: str, kept: tuple[int, ...], four_bit: bool) -> tuple[nn.Module, n
     """A model without its output matrix, that matrix, and the tokenizer. Float32, or linear layers in 4 bits: NF4 with
     double quantisation (Dettmers et al. 2023).
 
-    Raises InputError if the logits are not just the output matrix times the last hidden state, or if there are layers
-    whose memory is not keys and values.
+    Raises InputError if the logits are not just the output matrix times the last hidden state, if there are layers
+    whose memory is not keys and values, or if the model does not say how long a text may be.
     """
     model = loaded("AutoModelForCausalLM", init, dtype=torch.float32).eval()
     trunk, output, embedding = model.base_model, model.get_output_embeddings(), model.get_input_embeddings()
     tokens = torch.arange(8)[None]  # any will do
-    others = set(getattr(trunk.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    layers, limit = (getattr(trunk.config, name, None) for name in ("layer_types", "max_position_embeddings"))
+    others = set(layers or ()) - {"full_attention", "sliding_attention"}
     with torch.no_grad():
-        if others or not torch.allclose(model(tokens).logits, output(trunk(tokens).last_hidden_state), atol=1e-3):
+        if others or not limit or not torch.allclose(model(tokens).logits, output(trunk(tokens)[0]), atol=1e-3):
             raise InputError(f"--init {init}: rlhf/extras/hf.py cannot make the logits of a {type(model).__name__}")
     if kept:
         tied, embedding.padding_idx = output.weight is embedding.weight, None
@@ -206,8 +213,8 @@ def used_ids(tokenizer: HFTokenizer, data: str) -> tuple[int, ...]:
         if path.is_file():
             cells = read_csv(path, ("Prompt",), ("Response", "Chosen", "Rejected")).stack()
             texts |= {*cells, *(" " + text.strip() for text in cells)}  # as rlhf/data.py encodes them
-    spelling = "<0x..>" if "<0x41>" in tokenizer.vocab else "."
-    ids = {i for token, i in tokenizer.vocab.items() if re.fullmatch(spelling, token)}
+    ids = {i for token, i in tokenizer.vocab.items() if re.fullmatch("<0x..>" if "<0x41>" in tokenizer.vocab else ".",
+                                                                     token)}
     ids |= {i for row in tokenizer.their_ids(list(texts)) for i in row} | set(tokenizer.theirs.all_special_ids)
     return tuple(sorted(ids))
 

@@ -41,8 +41,7 @@ def add_adapters(gpt: GPT, rank: int, generator: torch.Generator | None) -> GPT:
     modules = list(gpt.modules())
     if any(isinstance(module, LoRALinear) for module in modules):
         if gpt.config.rank != rank:
-            raise InputError(f"--lora-rank {rank}, and sft.pt has adapters of rank {gpt.config.rank}; give the same to "
-                             f"all three scripts")
+            raise InputError(f"--lora-rank {rank}, and sft.pt has adapters of rank {gpt.config.rank}; give that rank")
     elif rank:
         gpt.requires_grad_(False)
         for module in modules:

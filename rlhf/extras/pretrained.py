@@ -50,9 +50,9 @@ def load_gpt2(name_or_path: str) -> GPT:
     elif name_or_path in PRETRAINED:
         config = GPTConfig(50257, 1024, *PRETRAINED[name_or_path])
         owner = "distilbert" if name_or_path == "distilgpt2" else "openai-community"
-        state = torch.hub.load_state_dict_from_url(
-            f"https://huggingface.co/{owner}/{name_or_path}/resolve/main/pytorch_model.bin",
-            map_location="cpu", file_name=f"{name_or_path}.bin", weights_only=True)
+        url = f"https://huggingface.co/{owner}/{name_or_path}/resolve/main/pytorch_model.bin"
+        state = torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=f"{name_or_path}.bin",
+                                                   weights_only=True)
     else:
         raise ValueError(f"{name_or_path!r} is no folder and none of {', '.join(PRETRAINED)}")
     gpt, state = GPT(config), {name.removeprefix("transformer."): weight for name, weight in state.items()}
@@ -67,25 +67,23 @@ def start_from(cfg) -> tuple[GPT, Tokenizer, dict[str, str]]:
     by_hand = cfg.init in PRETRAINED or (Path(cfg.init) / "pytorch_model.bin").is_file()
     if not by_hand or cfg.load_in_4bit or cfg.cut_vocab:
         return hf.init_from(cfg)
-    tokenizer = find_tokenizer(cfg.data, cfg.tokenizer)
-    gpt, inputs = init_from(cfg.init, tokenizer.vocab_size)
-    return gpt, tokenizer, inputs
+    return init_from(cfg.init, find_tokenizer(cfg.data, cfg.tokenizer))
 
 
-def init_from(name_or_path: str, vocab_size: int) -> tuple[GPT, dict[str, str]]:
-    """GPT-2's weights, and the digests of a local folder's files. (A published name always means the same files.)
-    Raises InputError if the weights cannot be loaded or know other tokens."""
+def init_from(name_or_path: str, tokenizer: Tokenizer) -> tuple[GPT, Tokenizer, dict[str, str]]:
+    """GPT-2's weights, the tokenizer, and the digests of a local folder's files. (A published name always means the
+    same files.) Raises InputError if the weights cannot be loaded or know other tokens."""
     try:
         gpt = load_gpt2(name_or_path)
     except Exception as error:  # no network, no such file, another architecture, a garbled file, ...
         reason = (str(error).splitlines() or [""])[0]  # torch adds pages
         raise InputError(f"--init {name_or_path} cannot be loaded: {type(error).__name__}: {reason}; a folder needs "
                          f"config.json and a whole pytorch_model.bin, a name an internet connection") from error
-    if gpt.config.vocab_size != vocab_size:
-        raise InputError(f"--init {name_or_path} knows {gpt.config.vocab_size} tokens and the tokenizer {vocab_size}; "
-                         f"give --tokenizer gpt2, or the file it was trained with")
+    if gpt.config.vocab_size != tokenizer.vocab_size:
+        raise InputError(f"--init {name_or_path} knows {gpt.config.vocab_size} tokens and the tokenizer "
+                         f"{tokenizer.vocab_size}; give --tokenizer gpt2, or the file it was trained with")
     files = {"init": "pytorch_model.bin", "init config": "config.json"} if Path(name_or_path).is_dir() else {}
-    return gpt, digests(**{key: Path(name_or_path) / name for key, name in files.items()})
+    return gpt, tokenizer, digests(**{key: Path(name_or_path) / name for key, name in files.items()})
 
 
 def save_gpt2(gpt: GPT, folder: Path, eos_id: int) -> None:

@@ -40,8 +40,7 @@ def load_rankings(path: Path, tokenizer: Tokenizer, limit: int) -> list[Ranking]
     frame = read_csv(path, ("Prompt", "Response", "Rank"), optional=("Group",))
     for row, (prompt, response, rank, *group) in enumerate(frame.itertuples(index=False), start=1):
         if not (rank.strip().isdecimal() and len(rank) < 11 and int(rank) < 2**31):
-            raise InputError(f"{path}, row {row}: Rank is {rank[:40]!r}; it must be a whole number below 2**31, the "
-                             f"lower the better")
+            raise InputError(f"{path}, row {row}: Rank is {rank[:40]!r}; it must be a whole number below 2**31")
         ranking = found.setdefault((prompt, *group), Ranking([], []))
         tokens = tokenizer.encode(prompt) + encode_response(tokenizer, response)
         lengths.append(len(tokens))

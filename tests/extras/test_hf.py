@@ -33,7 +33,6 @@ from tests.helpers import TINY, copy_some_rows, rows, stopped_by_its_first_check
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install .[hf]")
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed: pip install .[hf]")
-pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 
 KINDS = ["llama", "mistral", "qwen2", "gemma3"]
 TOKENS, VOCAB = 340, 352  # the models have logits of a few more tokens than their tokenizers know, as Qwen2 has
@@ -74,6 +73,8 @@ def make_model(kind, **more):
         model = T.CohereForCausalLM(T.CohereConfig(**sizes, logit_scale=0.5))
     elif kind == "lfm2":
         model = T.Lfm2ForCausalLM(T.Lfm2Config(**sizes, layer_types=["conv", "full_attention"], block_multiple_of=4))
+    elif kind == "bloom":
+        model = T.BloomForCausalLM(T.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -92,13 +93,13 @@ def make_tokenizer(texts, begin=True, vocab_size=TOKENS, **special):
     return with_special_tokens(tokenizer, begin, **special)
 
 
-def with_special_tokens(tokenizer, begin, pad="<pad>"):
+def with_special_tokens(tokenizer, begin, pad="<pad>", eos="<eos>"):
     if begin:
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))])
     unk = "<unk>" if tokenizer.token_to_id("<unk>") else None
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>" if begin else None,
-                                                eos_token="<eos>", pad_token=pad, unk_token=unk)
+                                                eos_token=eos, pad_token=pad, unk_token=unk)
 
 
 @dataclass
@@ -607,7 +608,7 @@ def test_another_rank_than_that_of_sft_is_refused(bases, tmp_path, rank):
     path = save_finished(tmp_path / "sft.pt", "sft", network(bases["llama"], lora_rank=2))
     gpt, _ = checkpoints.load_policy(path, "sft")
     assert add_adapters(gpt, 2, None) is gpt
-    with pytest.raises(InputError, match=f"^--lora-rank {rank}, and sft.pt has adapters of rank 2; give the same to"):
+    with pytest.raises(InputError, match=f"^--lora-rank {rank}, and sft.pt has adapters of rank 2; give that rank"):
         add_adapters(gpt, rank, None)
 
 
@@ -838,12 +839,19 @@ def test_flags_that_do_not_fit_init_are_refused(sft_error, bases, flags, message
     [("gemma2", 0, "cannot make the logits of a Gemma2ForCausalLM"),  # capped by tanh
      ("cohere", 0, "cannot make the logits of a CohereForCausalLM"),  # multiplied by logit_scale
      ("lfm2", 0, "cannot make the logits of a Lfm2ForCausalLM"),  # its convolutions keep no keys and values
+     ("bloom", 0, "cannot make the logits of a BloomForCausalLM"),  # takes no positions
      ("gpt2", 2, "has no linear layers of torch for adapters; use --lora-rank 0")],  # but its own Conv1D
 )
 def test_model_of_another_kind_is_refused(sft_error, texts, tmp_path, kind, rank, message):
     base = save_base(tmp_path / kind, kind, texts)
     text = sft_error("--init", base.folder, "--lora-rank", rank)
     assert f"--init {base.folder}" in text and message in text
+
+
+def test_tokenizer_without_end_of_text_is_refused(sft_error, bases, texts, tmp_path):
+    folder = shutil.copytree(bases["llama"].folder, tmp_path / "base")
+    make_tokenizer(texts, eos=None).save_pretrained(folder)
+    assert f"--init {folder}: the tokenizer names no end-of-text token" in sft_error("--init", folder)
 
 
 @pytest.mark.parametrize("name", ["transformers", "bitsandbytes"])
@@ -866,7 +874,7 @@ def test_scripts_refuse_another_rank(error, finished, data, tmp_path, name):
     folder = finished("adapters")
     text = error(module.main, config, "--data", data, "--out", tmp_path, "--sft", folder / "sft.pt", "--lora-rank", 4,
                  *(["--reward", folder / "reward.pt"] if name == "ppo" else []))
-    assert "--lora-rank 4, and sft.pt has adapters of rank 2; give the same to all three scripts" in text
+    assert "--lora-rank 4, and sft.pt has adapters of rank 2; give that rank" in text
 
 
 def test_base_that_is_gone_is_named(error, bases, data, tmp_path, new_process):

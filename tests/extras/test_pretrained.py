@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_load_gpt2_reads_names_without_prefix_and_skips_buffers(folder):
 def test_init_from_rejects_another_architecture(folder, change, message):
     edit(folder, **change)
     with pytest.raises(InputError, match=message):
-        init_from(str(folder), 19)
+        init_from(str(folder), SimpleNamespace(vocab_size=19))
 
 
 def test_init_from_reports_unreadable_weights(folder, monkeypatch):
@@ -65,24 +66,24 @@ def test_init_from_reports_unreadable_weights(folder, monkeypatch):
     (folder / "pytorch_model.bin").write_bytes(b"garbled")
     for name in (str(folder), str(folder / "nowhere"), "gpt3"):
         with pytest.raises(InputError, match=f"--init {re.escape(name)} cannot be loaded"):
-            init_from(name, 19)
+            init_from(name, SimpleNamespace(vocab_size=19))
 
     def offline(*_, **__):
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     with pytest.raises(InputError, match="gpt2 cannot be loaded: OSError: no route to host"):
-        init_from("gpt2", 50257)
+        init_from("gpt2", SimpleNamespace(vocab_size=50257))
 
 
 @pytest.mark.parametrize("vocab_size", [18, 20])
 def test_init_from_rejects_another_vocabulary_size(folder, vocab_size):
     with pytest.raises(InputError, match=f"knows 19 tokens and the tokenizer {vocab_size}"):
-        init_from(str(folder), vocab_size)
+        init_from(str(folder), SimpleNamespace(vocab_size=vocab_size))
 
 
 def test_init_from_gives_network_and_digests_of_its_files(folder):
-    gpt, digests = init_from(str(folder), 19)
+    gpt, _, digests = init_from(str(folder), SimpleNamespace(vocab_size=19))
     assert torch.equal(gpt(TOKENS), noisy(GPT(CONFIG))(TOKENS))
     assert digests == {"init": hashlib.sha256((folder / "pytorch_model.bin").read_bytes()).hexdigest(),
                        "init config": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()}
@@ -103,7 +104,7 @@ def test_init_from_fetches_published_weights(monkeypatch, name):
                 for key, shape in shapes.items() for other, transposed in [published_name(key)]}
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
-    gpt, digests = init_from(name, 50257)
+    gpt, _, digests = init_from(name, SimpleNamespace(vocab_size=50257))
     assert gpt.config.n_layer == {"gpt2": 12, "distilgpt2": 6}[name] and not gpt.wte.weight.any()
     owner = {"gpt2": "openai-community", "distilgpt2": "distilbert"}[name]
     assert asked["url"] == f"https://huggingface.co/{owner}/{name}/resolve/main/pytorch_model.bin"
