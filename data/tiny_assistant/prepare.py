@@ -119,7 +119,7 @@ def main(cfg: PrepareConfig) -> None:
         write_rows(out / f"demonstrations{suffix}.csv", ("Prompt", "Response"), rows)
         pairs = [make_comparison(rng, prompt) for prompt in turns[:comparisons]]
         write_rows(out / f"comparisons{suffix}.csv", ("Prompt", "Chosen", "Rejected"), pairs)
-        texts = texts or [f"{prompt} {reply}" for prompt, reply in rows]  # the tokenizer sees training text alone
+        texts = texts or [f"{prompt} {reply}" for prompt, reply in rows]  # the tokenizer sees training text only
 
     ranks = train_bpe(texts, VOCAB_SIZE - 2)
     write_ranks(ranks, out / "tokenizer.tiktoken")
