@@ -42,7 +42,7 @@ class RewardConfig(cli.TrainConfig):
     steps: int = 750
     batch_size: int = 64
     micro_batch_size: int = 16  # sorted by length, so that less is padded
-    lr: float = 2e-3
+    lr: float = 1.5e-3
     warmup: int = 20
     max_grad_norm: float = 5.0
     log_every: int = cli.arg(20, "steps between lines of metrics")
