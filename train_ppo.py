@@ -3,7 +3,7 @@
     python train_ppo.py            # reads runs/sft.pt and runs/reward.pt; writes runs/ppo.pt, ppo.csv,
                                    # ppo_samples.csv and evaluation.csv
 
-About two minutes on two cores; gold goes from about -0.3 to 2.8, and 3 is the most (docs/results.md).
+One to two minutes on two cores; gold goes from about -0.3 to 2.8, and 3 is the most (docs/results.md).
 
 What is maximised, for each prompt, is
 

@@ -2,7 +2,7 @@
 
     python train_reward.py         # reads runs/sft.pt; writes runs/reward.pt, reward.csv and reward_evaluation.csv
 
-About two minutes on two cores; held-out accuracy ends near 0.86, and a perfect model has 0.88 (docs/results.md).
+One to two minutes on two cores; held-out accuracy ends near 0.88, that of a perfect model (docs/results.md).
 
 The loss is -log sigmoid(r_chosen - r_rejected), so the chosen response scores HIGHER. Only score differences are
 learned; shift and scale are arbitrary. They are fixed once, after training: the demonstrations get mean 0 and standard

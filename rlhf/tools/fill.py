@@ -99,7 +99,7 @@ TABLES = {
     "before_after": before_after, "stages": stages, "loop": of_runs(LOOP, "gold win_rate_vs_sft kl_ref score"),
     **{f"alternatives_{x.split()[0]}": of_runs(" ".join(METHODS), x, where="policy in ('ppo', 'dpo')")
        for x in ("objective optimality gold", "kl_ref win_rate_vs_sft distinct")},
-    "best_of_n": of_runs("seed*", "objective optimality gold kl_ref", where="policy == 'best_of_n'"),
+    "best_of_n": of_runs("methods_seed*/gae", "objective optimality gold kl_ref", where="policy == 'best_of_n'"),
     "walk_before": quoted(0, 2), "walk_after": quoted(2, 4),
     "walk_excerpt": quoted(1, 2, keep="slot|  (18|21|28|38)| sum"),
     "last_lines": quoted(0, None, file="last_lines.txt"),

@@ -240,7 +240,7 @@ def test_closing_table_compares_the_policy_with_its_reference(seen):
 
 
 def test_reward_model_is_evaluated_on_held_out_comparisons(trained):
-    """Accuracy, each side scored by itself; and what a judge in its place would reach, with sigmoid(2.5 (a - b)) for its
+    """Accuracy, each side on its own; and what a judge in its place would reach, with sigmoid(2.5 (a - b)) for its
     votes."""
     data, out, _ = trained
     model, tokenizer, judge = load_reward_model(out / "reward.pt")[0], find_tokenizer(str(data)), load_judge(str(data))
