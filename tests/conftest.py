@@ -1,11 +1,15 @@
 """Fixtures: small models, a small data set, the three stages run once on it, and GPT-2's tokenizer."""
 
 import os
+import signal
 
 import pytest
 
 from rlhf.model import GPT, GPTConfig, PolicyWithValue, RewardModel
 from tests.helpers import BUNDLED, ROOT, TINY, copy_some_rows, noisy, script
+
+# A shell starts what it runs in the background deaf to Ctrl-C, and programs that the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

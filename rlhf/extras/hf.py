@@ -198,7 +198,8 @@ def base(init: str, kept: tuple[int, ...], four_bit: bool) -> tuple[nn.Module, n
         output.bias = None if output.bias is None else nn.Parameter(output.bias[list(kept)].detach())
     for module in list(trunk.modules()) if four_bit else []:
         for name, linear in list(module.named_children()):
-            if isinstance(linear, nn.Linear):
+            # Blocks of 64 weights in a row. A row of another length goes wrong in bitsandbytes 0.50 on AVX-512.
+            if isinstance(linear, nn.Linear) and linear.in_features % 64 == 0:
                 layer = package("bitsandbytes").nn.Linear4bit(
                     linear.in_features, linear.out_features, linear.bias is not None, torch.float32, True, "nf4")
                 layer.load_state_dict(linear.state_dict())

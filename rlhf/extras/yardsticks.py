@@ -46,5 +46,5 @@ def vote_probabilities(judge: ModuleType, first: list[float], second: list[float
         return None
     p = [float(judge.preference_probability(a, b)) for a, b in zip(first, second)]
     if wrong := [x for x in p if not 0 <= x <= 1]:
-        raise InputError(f"preference_probability() in {judge.__file__} must return 0 to 1, got {wrong[0]}")
+        raise InputError(f"{judge.__file__}: preference_probability() gave {wrong[0]}, not a number from 0 to 1")
     return p

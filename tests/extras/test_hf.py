@@ -54,6 +54,9 @@ def make_model(kind, **more):
     torch.manual_seed(0)
     if kind == "llama":
         model = T.LlamaForCausalLM(T.LlamaConfig(**sizes))
+    elif kind == "wide":  # rows of a multiple of 64, for 4 bits
+        model = T.LlamaForCausalLM(T.LlamaConfig(**{**sizes, "hidden_size": 64, "intermediate_size": 128,
+                                                    "head_dim": 16, "initializer_range": 0.2}))
     elif kind == "mistral":
         model = T.MistralForCausalLM(T.MistralConfig(**sizes, sliding_window=WINDOW))
     elif kind == "qwen2":
@@ -143,7 +146,7 @@ def texts(data):
 @pytest.fixture(scope="module")
 def bases(texts, tmp_path_factory):
     """{kind: Base}."""
-    return {kind: save_base(tmp_path_factory.mktemp(kind), kind, texts) for kind in KINDS}
+    return {kind: save_base(tmp_path_factory.mktemp(kind), kind, texts) for kind in [*KINDS, "wide"]}
 
 
 @pytest.fixture
@@ -624,7 +627,7 @@ def test_linear_layers_are_held_in_4_bits(bases, bitsandbytes):
     """NF4 with double quantisation, computed in float32. Embedding and output matrix stay as they are. The weights are
     near those of transformers: within half of the widest gap between two of NF4's 16 levels, 0.30 of the largest of 64
     weights, and its scale has 8 bits."""
-    gpt = network(bases["llama"], lora_rank=2, load_in_4bit=True)
+    gpt = network(bases["wide"], lora_rank=2, load_in_4bit=True)
     layers = {name: module.linear for name, module in gpt.named_modules() if isinstance(module, LoRALinear)}
     assert {f"{name}.{matrix}" for name in layers for matrix in "AB"} == ADAPTERS
     for name, layer in layers.items():
@@ -632,17 +635,23 @@ def test_linear_layers_are_held_in_4_bits(bases, bitsandbytes):
         assert layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested
         assert layer.weight.numel() * 2 == layer.in_features * layer.out_features  # two in a byte
         weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        theirs = bases["llama"].model.get_submodule(name.replace("trunk", "model")).weight.detach()
+        theirs = bases["wide"].model.get_submodule(name.replace("trunk", "model")).weight.detach()
         assert 0 < (weight - theirs).abs().max() < 0.18 * theirs.abs().max(), name
     assert type(gpt.lm_head) is nn.Linear and gpt.lm_head.weight.dtype == torch.float32
 
 
 def test_in_4_bits_outputs_are_close_and_only_adapters_get_gradients(bases, bitsandbytes):
-    gpt, (_, expected) = network(bases["llama"], lora_rank=2, load_in_4bit=True), bases["llama"].forward(ROW)
+    gpt, (_, expected) = network(bases["wide"], lora_rank=2, load_in_4bit=True), bases["wide"].forward(ROW)
     logits = gpt(torch.tensor([ROW]))[0]
     assert 0 < (logits - expected).std() < 0.5 * expected.std()
     adapted(gpt)(torch.tensor([ROW])).square().mean().backward()
     assert with_gradient(gpt) == ADAPTERS
+
+
+def test_rows_that_are_no_multiple_of_64_are_not_held_in_4_bits(bases, bitsandbytes):
+    gpt, (_, expected) = network(bases["llama"], lora_rank=2, load_in_4bit=True), bases["llama"].forward(ROW)
+    assert not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in gpt.modules())
+    assert_close(gpt(torch.tensor([ROW]))[0], expected, atol=1e-4, rtol=0)
 
 
 # ---- the scripts ----
@@ -673,7 +682,8 @@ def finished(bases, data, tmp_path_factory):
     def run(name):
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp(name)
-            train("sft", data, folders[name], "--init", bases["llama"].folder, *RUNS[name])
+            base = bases["wide" if name == "four_bit" else "llama"]
+            train("sft", data, folders[name], "--init", base.folder, *RUNS[name])
             for script in ("reward", "ppo"):
                 train(script, data, folders[name], *RUNS[name][:2])
         return folders[name]
@@ -864,7 +874,7 @@ def test_missing_package_is_named_with_the_command_that_installs_it(sft_error, b
         return find(wanted, *args)
 
     monkeypatch.setattr(importlib, "import_module", without)
-    text = sft_error("--init", bases["llama"].folder, "--lora-rank", 2, "--load-in-4bit")
+    text = sft_error("--init", bases["wide"].folder, "--lora-rank", 2, "--load-in-4bit")
     assert f"needs the package {name}: pip install .[hf]" in text
 
 
