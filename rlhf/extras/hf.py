@@ -108,7 +108,7 @@ class HF(GPT):
     def __init__(self, config: HFConfig):
         nn.Module.__init__(self)  # and not a GPT's weights
         trunk, output, self.tokenizer = base(config.init, config.kept, config.four_bit)
-        # What this release of transformers calls the argument: the second was the name up to 5.2x.
+        # Releases of transformers differ in the name of this argument.
         self.cache_argument = "cache" if "cache" in inspect.signature(trunk.forward).parameters else "past_key_values"
         context = trunk.config.max_position_embeddings - (self.tokenizer.begin is not None)
         self.config = replace(config, block_size=context, n_embd=trunk.config.hidden_size)
