@@ -5,7 +5,7 @@
 
 HF has the interface that GPT has (hidden, logits, make_cache, config), so everything else works on it unchanged. With
 --lora-rank a checkpoint holds adapters and heads and names the model under them. Then all networks of a run share that
-model's weights, and each has adapters of its own: those of the policy and of the reward model start as copies of
+model's weights, and each has its own adapters: those of the policy and of the reward model start as copies of
 sft.pt's, those of the value network as copies of the reward model's, and the reference keeps sft.pt's.
 
 The model brings its own tokenizer. If it expects a begin-of-text token, that is put before each row in here, so the

@@ -3,7 +3,7 @@
     y = W x + b + scale * B A x         W (out, in) frozen;  A (rank, in), B (out, rank) trained;  scale = ALPHA / rank
 
 B starts at zero, so the first step begins at the frozen network itself. What this saves: gradients and AdamW's two
-moments are needed for A and B only. And the reference policy costs almost nothing: it has adapters of its own, which
+moments are needed for A and B only. And the reference policy costs almost nothing: it has its own adapters, which
 stay as they were, on the same frozen weights.
 """
 

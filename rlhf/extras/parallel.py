@@ -78,7 +78,7 @@ def together(collective: Callable, *args) -> None:
     """A call of torch.distributed that every process makes."""
     try:
         collective(*args)
-    except RuntimeError as error:  # gloo has no class of its own
+    except RuntimeError as error:  # gloo has no exception class for this
         ended(error)
 
 

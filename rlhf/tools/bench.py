@@ -41,7 +41,7 @@ class BenchConfig:
     n_embd: int = cli.arg(128, "width")
     n_head: int = cli.arg(4, "attention heads")
     vocab: int = cli.arg(512, "vocabulary size")
-    value_network: str = cli.arg("separate", "a network of its own, or the policy's", ("separate", "shared"))
+    value_network: str = cli.arg("separate", "separate value network, or the policy's", ("separate", "shared"))
     batch: int = cli.arg(128, "responses per iteration", group="work")
     prompt: int = cli.arg(24, "tokens of the longest prompt")
     prompt_min: int = cli.arg(0, "tokens of the shortest prompt (0: all are equal)")

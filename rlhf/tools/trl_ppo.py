@@ -35,7 +35,7 @@ def trl_iterations(cfg) -> Iterator[dict[str, float]]:
     if found != VERSION:
         raise InputError(f"--against trl needs TRL {VERSION}, found {found}: pip install trl=={VERSION} transformers")
     if cfg.value_network == "shared":
-        raise InputError("--against trl needs --value-network separate: TRL's PPO trains a value network of its own")
+        raise InputError("--against trl needs --value-network separate: TRL's PPO trains a separate value network")
     return iterations(cfg)
 
 
