@@ -53,12 +53,12 @@ class HFTokenizer:
         self.vocab = self.theirs.get_vocab()
         self.kept = kept or range(max(self.vocab.values()) + 1)
         self.new = {old: new for new, old in enumerate(self.kept)}
-        bos, eos, pad = self.theirs.bos_token_id, self.theirs.eos_token_id, self.theirs.pad_token_id
+        bos, eos = self.theirs.bos_token_id, self.theirs.eos_token_id
         if eos is None:
             raise InputError(f"--init {init}: the tokenizer names no end-of-text token; give it one (eos_token)")
         self.begin = self.new[bos] if bos is not None and self.theirs("")["input_ids"][:1] == [bos] else None
-        self.vocab_size, self.eos_id = len(self.kept), self.new[eos]
-        self.pad_id = self.new[pad] if pad not in (None, eos) else int(self.eos_id == 0)  # any but end-of-text will do
+        # Any token but end-of-text can be the pad. The model's own may be end-of-text, or have no row in the embedding.
+        self.vocab_size, self.eos_id, self.pad_id = len(self.kept), self.new[eos], int(self.new[eos] == 0)
         self.fingerprint = hashlib.sha256(f"{self.theirs.backend_tokenizer.to_str()}{kept}".encode()).hexdigest()[:16]
 
     def __deepcopy__(self, memo):
@@ -71,15 +71,17 @@ class HFTokenizer:
     def spelled(self, old: int) -> list[int]:
         """The bytes of a token: <0x41>, ... or, in a vocabulary of bytes, the letters that stand for them."""
         token = self.theirs.convert_ids_to_tokens(old).replace("\u2581", " ")
-        return [self.vocab[b] for b in (map("<0x{:02X}>".format, token.encode()) if "<0x41>" in self.vocab else token)]
+        names = map("<0x{:02X}>".format, token.encode())
+        letters = token.translate({32: "Ġ", 9: "ĉ", 10: "Ċ"})  # a token that was added later holds spaces as they are
+        return [self.vocab[byte] for byte in (names if "<0x41>" in self.vocab else letters)]
 
     def encode(self, text: str) -> list[int]:
         ids = self.their_ids(text)
         return [self.new[i] for old in ids for i in ([old] if old in self.new else self.spelled(old))]
 
     def decode(self, ids: list[int]) -> str:
-        known = [self.kept[i] for i in ids if i < self.vocab_size]  # a model may have logits of more than its tokens
-        return self.theirs.decode(known, clean_up_tokenization_spaces=False)
+        # A model may have logits of more than its tokens.
+        return self.theirs.decode([self.kept[i] for i in ids if i < len(self.kept)], clean_up_tokenization_spaces=False)
 
 
 class Cache:
@@ -111,7 +113,7 @@ class HF(GPT):
         # Releases of transformers differ in the name of this argument.
         self.cache_argument = "cache" if "cache" in inspect.signature(trunk.forward).parameters else "past_key_values"
         context = trunk.config.max_position_embeddings - (self.tokenizer.begin is not None)
-        self.config = replace(config, block_size=context, n_embd=trunk.config.hidden_size)
+        self.config = replace(config, block_size=context, n_embd=output.weight.size(1))
         # With adapters, all networks share the weights of the base. Without, each has its own.
         shared = {id(p): p for module in (trunk, output) for p in module.parameters() if config.rank}
         self.trunk, output = copy.deepcopy([part.requires_grad_(not config.rank) for part in (trunk, output)], shared)
@@ -137,9 +139,8 @@ class HF(GPT):
         first = 0 if past is not None and past.get_seq_length() else shift
         mask = None if readable is None else cache.pads_first(F.pad(readable[:, 0, 0].int(), (shift, 0), value=1))
         output = self.trunk(
-            F.pad(tokens, (first, 0), value=begin), attention_mask=mask,  # (B, first + T)
-            position_ids=None if positions is None else positions + shift, use_cache=bool(cache),
-            **{self.cache_argument: past})
+            F.pad(tokens, (first, 0), value=begin), attention_mask=mask, use_cache=bool(cache),  # (B, first + T)
+            position_ids=None if positions is None else positions + shift, **{self.cache_argument: past})
         return output.last_hidden_state[:, first:]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -181,16 +182,19 @@ def base(init: str, kept: tuple[int, ...], four_bit: bool) -> tuple[nn.Module, n
     double quantisation (Dettmers et al. 2023).
 
     Raises InputError if the logits are not just the output matrix times the last hidden state, if there are layers
-    whose memory is not keys and values, or if the model does not say how long a text may be.
+    whose memory is not keys and values, if the weights are quantised already, or if the model does not say how long a
+    text may be.
     """
     model = loaded("AutoModelForCausalLM", init, dtype=torch.float32).eval()
     trunk, output, embedding = model.base_model, model.get_output_embeddings(), model.get_input_embeddings()
     tokens = torch.arange(8)[None]  # any will do
     layers, limit = (getattr(trunk.config, name, None) for name in ("layer_types", "max_position_embeddings"))
-    others = set(layers or ()) - {"full_attention", "sliding_attention"}
+    others = {*(layers or ()), *(p.dtype for p in model.parameters())}
+    others -= {"full_attention", "sliding_attention", torch.float32}
     with torch.no_grad():
         if others or not limit or not torch.allclose(model(tokens).logits, output(trunk(tokens)[0]), atol=1e-3):
-            raise InputError(f"--init {init}: rlhf/extras/hf.py cannot make the logits of a {type(model).__name__}")
+            raise InputError(f"--init {init}: cannot use this {type(model).__name__}; needed: only attention, weights "
+                             f"not quantised, max_position_embeddings, and logits = a matrix times the hidden states")
     if kept:
         tied, embedding.padding_idx = output.weight is embedding.weight, None
         embedding.weight = nn.Parameter(embedding.weight[list(kept)].detach())
@@ -200,6 +204,7 @@ def base(init: str, kept: tuple[int, ...], four_bit: bool) -> tuple[nn.Module, n
         for name, linear in list(module.named_children()):
             # Blocks of 64 weights in a row. A row of another length goes wrong in bitsandbytes 0.50 on AVX-512.
             if isinstance(linear, nn.Linear) and linear.in_features % 64 == 0:
+                # Leave it in training mode: in eval mode bitsandbytes passes no gradient to its input on such CPUs.
                 layer = package("bitsandbytes").nn.Linear4bit(
                     linear.in_features, linear.out_features, linear.bias is not None, torch.float32, True, "nf4")
                 layer.load_state_dict(linear.state_dict())
@@ -216,7 +221,7 @@ def used_ids(tokenizer: HFTokenizer, data: str) -> tuple[int, ...]:
             texts |= {*cells, *(" " + text.strip() for text in cells)}  # as rlhf/data.py encodes them
     ids = {i for token, i in tokenizer.vocab.items() if re.fullmatch("<0x..>" if "<0x41>" in tokenizer.vocab else ".",
                                                                      token)}
-    ids |= {i for row in tokenizer.their_ids(list(texts)) for i in row} | set(tokenizer.theirs.all_special_ids)
+    ids |= {i for row in tokenizer.their_ids(list(texts)) for i in row} | {tokenizer.eos_id, tokenizer.begin} - {None}
     return tuple(sorted(ids))
 
 
@@ -227,8 +232,6 @@ def init_from(cfg) -> tuple[HF, HFTokenizer, dict[str, str]]:
     kept = used_ids(HFTokenizer(cfg.init), cfg.data) if cfg.cut_vocab else ()
     gpt = HF(HFConfig(cfg.init, cfg.lora_rank, cfg.load_in_4bit, kept))
     sizes = {name: parameter.numel() for name, parameter in gpt.named_parameters() if parameter.requires_grad}
-    if not sizes:
-        raise InputError(f"--init {cfg.init} has no linear layers of torch for adapters; use --lora-rank 0")
     print(f"{cfg.init}: trains {sum(sizes.values()):,} numbers: {', '.join(sorted({n.split('.')[-2] for n in sizes}))}")
-    files = [file for file in (Path(cfg.init), *sorted(Path(cfg.init).glob("*.[js]*"))) if file.is_file()]
+    files = [file for file in (Path(cfg.init), *sorted(Path(cfg.init).glob("*.[bjs]*"))) if file.is_file()]
     return gpt, gpt.tokenizer, digests(**{f"init {file.name}": file for file in files})

@@ -36,7 +36,8 @@ class LoRALinear(nn.Module):
 def add_adapters(gpt: GPT, rank: int, generator: torch.Generator | None) -> GPT:
     """Freeze the GPT and give an adapter to each linear layer of its blocks, in place. rank 0: leave it as it is.
 
-    A network of rlhf/extras/hf.py that has adapters already keeps them. Raises InputError if their rank is another one.
+    A network of rlhf/extras/hf.py that has adapters already keeps them. Raises InputError if their rank is another one,
+    or if there is no such layer.
     """
     modules = list(gpt.modules())
     if any(isinstance(module, LoRALinear) for module in modules):
@@ -48,6 +49,8 @@ def add_adapters(gpt: GPT, rank: int, generator: torch.Generator | None) -> GPT:
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear) and name != "lm_head":  # not the output matrix
                     setattr(module, name, LoRALinear(child, rank, generator))
+        if not any(parameter.requires_grad for parameter in gpt.parameters()):
+            raise InputError(f"--lora-rank {rank}: the network has no linear layers of torch; use --lora-rank 0")
     return gpt
 
 

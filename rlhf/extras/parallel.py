@@ -116,7 +116,7 @@ def sum_gradients(model: nn.Module, loss: Tensor) -> Tensor:
     if WORLD == 1:
         return loss
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    summed = torch.cat([*map(torch.flatten, gradients), loss.detach().reshape(1)])
+    summed = torch.cat([*map(torch.flatten, gradients), loss.detach().reshape(1).to(gradients[0].dtype)])
     together(dist.all_reduce, summed)
     for gradient, part in zip(gradients, summed.split([*map(torch.numel, gradients), 1])):
         gradient.copy_(part.view_as(gradient))

@@ -64,7 +64,8 @@ def load_gpt2(name_or_path: str) -> GPT:
 
 def start_from(cfg) -> tuple[GPT, Tokenizer, dict[str, str]]:
     """What `train_sft.py --init` starts from: GPT-2's weights, or what rlhf/extras/hf.py makes of other models'."""
-    by_hand = cfg.init in PRETRAINED or (Path(cfg.init) / "pytorch_model.bin").is_file()
+    config = "".join(file.read_text(encoding="utf-8", errors="replace") for file in Path(cfg.init).glob("config.json"))
+    by_hand = cfg.init in PRETRAINED or '"gpt2"' in config and (Path(cfg.init) / "pytorch_model.bin").is_file()
     if not by_hand or cfg.load_in_4bit or cfg.cut_vocab:
         return hf.init_from(cfg)
     return init_from(cfg.init, find_tokenizer(cfg.data, cfg.tokenizer))
@@ -88,12 +89,10 @@ def init_from(name_or_path: str, tokenizer: Tokenizer) -> tuple[GPT, Tokenizer, 
 
 def save_gpt2(gpt: GPT, folder: Path, eos_id: int) -> None:
     """Write config.json and pytorch_model.bin; the inverse of load_gpt2."""
-    config = {
-        **ARCHITECTURE, "architectures": ["GPT2LMHeadModel"], "vocab_size": gpt.config.vocab_size,
-        "n_positions": gpt.config.block_size, "n_layer": gpt.config.n_layer, "n_head": gpt.config.n_head,
-        "n_embd": gpt.config.n_embd, "bos_token_id": eos_id, "eos_token_id": eos_id, "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0, "resid_pdrop": 0.0,
-    }
+    config = {**ARCHITECTURE, "architectures": ["GPT2LMHeadModel"], "vocab_size": gpt.config.vocab_size,
+              "n_positions": gpt.config.block_size, "n_layer": gpt.config.n_layer, "n_head": gpt.config.n_head,
+              "n_embd": gpt.config.n_embd, "bos_token_id": eos_id, "eos_token_id": eos_id, "attn_pdrop": 0.0,
+              "embd_pdrop": 0.0, "resid_pdrop": 0.0}
     state = {}
     for ours, weight in gpt.state_dict().items():
         name, transposed = published_name(ours)

@@ -20,7 +20,7 @@ import train_ppo
 import train_reward
 import train_sft
 from rlhf.data import batch_indices, pad_rows
-from rlhf.extras import hf
+from rlhf.extras import hf, pretrained
 from rlhf.extras.from_checkpoint import tokenizer_of
 from rlhf.extras.lora import LoRALinear, add_adapters, trained_and_frozen
 from rlhf.masked import token_logprobs
@@ -78,6 +78,10 @@ def make_model(kind, **more):
         model = T.Lfm2ForCausalLM(T.Lfm2Config(**sizes, layer_types=["conv", "full_attention"], block_multiple_of=4))
     elif kind == "bloom":
         model = T.BloomForCausalLM(T.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2))
+    elif kind == "opt":  # what the heads read is narrower than the layers, as in OPT-350m
+        model = T.OPTForCausalLM(T.OPTConfig(vocab_size=VOCAB, hidden_size=16, word_embed_proj_dim=8, ffn_dim=24,
+                                             num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64,
+                                             do_layer_norm_before=False))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -358,12 +362,13 @@ def test_begin_of_text_is_none_if_the_tokenizer_has_one_and_does_not_use_it(text
     assert hf.HFTokenizer(str(tmp_path)).begin is None
 
 
-@pytest.mark.parametrize(("pad", "pad_id"), [("<pad>", PAD), ("<eos>", 0), (None, 0)])
-def test_pad_and_end_of_text_differ(texts, tmp_path, pad, pad_id):
-    """Also if the model's tokenizer has no pad token, or pads with end-of-text."""
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>", None, "[PAD]"])
+def test_pad_and_end_of_text_differ(texts, tmp_path, pad):
+    """Also if the model's tokenizer has no pad token, pads with end-of-text, or got a pad token that the embedding of
+    its model has no row for."""
     make_tokenizer(texts, pad=pad).save_pretrained(tmp_path)
     tokenizer = hf.HFTokenizer(str(tmp_path))
-    assert (tokenizer.eos_id, tokenizer.pad_id) == (EOS, pad_id)
+    assert tokenizer.vocab_size == TOKENS + (pad == "[PAD]") and (tokenizer.eos_id, tokenizer.pad_id) == (EOS, 0)
 
 
 def test_pad_differs_from_an_end_of_text_that_is_token_0(texts, tmp_path):
@@ -434,8 +439,8 @@ def data_set(folder, **prompts):
 
 
 def test_used_ids_are_those_of_the_training_files_and_the_bytes(tmp_path):
-    """All 256 bytes and the three special tokens stay. Of the merged tokens " tent" stays, which only a response has,
-    and " wet" goes, which only a held-out file has."""
+    """All 256 bytes stay, and the two tokens that bound a text. Of the merged tokens " tent" stays, which only a
+    response has, and " wet" goes, which only a held-out file has."""
     made = make_tokenizer(["a wet tent, a hot tea"] * 9, vocab_size=280)
     made.save_pretrained(tmp_path)
     tokenizer = hf.HFTokenizer(str(tmp_path))
@@ -443,9 +448,32 @@ def test_used_ids_are_those_of_the_training_files_and_the_bytes(tmp_path):
     assert len(heldout) == len(response) == 1
     folder = data_set(tmp_path / "data", prompts=["hot"], comparisons=["hot"], prompts_heldout=["a wet"])
     got = hf.used_ids(tokenizer, folder)
-    assert got == tuple(sorted({*range(259), *tokenizer.encode("hot"), *tokenizer.encode(" hot"),
+    assert got == tuple(sorted({BOS, EOS, *range(3, 259), *tokenizer.encode("hot"), *tokenizer.encode(" hot"),
                                 *tokenizer.encode("tent"), *response}))
     assert heldout[0] not in got
+
+
+def test_special_tokens_that_the_embedding_has_no_row_for_are_not_kept(bases, data, tmp_path):
+    """Gemma 3's tokenizer has one for images, and its text models have no such row."""
+    folder = shutil.copytree(bases["gemma3"].folder, tmp_path / "base")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.add_special_tokens({"additional_special_tokens": [f"<image{i}>" for i in range(VOCAB - TOKENS + 1)]})
+    theirs.save_pretrained(folder)
+    assert max(transformers.AutoTokenizer.from_pretrained(folder).all_special_ids) == VOCAB
+    kept = network(Base(folder), cut_vocab=True, data=str(data)).config.kept
+    assert kept == network(bases["gemma3"], cut_vocab=True, data=str(data)).config.kept
+
+
+def test_an_added_token_of_spaces_is_spelled_in_bytes(tmp_path):
+    """As Pythia's tokenizer has them for runs of spaces. It writes them as they are, not as Ġ."""
+    made = make_tokenizer(["a wet tent, a hot tea"] * 9, vocab_size=280)
+    others = tuple(range(len(made)))
+    made.add_tokens([" \n\t "])
+    made.save_pretrained(tmp_path)
+    tokenizer = hf.HFTokenizer(str(tmp_path), others)
+    assert hf.HFTokenizer(str(tmp_path)).encode("a \n\t a")[1] == len(others)
+    assert tokenizer.encode("a \n\t a") == [made.get_vocab()[byte] for byte in "aĠĊĉĠa"]
+    assert tokenizer.decode(tokenizer.encode("a \n\t a")) == "a \n\t a"
 
 
 def test_a_token_that_is_not_kept_is_spelled_in_bytes(tmp_path):
@@ -484,7 +512,7 @@ def test_a_token_that_is_not_kept_is_spelled_in_a_vocabulary_with_byte_fallback(
         vocab["\u2581wet"], vocab["üet"], vocab["<0x78>"]]  # x is no letter of the vocabulary
     folder = data_set(tmp_path / "data", prompts=["et", "n"])
     kept = hf.used_ids(hf.HFTokenizer(str(tmp_path)), folder)
-    assert kept == (*range(260), *sorted(vocab[token] for token in ("\u2581", "et", "n")))
+    assert kept == (BOS, EOS, *range(4, 260), *sorted(vocab[token] for token in ("\u2581", "et", "n")))
     tokenizer = hf.HFTokenizer(str(tmp_path), kept)
     expected = [f"<0x{byte}>" for byte in ("20", "77", "65", "74", "C3", "BC", "65", "74", "78")]
     assert [kept[i] for i in tokenizer.encode(" wetüetx")] == [vocab[token] for token in expected]
@@ -613,6 +641,13 @@ def test_another_rank_than_that_of_sft_is_refused(bases, tmp_path, rank):
     assert add_adapters(gpt, 2, None) is gpt
     with pytest.raises(InputError, match=f"^--lora-rank {rank}, and sft.pt has adapters of rank 2; give that rank"):
         add_adapters(gpt, rank, None)
+
+
+def test_adapters_on_a_network_without_linear_layers_are_refused(texts, tmp_path):
+    """GPT-2's in transformers are Conv1D. Here SFT trained all weights and the next script is told --lora-rank."""
+    gpt = network(save_base(tmp_path, "gpt2", texts))
+    with pytest.raises(InputError, match="^--lora-rank 2: the network has no linear layers of torch"):
+        add_adapters(gpt, 2, None)
 
 
 # ---- 4 bits ----
@@ -828,6 +863,15 @@ def test_init_that_is_neither_a_folder_nor_on_this_machine_is_named(sft_error, m
     assert "--init nobody/no-such-model cannot be loaded: " in text and "a model's folder" in text
 
 
+def test_folder_with_a_pytorch_model_bin_is_read_by_transformers_unless_it_is_gpt2(bases, tmp_path):
+    folder = shutil.copytree(bases["llama"].folder, tmp_path / "base")
+    torch.save(bases["llama"].model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    gpt, tokenizer, inputs = pretrained.start_from(settings(Base(folder)))
+    close(gpt(torch.tensor([ROW]))[0], bases["llama"].forward(ROW)[1])
+    assert isinstance(tokenizer, hf.HFTokenizer) and "init pytorch_model.bin" in inputs
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_init_with_a_file_that_is_cut_short_is_named(sft_error, bases, tmp_path, name):
     folder = shutil.copytree(bases["llama"].folder, tmp_path / "base")
@@ -846,16 +890,32 @@ def test_flags_that_do_not_fit_init_are_refused(sft_error, bases, flags, message
 
 @pytest.mark.parametrize(
     ("kind", "rank", "message"),
-    [("gemma2", 0, "cannot make the logits of a Gemma2ForCausalLM"),  # capped by tanh
-     ("cohere", 0, "cannot make the logits of a CohereForCausalLM"),  # multiplied by logit_scale
-     ("lfm2", 0, "cannot make the logits of a Lfm2ForCausalLM"),  # its convolutions keep no keys and values
-     ("bloom", 0, "cannot make the logits of a BloomForCausalLM"),  # takes no positions
-     ("gpt2", 2, "has no linear layers of torch for adapters; use --lora-rank 0")],  # but its own Conv1D
+    [("gemma2", 0, "cannot use this Gemma2ForCausalLM"),  # capped by tanh
+     ("cohere", 0, "cannot use this CohereForCausalLM"),  # multiplied by logit_scale
+     ("lfm2", 0, "cannot use this Lfm2ForCausalLM"),  # its convolutions keep no keys and values
+     ("bloom", 0, "cannot use this BloomForCausalLM"),  # has no limit: its config does not name one
+     ("gpt2", 2, "has no linear layers of torch; use --lora-rank 0")],  # but its own Conv1D
 )
 def test_model_of_another_kind_is_refused(sft_error, texts, tmp_path, kind, rank, message):
     base = save_base(tmp_path / kind, kind, texts)
     text = sft_error("--init", base.folder, "--lora-rank", rank)
-    assert f"--init {base.folder}" in text and message in text
+    assert message in text and (rank or f"--init {base.folder}" in text)
+
+
+def test_model_whose_weights_are_quantised_already_is_refused(sft_error, bases, bitsandbytes, tmp_path):
+    folder = shutil.copytree(bases["wide"].folder, tmp_path / "base")
+    transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True), device_map="cpu",
+    ).save_pretrained(folder)
+    text = sft_error("--init", folder, "--lora-rank", 2)
+    assert f"--init {folder}: " in text and "cannot use this LlamaForCausalLM; needed:" in text
+
+
+@torch.no_grad()
+def test_heads_read_as_many_channels_as_the_output_matrix(texts, tmp_path):
+    gpt = network(save_base(tmp_path, "opt", texts))
+    assert gpt.config.n_embd == 8
+    assert RewardModel(gpt)(torch.tensor([ROW]), torch.tensor([6])).shape == (1,)
 
 
 def test_tokenizer_without_end_of_text_is_refused(sft_error, bases, texts, tmp_path):
