@@ -15,7 +15,7 @@ like the reference's. It is unreliable off-distribution, and the policy exploits
 `main` goes through the six parts of a step that README.md draws; `update` below it is parts 5 and 6. What is called by
 the name of its module (data, cli, runtime, checkpoints, judge, tables) can be skipped on a first reading.
 
---advantage takes another part 4 than GAE, without a value network: RLOO, GRPO or REINFORCE
+--advantage replaces GAE in part 4 by RLOO, GRPO or REINFORCE, which need no value network
 (rlhf/extras/alternatives.py says what each does to J).
 
 Details that matter and are kept: log-probabilities recomputed the way the update computes them, the k1 penalty inside
@@ -196,12 +196,12 @@ def update(policy, optimizer, scaler, rollout, advantages, returns, cfg: PPOConf
             optimizer.zero_grad()
             # Every gradient step divides by the same number of actions, that of the rollout times the minibatch's share
             # of rows: so the mean of an epoch's gradients is the gradient of the whole rollout.
-            actions, minibatch_kl_old = rollout.mask.sum().double() * len(rows) / len(order), 0.0
+            divisor, minibatch_kl_old = rollout.mask.sum().double() * len(rows) / len(order), 0.0
             # Micro-batches save memory: their gradients sum to the minibatch's.
             for micro in parallel.share(rows).split(cfg.micro_batch_size or len(rows)):
                 mb = rollout.take(micro)
                 mb_advantages, mb_returns = (x[micro, : mb.mask.size(1)] for x in (advantages, returns))  # (b, t-1)
-                share = mb.mask.sum() / actions
+                share = mb.mask.sum() / divisor
                 with runtime.autocast(mb.tokens.device, amp):
                     hidden, new_values = policy.hidden(mb.tokens)  # (b, t, C), (b, t)
                     logprobs = action_logprobs(hidden, mb.mask, policy.gpt.logits)  # (actions, V)

@@ -2,13 +2,13 @@
 
     python train_sft.py            # writes runs/sft.pt and runs/sft.csv
 
-About a minute on two cores; the held-out loss ends near 0.53 nats per token (docs/results.md).
+Under a minute on two cores; the held-out loss ends near 0.53 nats per token (docs/results.md).
 
 The loss is the cross-entropy of the response tokens only, end-of-text included: the prompt is given, not predicted.
 PPO starts from this model and is kept close to it, so its errors are the errors PPO has to fix. The bundled
 demonstrations were written by good and bad helpers, and the model imitates both.
 
-Left out: packing of short rows into long ones, epochs of plain text before the demonstrations.
+Left out: packing of short rows into long ones, pretraining on plain text.
 """
 
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ def main(cfg: SFTConfig) -> None:
         path.with_suffix(".csv"), cfg.steps, begun, ("loss", "valid", "grad_norm", "lr"), cfg.tensorboard)
     for step in range(begun["step"], cfg.steps):
         rows = [train_rows[i] for i in batch_indices(len(train_rows), cfg.batch_size, step, cfg.seed)]
-        actions = sum(len(row.tokens) - row.prompt_len for row in rows)
+        response_tokens = sum(len(row.tokens) - row.prompt_len for row in rows)
         lr = runtime.set_lr(optimizer, cfg.lr * runtime.cosine_schedule(step, cfg.steps, cfg.warmup))
         optimizer.zero_grad()
         loss = 0.0
@@ -99,7 +99,7 @@ def main(cfg: SFTConfig) -> None:
             tokens, mask = demonstration_batch(part, tokenizer.pad_id, device)  # (B, T), (B, T-1)
             with runtime.autocast(device, amp):
                 # A micro-batch weighs as much as it has response tokens: they sum to the mean over all of the batch.
-                part_loss = sft_loss(gpt.hidden(tokens), tokens, mask, gpt.logits) * (mask.sum() / actions)
+                part_loss = sft_loss(gpt.hidden(tokens), tokens, mask, gpt.logits) * (mask.sum() / response_tokens)
             scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         loss = parallel.sum_gradients(gpt, loss)
@@ -121,11 +121,11 @@ def main(cfg: SFTConfig) -> None:
 @torch.no_grad()
 def validation_loss(gpt, rows, cfg: SFTConfig, pad_id: int, device, amp) -> float:
     """Loss on held-out demonstrations: the mean over all of their response tokens."""
-    actions, total = sum(len(row.tokens) - row.prompt_len for row in rows), 0.0
+    response_tokens, total = sum(len(row.tokens) - row.prompt_len for row in rows), 0.0
     for part in tables.ticker(chunks(parallel.share(rows), cfg.micro_batch_size or cfg.batch_size), "validation"):
         tokens, mask = demonstration_batch(part, pad_id, device)  # (B, T), (B, T-1)
         with runtime.autocast(device, amp):
-            total += (sft_loss(gpt.hidden(tokens), tokens, mask, gpt.logits) * (mask.sum() / actions)).item()
+            total += (sft_loss(gpt.hidden(tokens), tokens, mask, gpt.logits) * (mask.sum() / response_tokens)).item()
     return parallel.total({"loss": total})["loss"]
 
 

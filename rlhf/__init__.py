@@ -5,8 +5,8 @@ Fifteen minutes: this page; `collect` in rollout.py; rewards.py; `gae` in advant
 
     model.py         a GPT, a policy with a value head, a reward model
     tokenizer.py     text <-> token ids
-    data.py          the three data sets, padding and masks
-    masked.py        the only means over tokens and the only shift between logits and tokens
+    data.py          a data set's three kinds of rows, padding and masks
+    masked.py        means over real tokens, and the only shift between logits and tokens
     losses.py        every loss, in the order in which the scripts need them
     ../train_sft.py, ../train_reward.py
     rollout.py       sampling with a key-value cache, and scoring what was sampled

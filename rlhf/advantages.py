@@ -28,8 +28,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     delta is how much one action changed the expected return: what it was paid, plus what is expected after it, minus
     what was expected before it. lam chooses how many deltas count, and trades bias for variance. lam = 0 is the TD
     error by itself: little noise, but as wrong as V is. lam = 1 with gamma = 1 is all rewards that followed, minus
-    V[t]: right on average whatever V is, but with the noise of all later actions. gamma = 1 suits responses: the
-    score comes once, at the end, and a discount would pay early tokens less of it.
+    V[t]: right on average whatever V is, but with the noise of all later actions. The scripts' 0.95 accepts a little
+    bias for less noise. gamma = 1 suits responses: the score comes once, at the end, and a discount would pay early
+    tokens less of it.
 
     Args: rewards, values, mask: (B, T-1); the True slots of a row are consecutive.
     Returns: advantages and returns, (B, T-1), 0 where the mask is False; not whitened.

@@ -148,8 +148,8 @@ def response_mask(prompt_lens: Tensor, lengths: Tensor, width: int) -> Tensor:
 
     prompt 3 tokens, length 6, width 7:    slot 0 1 2 3 4 5  ->  - - T T T -
     """
-    actions = torch.arange(1, width, device=lengths.device)  # (T-1,): slot t's action is token t+1
-    return (actions >= prompt_lens.unsqueeze(1)) & (actions < lengths.unsqueeze(1))
+    positions = torch.arange(1, width, device=lengths.device)  # (T-1,): slot t's action is token t+1
+    return (positions >= prompt_lens.unsqueeze(1)) & (positions < lengths.unsqueeze(1))
 
 
 def demonstration_batch(rows: list[Demonstration], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -34,8 +34,8 @@ def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor
         -mean log sigmoid(r_chosen - r_rejected)
 
     Bradley and Terry 1952; Ouyang et al. 2022 (InstructGPT), equation 1 with K = 2. `logsigmoid` stays finite where
-    log(sigmoid(x)) is log 0. The derivative by a chosen score is -(1 - sigmoid(margin)) / N: a pair that is already
-    ordered well contributes almost no gradient.
+    log(sigmoid(x)) is log 0. The derivative with respect to a chosen score is -(1 - sigmoid(margin)) / N: a pair that
+    is already ordered well contributes almost no gradient.
 
     Args: both (N,).  Returns: scalar, nats per pair; ln 2 if all scores are equal.
 
@@ -98,13 +98,12 @@ def policy_loss(new_logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, 
     is exactly zero: this action has moved enough. A ratio that has moved in the wrong direction is never clipped, so it
     can come back.
 
-    Why one mean. The policy gradient is a sum over the slots of each response and a mean over responses. Here the sum
-    over all slots is divided by their number, which only rescales the gradient. Dividing each response by its own
-    length would change the gradient's direction and pay for length. A micro-batch's loss is weighted by its share of
-    the minibatch's slots, so that micro-batches sum to the minibatch's mean. In `train_ppo.update` all gradient steps
-    on a rollout divide by the same number of slots, so a slot weighs the same in a minibatch of short responses as in
-    one of long ones, and the mean of an epoch's gradients is the gradient of the whole rollout. The advantages are
-    whitened once, over the rollout.
+    Why one mean. The policy gradient is a sum over the slots of each response and a mean over responses. Dividing the
+    sum over all slots by their number only rescales it. Dividing each response by its own length would weigh the tokens
+    of short responses more, which is another gradient. In `train_ppo.update` all gradient steps on a rollout divide by
+    the same number of slots, so a slot weighs the same in a minibatch of short responses as in one of long ones, and
+    the mean of an epoch's gradients is the gradient of the whole rollout. The advantages are whitened once, over the
+    rollout.
 
     Args: new_logprobs (with gradient), old_logprobs, advantages, mask: (B, T-1).
     Returns: the loss; the clip fraction, the share of True slots where the clipped branch is the larger loss. That is

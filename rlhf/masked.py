@@ -1,4 +1,4 @@
-"""Means over real tokens, and the alignment of logits with tokens: the only place in the project for either.
+"""Means over real tokens, and the alignment of logits with tokens, which is done in no other file.
 
 Masks are bool, and True counts. Masked entries are removed with `where` and never multiplied by zero: a pad may hold
 NaN or infinity, and NaN * 0 is NaN.

@@ -39,8 +39,8 @@ class Rollout(NamedTuple):
     def take(self, rows: Tensor) -> "Rollout":
         """Some of the rows, cut after the longest of them."""
         slots = torch.arange(1, self.mask.size(1) + 1, device=rows.device)
-        actions = int((self.mask[rows] * slots).max())  # columns up to the last action
-        return Rollout(self.tokens[rows, : actions + 1], *(x[rows, :actions] for x in self[1:5]), self.scores[rows])
+        width = int((self.mask[rows] * slots).max())  # columns up to the last action
+        return Rollout(self.tokens[rows, : width + 1], *(x[rows, :width] for x in self[1:5]), self.scores[rows])
 
     def ended(self, eos_id: int) -> Tensor:
         """(B,) bool: did the policy say end-of-text, or was it cut off?"""
@@ -96,7 +96,7 @@ def generate(model: nn.Module, prompts: Tensor, prompt_lens: Tensor, max_new_tok
 
 def write_responses(model: nn.Module, tokens: Tensor, lengths: Tensor, rows: Tensor, uniforms: Tensor,
                     eos_id: int) -> None:
-    """Sample the responses of some rows, in place: tokens (B, T), lengths (B,), uniforms (B, N)."""
+    """Sample the responses of some rows, in place: tokens (B, T), lengths (B,), uniforms (B, N) for N new tokens."""
     P, N = int(lengths[rows].max()), uniforms.size(1)
     cache = model.make_cache(len(rows), P + N) if hasattr(model, "make_cache") else None
     columns = torch.arange(P + N, device=rows.device)
@@ -136,8 +136,9 @@ def score_responses(frozen: Frozen, tokens: Tensor, mask: Tensor, prompt_lens: T
     """tokens (B, T), mask (B, T-1), prompt_lens (B,) -> scores (B,).
 
     The score of a response without end-of-text is *replaced* by the fixed missing_eos_score, whatever the reward model
-    makes of the fragment (Ziegler et al. 2019). The cut counts as a true end: V after it is 0. The KL penalty stays.
-    The default, -3, is three standard deviations below an average demonstration.
+    makes of the fragment (Ziegler et al. 2019): it has only seen finished responses, so its score of a fragment means
+    little, and the policy could learn never to end. The cut counts as a true end: V after it is 0. The KL penalty
+    stays. The default, -3, is three standard deviations below an average demonstration.
     """
     scores = frozen.reward_model(tokens, prompt_lens + mask.sum(dim=1))  # (B,)
     return torch.where(has_ended(tokens, mask, frozen.tokenizer.eos_id), scores, frozen.missing_eos_score)

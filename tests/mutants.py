@@ -169,7 +169,7 @@ HAND = [
     ("yardsticks", "swapped prompts are not", "row._replace(prompt=prompts[i])", "row"),
     ("train_reward", "evaluated on the training rows", "\"comparisons\", heldout=True)", "\"comparisons\")"),
     ("train_sft", "validated on the training rows", "gpt.config.block_size, heldout=True)", "gpt.config.block_size)"),
-    ("train_sft", "micro-batches not weighted", "* (mask.sum() / actions)\n            scaler", "\n            scaler"),
+    ("train_sft", "micro-batches not weighted", "* (mask.sum() / response_tokens)\n            scaler", "\n            scaler"),
     ("train_reward", "micro-batches not weighted", "part_loss * (len(part) / len(rows))", "part_loss * 1"),
     ("parallel", "gradients averaged over the processes", "gradient.copy_(part.view_as(gradient))", "gradient.copy_(part.view_as(gradient) / WORLD)"),
     ("parallel", "random numbers belong to processes", "*map(share, (prompts, prompt_lens, uniforms)))", "*map(share, (prompts, prompt_lens)), uniforms[: len(share(prompts))])"),

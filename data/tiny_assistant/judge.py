@@ -1,18 +1,18 @@
-"""The gold score of the tiny assistant: what a careful reader would give each reply.
+"""The gold score of the tiny assistant: what a careful reader would give each response.
 
 The bundled feedback is simulated. This file is the world that it is simulated from: the topics people ask about,
-the advice that is right for each, and the phrases that make a reply kind, rude or long-winded. Because the score is
+the advice that is right for each, and the phrases that make a response kind, rude or long-winded. Because the score is
 a plain function, the maximum is known, the noise of the annotators is known, and over-optimisation (the reward
 model's score rises while this one falls) can be seen instead of guessed at.
 
-    gold(prompt, reply) = sum over the reply's sentences, then limited to [MIN_SCORE, MAX_SCORE]
+    gold(prompt, response) = sum over the response's sentences, then limited to [MIN_SCORE, MAX_SCORE]
 
     +1    the first sentence that says what to do about *this* topic
     +1    the first sentence that says what to avoid about *this* topic
     +1    the first kind sentence
     -1    any other sentence: advice that belongs to another topic, a rude sentence, small talk, a second kind
           sentence, advice of a sort that was given already, a sentence cut short, words that make no sentence of
-          this world; and an empty reply
+          this world; and an empty response
 
 Worked example, asked about a sore throat:
 
@@ -147,17 +147,17 @@ def topic_of(prompt: str) -> str | None:
     return next((topic for topic in TOPICS if topic in question), None)
 
 
-def split_sentences(reply: str) -> list[str]:
+def split_sentences(response: str) -> list[str]:
     """Cut after . ! or ? where space follows: 'One. Two' -> ['One.', 'Two']."""
-    return [sentence for sentence in re.split(r"(?<=[.!?])\s+", reply.strip()) if sentence]
+    return [sentence for sentence in re.split(r"(?<=[.!?])\s+", response.strip()) if sentence]
 
 
-def score_one(prompt: str, reply: str) -> float:
-    """Gold score of one reply, by the table at the top of this file."""
+def score_one(prompt: str, response: str) -> float:
+    """Gold score of one response, by the table at the top of this file."""
     topic = topic_of(prompt)
     total = 0.0
     given = set()  # the sorts of good sentence already seen: "kind", 0 (what to do), 1 (what to avoid)
-    for sentence in split_sentences(reply) or [""]:
+    for sentence in split_sentences(response) or [""]:
         sort = None
         if sentence in KIND:
             sort = "kind"
@@ -176,5 +176,5 @@ def score(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def preference_probability(gold_first: float, gold_second: float) -> float:
-    """How likely an annotator is to prefer the first reply: sigmoid(SHARPNESS * (gold_first - gold_second))."""
+    """How likely an annotator is to prefer the first response: sigmoid(SHARPNESS * (gold_first - gold_second))."""
     return 1.0 / (1.0 + math.exp(-SHARPNESS * (gold_first - gold_second)))

@@ -2,7 +2,7 @@
 
     python data/tiny_assistant/prepare.py              # writes beside this file, in about two seconds
 
-Everything follows from judge.py's topics and phrases and one seed: questions, the replies of helpers good and bad,
+Everything follows from judge.py's topics and phrases and one seed: questions, the responses of helpers good and bad,
 the votes of noisy annotators, and the byte-pair ranks of the tokenizer. README.md here gives the counts.
 """
 
@@ -40,7 +40,7 @@ HELD_OUT_GREETINGS = 0.13  # of the seen topic-and-form combinations, the share 
 # ---- how the helpers write: four habits, drawn independently of each other ----
 P_BOTH_SORTS = 0.5  # completeness: says what to do *and* what to avoid; otherwise one of the two
 P_RELEVANT = 0.6  # relevance: the advice is about this topic; otherwise the helper misread and is about another
-P_KIND, P_RUDE = 0.4, 0.35  # tone: a kind sentence opens the reply; a rude one closes it
+P_KIND, P_RUDE = 0.4, 0.35  # tone: a kind sentence opens the response; a rude one closes it
 P_RAMBLING = 0.4  # rambling: one sentence of small talk
 
 DEMONSTRATIONS, DEMONSTRATIONS_HELD_OUT = 3000, 400
@@ -70,8 +70,8 @@ def make_prompts(rng: random.Random) -> tuple[list[str], list[str]]:
     return train, heldout
 
 
-def make_reply(rng: random.Random, prompt: str) -> str:
-    """One helper's reply: advice in order, small talk anywhere in it, a tone at either end."""
+def make_response(rng: random.Random, prompt: str) -> str:
+    """One helper's response: advice in order, small talk anywhere in it, a tone at either end."""
     topic = next(topic for topic in TOPICS if topic in prompt)
     if rng.random() >= P_RELEVANT:
         topic = rng.choice([other for other in TOPICS if other != topic])
@@ -88,10 +88,10 @@ def make_reply(rng: random.Random, prompt: str) -> str:
 
 
 def make_comparison(rng: random.Random, prompt: str) -> tuple[str, str, str]:
-    """Two different replies to a prompt and the annotator's noisy vote: (prompt, chosen, rejected)."""
-    first, second = make_reply(rng, prompt), make_reply(rng, prompt)
+    """Two different responses to a prompt and the annotator's noisy vote: (prompt, chosen, rejected)."""
+    first, second = make_response(rng, prompt), make_response(rng, prompt)
     while second == first:
-        second = make_reply(rng, prompt)
+        second = make_response(rng, prompt)
     likes_first = rng.random() < preference_probability(score_one(prompt, first), score_one(prompt, second))
     return (prompt, first, second) if likes_first else (prompt, second, first)
 
@@ -115,11 +115,11 @@ def main(cfg: PrepareConfig) -> None:
         ("_heldout", heldout, DEMONSTRATIONS_HELD_OUT, COMPARISONS_HELD_OUT),
     ):
         turns = [prompts[i % len(prompts)] for i in range(max(demonstrations, comparisons))]
-        rows = [(prompt, make_reply(rng, prompt)) for prompt in turns[:demonstrations]]
+        rows = [(prompt, make_response(rng, prompt)) for prompt in turns[:demonstrations]]
         write_rows(out / f"demonstrations{suffix}.csv", ("Prompt", "Response"), rows)
         pairs = [make_comparison(rng, prompt) for prompt in turns[:comparisons]]
         write_rows(out / f"comparisons{suffix}.csv", ("Prompt", "Chosen", "Rejected"), pairs)
-        texts = texts or [f"{prompt} {reply}" for prompt, reply in rows]  # the tokenizer sees training text only
+        texts = texts or [f"{prompt} {response}" for prompt, response in rows]  # the tokenizer sees training text only
 
     ranks = train_bpe(texts, VOCAB_SIZE - 2)
     write_ranks(ranks, out / "tokenizer.tiktoken")
