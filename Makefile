@@ -1,10 +1,14 @@
-# make run       the three stages in order and how close PPO came to the optimum, into runs/, replacing what is there
+# make run       the three stages in order and how close PPO came to the optimum, into runs/,
+#                replacing what is there
 # make test      the tests, except the slow ones
 # make test-all  all tests
-# make lint      ruff, if it is installed
+# make lint      ruff: the format, and common mistakes
 PYTHON = .venv/bin/python
-# Threads that wait for each other spin for a moment and then sleep. They spin 15 times longer by default, which costs
-# most of the speed if another program needs the core. (For libgomp, the OpenMP of torch on Linux.)
+PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check
+RUFF = ruff==0.17.6
+# Threads that wait for each other spin for a moment and then sleep. They spin 15 times longer by
+# default, which costs most of the speed if another program needs the core. (For libgomp, the OpenMP
+# of torch on Linux.)
 export GOMP_SPINCOUNT = 20000
 
 run: .venv/installed
@@ -20,14 +24,20 @@ test: .venv/installed
 test-all: .venv/installed
 	$(PYTHON) -m pytest
 
-lint:
-	@if command -v ruff > /dev/null; then ruff check .; else echo "ruff is not installed: pip install ruff"; fi
+lint: .venv/$(RUFF)
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
 
-# Installs once; a later call finds the stamp newer than requirements.txt and does nothing.
+# These install once; a later call finds the stamp and does nothing.
 .venv/installed: requirements.txt
 	python3 -c "import sys; sys.exit(sys.version_info < (3, 10) and 'error: Python 3.10 or newer is needed')"
 	python3 -m venv .venv
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
+	touch $@
+
+.venv/$(RUFF):
+	test -x $(PYTHON) || python3 -m venv .venv
+	$(PIP) $(RUFF)
 	touch $@
 
 clean:

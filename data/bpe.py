@@ -1,6 +1,8 @@
-"""Byte-pair encoding's other half: learning the ranks that rlhf/tokenizer.py reads. Used by the data sets' prepare.py.
+"""Byte-pair encoding's other half: learning the ranks that rlhf/tokenizer.py reads. Used by the
+data sets' prepare.py.
 
-Sennrich et al. 2016, on bytes as GPT-2 does: start from the 256 bytes and keep joining the commonest neighbours.
+Sennrich et al. 2016, on bytes as GPT-2 does: start from the 256 bytes and keep joining the most
+common neighbours.
 """
 
 import base64
@@ -9,18 +11,25 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-# rlhf.tokenizer.PATTERN without \p, which Python's own `re` does not know. The two differ only in rare signs (a
-# superscript two is a letter here), and a merge that is never met does no harm.
+# rlhf.tokenizer.PATTERN without \p, which Python's own `re` does not know. The two differ only in
+# rare signs (a superscript two is a letter here), and a merge that is never met does no harm.
 WORDS = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
 
+Word = tuple[bytes, ...]  # cut into tokens
 
-def join_pair(word: tuple[bytes, ...], left: bytes, right: bytes) -> tuple[bytes, ...]:
+
+def single_bytes(data: Iterable[int]) -> list[bytes]:
+    return [bytes([byte]) for byte in data]
+
+
+def join_pair(word: Word, left: bytes, right: bytes) -> Word:
     """Every occurrence of the pair, from the left, made one token.
 
     >>> join_pair((b"a", b"b", b"c", b"a", b"b"), b"a", b"b")
     (b'ab', b'c', b'ab')
     """
-    joined, at = [], 0
+    joined = []
+    at = 0
     while at < len(word):
         if word[at : at + 2] == (left, right):
             joined.append(left + right)
@@ -31,42 +40,64 @@ def join_pair(word: tuple[bytes, ...], left: bytes, right: bytes) -> tuple[bytes
     return tuple(joined)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> list[bytes]:
-    """The tokens in the order of their ranks, which are their ids: 256 bytes, then one a merge; of pairs equally common
-    the last in byte order. Texts are cut into words first, and no merge crosses a cut.
+class PairCounts:
+    """How often each pair of neighbours occurs, and the numbers of the words that hold it.
 
-    Stops early where no pair is left. Only words that hold the joined pair are counted anew.
+    After a merge, only words that hold the joined pair are counted again.
+    """
+
+    def __init__(self):
+        self.counts = Counter()
+        self.holders = defaultdict(set)
+
+    def add(self, number: int, word: Word, times: int) -> None:
+        for pair in zip(word, word[1:]):
+            self.counts[pair] += times
+            self.holders[pair].add(number)
+
+    def remove(self, word: Word, times: int) -> None:
+        for pair in zip(word, word[1:]):
+            self.counts[pair] -= times
+            if not self.counts[pair]:
+                del self.counts[pair]
+
+    def most_common(self) -> tuple[bytes, bytes]:
+        """Of pairs equally common, the last in byte order."""
+        most = max(self.counts.values())
+        return max(pair for pair, count in self.counts.items() if count == most)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> list[bytes]:
+    """The tokens in the order of their ranks, which are their ids: 256 bytes, then one per merge.
+
+    Texts are cut into words first, and no merge crosses a cut. Stops early if no pair is left.
 
     >>> train_bpe(["ab abab"], 258)[256:]      # "ab" thrice; then all once, "abab" is the last
     [b'ab', b'abab']
     """
-    counts = Counter(word for text in texts for word in WORDS.findall(text))
-    words = [tuple(bytes([byte]) for byte in word.encode("utf-8")) for word in counts]
+    counts = Counter()  # of the words
+    for text in texts:
+        counts.update(WORDS.findall(text))
+    words = [tuple(single_bytes(word.encode("utf-8"))) for word in counts]
     times = list(counts.values())
-    pairs, holders = Counter(), defaultdict(set)  # how often each pair occurs; which words hold it
-    for at, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pairs[pair] += times[at]
-            holders[pair].add(at)
+    pairs = PairCounts()
+    for number, word in enumerate(words):
+        pairs.add(number, word, times[number])
 
-    tokens = [bytes([byte]) for byte in range(256)]
-    while len(tokens) < vocab_size and pairs:
-        most = max(pairs.values())
-        left, right = max(pair for pair, count in pairs.items() if count == most)
+    tokens = single_bytes(range(256))
+    while len(tokens) < vocab_size and pairs.counts:
+        left, right = pairs.most_common()
         tokens.append(left + right)
-        for at in holders.pop((left, right)):
-            old, new = words[at], join_pair(words[at], left, right)
-            for pair in zip(old, old[1:]):
-                pairs[pair] -= times[at]
-                if not pairs[pair]:
-                    del pairs[pair]
-            for pair in zip(new, new[1:]):
-                pairs[pair] += times[at]
-                holders[pair].add(at)
-            words[at] = new
+        for number in pairs.holders.pop((left, right)):
+            pairs.remove(words[number], times[number])
+            words[number] = join_pair(words[number], left, right)
+            pairs.add(number, words[number], times[number])
     return tokens
 
 
 def write_ranks(tokens: list[bytes], path: Path) -> None:
-    """tiktoken's own format: a token in base64, a space, its rank; one a line."""
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
+    """tiktoken's own format: a token in base64, a space, its rank; one per line."""
+    lines = []
+    for rank, token in enumerate(tokens):
+        lines.append(f"{base64.b64encode(token).decode()} {rank}\n")
+    path.write_text("".join(lines))

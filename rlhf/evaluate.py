@@ -1,70 +1,131 @@
 """Before and after: what the policies say to held-out prompts, and what that is worth.
 
-The reward model's score is what PPO was trained on, so it says little about quality. The gold score of the data set's
-judge, from which no training step learns, is the honest column. Without a judge, the win rate goes by the score.
+The reward model's score is what PPO was trained on, so it says little about quality. The gold score
+of the data set's judge, from which no training step learns, is the honest column. Without a judge,
+the win rate goes by the score.
 """
 
+from dataclasses import dataclass
 from types import ModuleType
 
 from torch import Tensor
 
-from rlhf.data import Prompt, pad_rows
-from rlhf.model import GPT, PolicyWithValue
+from rlhf.data import Prompt, pad_prompts
+from rlhf.model import GPT, PolicyWithoutValue
 from rlhf.rewards import kl_k1
 from rlhf.rollout import Frozen, Rollout, collect
-from rlhf.support.judge import gold_scores
-from rlhf.support.runtime import make_generator
-from rlhf.support.tables import ticker
+from rlhf.run.device import make_generator
+from rlhf.run.judge import gold_scores
+from rlhf.run.progress import ticker
 from rlhf.tokenizer import Tokenizer
+
+# ---- responses ----
+
+
+@dataclass(frozen=True)
+class Response:
+    prompt: str
+    text: str
+    score: float
+    gold: float | None  # None without a judge
+    kl_ref: float  # nats
+    length: int  # tokens, end-of-text included
+    ended: bool
 
 
 def decode_responses(tokenizer: Tokenizer, tokens: Tensor, mask: Tensor) -> list[str]:
     """tokens (B, T), mask (B, T-1) -> the text of each response, without end-of-text."""
-    rows = [row[1:][row_mask].tolist() for row, row_mask in zip(tokens.cpu(), mask.cpu())]
-    return [tokenizer.decode([i for i in row if i != tokenizer.eos_id]).strip() for row in rows]
+    texts = []
+    for row, row_mask in zip(tokens.cpu(), mask.cpu()):
+        ids = row[1:][row_mask].tolist()
+        text = tokenizer.decode([i for i in ids if i != tokenizer.eos_id])
+        texts.append(text.strip())
+    return texts
 
 
-def respond(gpt: GPT, prompts: list[Prompt], frozen: Frozen, judge, seed: int = 0, collect=collect) -> list[dict]:
-    """One sampled response to each prompt, with its score, gold (None without a judge), kl_ref in nats per response,
-    length in tokens and whether it ended. Scored by the code that PPO trains with, `collect`."""
+def respond(
+    gpt: GPT, prompts: list[Prompt], frozen: Frozen, judge: ModuleType | None, seed: int = 0
+) -> list[Response]:
+    """One sampled response to each prompt, scored by the code that PPO trains with, `collect`.
+
+    frozen.rows prompts go at once. Random numbers follow from the seed and the number of the first.
+    """
+    policy = PolicyWithoutValue(gpt)  # nothing here needs values, and collect asks for them
     device = next(gpt.parameters()).device
-    policy, tokenizer, responses = PolicyWithValue(gpt).to(device), frozen.tokenizer, []
+    responses = []
     for at in ticker(range(0, len(prompts), frozen.rows), "batches of responses"):
-        some = prompts[at : at + frozen.rows]
-        tokens, prompt_lens = pad_rows([prompt.tokens for prompt in some], tokenizer.pad_id, device)  # (B, P), (B,)
-        rollout = collect(policy, frozen, tokens, prompt_lens, make_generator(device, seed, "evaluate", at))
-        kl_ref = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1)  # (B,): slots off the mask hold 0
-        ended = rollout.ended(tokenizer.eos_id)
-        texts = decode_responses(tokenizer, rollout.tokens, rollout.mask)
-        golds = [None] * len(some) if judge is None else gold_scores(judge, [prompt.text for prompt in some], texts)
-        for row, prompt in enumerate(some):
-            responses.append({"prompt": prompt.text, "response": texts[row], "score": rollout.scores[row].item(),
-                              "gold": golds[row], "kl_ref": kl_ref[row].item(), "length": int(rollout.mask[row].sum()),
-                              "ended": bool(ended[row])})
+        batch = prompts[at : at + frozen.rows]
+        tokens, prompt_lens = pad_prompts(batch, frozen.tokenizer.pad_id, device)  # (B, P), (B,)
+        generator = make_generator(device, seed, "evaluate", at)
+        rollout = collect(policy, frozen, tokens, prompt_lens, generator)
+        responses += describe(batch, rollout, frozen.tokenizer, judge)
     return responses
 
 
-def mean_gold(judge: ModuleType | None, prompts: list[Prompt], rollout: Rollout, tokenizer: Tokenizer) -> float | None:
-    """The judge's mean over a rollout; None without a judge. For the log only: nothing is trained on it."""
+def describe(
+    prompts: list[Prompt], rollout: Rollout, tokenizer: Tokenizer, judge: ModuleType | None
+) -> list[Response]:
+    """The responses of a rollout, with all that is known of them."""
+    texts = decode_responses(tokenizer, rollout.tokens, rollout.mask)
+    questions = [prompt.text for prompt in prompts]
+    golds = gold_scores(judge, questions, texts)
+    scores = rollout.scores.tolist()
+    kl_refs = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1).tolist()  # off the mask: 0
+    lengths = rollout.mask.sum(dim=1).tolist()
+    ended = rollout.ended(tokenizer.eos_id).tolist()
+    columns = zip(questions, texts, scores, golds, kl_refs, lengths, ended)
+    return [Response(*row) for row in columns]
+
+
+def mean_gold(
+    judge: ModuleType | None, prompts: list[Prompt], rollout: Rollout, tokenizer: Tokenizer
+) -> float | None:
+    """The judge's mean over a rollout; None without a judge. For the log only: nothing is trained
+    on it."""
     if judge is None:
         return None
     texts = decode_responses(tokenizer, rollout.tokens, rollout.mask)
     return sum(gold_scores(judge, [prompt.text for prompt in prompts], texts)) / len(texts)
 
 
-def mean(responses: list[dict], name: str) -> float | None:
-    """Mean of a column; None if it has no numbers."""
-    return None if responses[0][name] is None else sum(float(one[name]) for one in responses) / len(responses)
+def mean(responses: list[Response], name: str) -> float | None:
+    """Mean of a field of the responses; None if it has no numbers."""
+    if getattr(responses[0], name) is None:
+        return None
+    return sum(float(getattr(response, name)) for response in responses) / len(responses)
 
 
-def summarise(name: str, responses: list[dict], baseline: list[dict], kl_coef: float) -> dict:
-    """One row of evaluation.csv: means over the prompts; the share of responses that differ from each other; wins over
-    the baseline, where a tie counts half."""
-    yardstick = "score" if responses[0]["gold"] is None else "gold"
-    wins = [(ours[yardstick] > theirs[yardstick]) + 0.5 * (ours[yardstick] == theirs[yardstick])
-            for ours, theirs in zip(responses, baseline)]
-    score, kl_ref = mean(responses, "score"), mean(responses, "kl_ref")
-    return {
+# ---- policies, before and after ----
+
+
+def compare(
+    policy: GPT,
+    prompts: list[Prompt],
+    frozen: Frozen,
+    judge: ModuleType | None,
+    kl_coef: float,
+    seed: int,
+    name: str = "ppo",
+) -> tuple[list[dict], list[Response], list[Response]]:
+    """The rows of evaluation.csv, sft and the policy's, and the responses of the reference and of
+    the policy."""
+    before = respond(frozen.reference, prompts, frozen, judge, seed)
+    after = respond(policy, prompts, frozen, judge, seed)
+    rows = [
+        summarise("sft", before, before, kl_coef),
+        summarise(name, after, before, kl_coef),
+    ]
+    return rows, before, after
+
+
+def summarise(
+    name: str, responses: list[Response], baseline: list[Response], kl_coef: float
+) -> dict:
+    """One row of evaluation.csv: means over the prompts; the share of responses that differ from
+    each other; wins over the baseline."""
+    score = mean(responses, "score")
+    kl_ref = mean(responses, "kl_ref")
+    row = {
         "policy": name,
         "score": score,
         "gold": mean(responses, "gold"),
@@ -72,14 +133,22 @@ def summarise(name: str, responses: list[dict], baseline: list[dict], kl_coef: f
         "objective": score - kl_coef * kl_ref,
         "length": mean(responses, "length"),
         "eos_rate": mean(responses, "ended"),
-        "distinct": len({one["response"] for one in responses}) / len(responses),
-        "win_rate_vs_sft": sum(wins) / len(wins),
-        "prompts": len(responses),
     }
+    row["distinct"] = len({response.text for response in responses}) / len(responses)
+    row["win_rate_vs_sft"] = win_rate(responses, baseline)
+    row["prompts"] = len(responses)
+    return row
 
 
-def compare(policy: GPT, prompts: list[Prompt], frozen: Frozen, judge: ModuleType | None, kl_coef: float,
-            seed: int, collect=collect, name: str = "ppo") -> tuple[list[dict], list[dict], list[dict]]:
-    """The rows of evaluation.csv, sft and the policy's, and the responses of the reference and of the policy."""
-    before, after = (respond(gpt, prompts, frozen, judge, seed, collect) for gpt in (frozen.reference, policy))
-    return [summarise(who, said, before, kl_coef) for who, said in (("sft", before), (name, after))], before, after
+def win_rate(responses: list[Response], baseline: list[Response]) -> float:
+    """Share of prompts with a better response than the baseline's, by gold if there is a judge,
+    else by score. A tie counts half."""
+    by = "score" if responses[0].gold is None else "gold"
+    wins = 0.0
+    for response, other in zip(responses, baseline):
+        difference = getattr(response, by) - getattr(other, by)
+        if difference > 0:
+            wins += 1
+        elif difference == 0:
+            wins += 0.5
+    return wins / len(responses)

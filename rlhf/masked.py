@@ -1,7 +1,7 @@
-"""Means over real tokens, and the alignment of logits with tokens, which is done in no other file.
+"""Means over real tokens, and the alignment of logits with tokens, which is done only here.
 
-Masks are bool, and True counts. Masked entries are removed with `where` and never multiplied by zero: a pad may hold
-NaN or infinity, and NaN * 0 is NaN.
+Masks are bool, and True counts. Masked entries are removed with `where` and never multiplied by
+zero: a pad may hold NaN or infinity, and NaN * 0 is NaN.
 """
 
 import torch
@@ -22,10 +22,12 @@ def check_same_shape(**tensors: Tensor) -> None:
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over ALL True entries of the batch: sum(x where mask) / count(mask).
 
-    Every token weighs the same. (The mean of each row's mean would weigh tokens of short responses more.)
+    Every token weighs the same. (The mean of each row's mean would weigh tokens of short responses
+    more.)
 
-    Args: x, mask: the same shape, any.  Returns: scalar.  Raises ValueError if no entry is True. (On a GPU it is NaN
-        then: to ask would make the host wait for everything that is queued there.)
+    Args: x, mask: the same shape, any.
+    Returns: scalar. Raises ValueError if no entry is True. (On a GPU it is NaN then: to ask would
+        make the host wait for everything that is queued there.)
 
     >>> masked_mean(torch.tensor([[1., 1., 1.], [5., 0., 0.]]),
     ...             torch.tensor([[True, True, True], [True, False, False]]))
@@ -40,7 +42,9 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
     """Zero mean and unit variance over the True entries; 0 elsewhere.
 
-        (x - mean) / sqrt(var + 1e-8),  var = mean of (x - mean)^2   (biased, as in OpenAI's lm-human-preferences)
+        (x - mean) / sqrt(var + 1e-8),  var = mean of (x - mean)^2
+
+    The variance is biased, as in OpenAI's lm-human-preferences.
 
     Args: x, mask: the same shape, any.  Returns: the same shape as x.
 
@@ -52,52 +56,89 @@ def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, (x - mean) * torch.rsqrt(var + 1e-8), 0.0)
 
 
-def action_logprobs(logits: Tensor, mask: Tensor, to_logits=None) -> Tensor:
-    """log softmax of the logits that choose an action: logits (B, T, V), mask (B, T-1) -> (True slots, V).
+# ---- logits and tokens: the only shift of logits ----
 
-    This is the shift of the project: slot t reads column t of logits, and the last column has no action.
 
-    With to_logits, `logits` are hidden states (B, T, C), and to_logits, such as GPT.logits, makes logits of those at
-    True slots only. Half of a batch or more is prompt and padding, and the product with the vocabulary is expensive.
+def action_slots(x: Tensor, mask: Tensor) -> Tensor:
+    """What stands at the True slots: (B, T, D), (B, T-1) -> (S, D), row by row.
 
-    The softmax is taken in float32 at least, whatever autocast made of the logits: in bfloat16 a log-probability of
-    -8 is known to 0.03, which is as large as the changes that PPO's ratio has to measure. (What the logits themselves
-    lost in half precision stays lost; it is the same loss in both passes of a ratio.)
+    Slot t reads column t, and the last column has no action.
+
+    Half of a batch or more is prompt and padding, and the product with the vocabulary is expensive.
+    So select hidden states first, and make logits only of those:
+
+        logits = gpt.logits(action_slots(gpt.hidden(tokens), mask))  # (S, V)
+
+    >>> x = torch.tensor([[[0.], [1.], [2.]], [[3.], [4.], [5.]]])
+    >>> action_slots(x, torch.tensor([[False, True], [True, True]])).flatten()
+    tensor([1., 3., 4.])
     """
-    if logits.dim() != 3 or mask.shape != (logits.size(0), logits.size(1) - 1):
-        raise ValueError(f"expected logits (B, T, V) and mask (B, T-1), got {tuple(logits.shape)} and "
-                         f"{tuple(mask.shape)}")
+    if x.dim() != 3 or mask.shape != (x.size(0), x.size(1) - 1):
+        raise ValueError(
+            f"expected logits or hidden states (B, T, D) and mask (B, T-1), got {tuple(x.shape)} "
+            f"and {tuple(mask.shape)}"
+        )
     check_same_shape(mask=mask)
-    # Numbers and not the mask as index: on a GPU, every look for a mask's True entries makes the host wait.
-    rows, slots = mask.nonzero(as_tuple=True)
-    logits = logits[rows, slots]  # (True slots, V), or (True slots, C)
-    logits = logits if to_logits is None else to_logits(logits)  # (True slots, V)
-    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    # Numbers and not the mask as index: on a GPU, each search for a mask's True entries makes the
+    # host wait, and the backward pass would search again.
+    rows, slots = mask.nonzero(as_tuple=True)  # (S,), (S,)
+    return x[rows, slots]  # (S, D)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities over the last dimension, in float32 at least, whatever autocast made of the
+    logits.
+
+    In bfloat16 a log-probability of -8 is known to 0.03, which is as large as the changes that
+    PPO's ratio has to measure. (What the logits themselves lost in half precision stays lost; it is
+    the same loss in both passes of a ratio.)
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return F.log_softmax(logits.to(dtype), dim=-1)
+
+
+def action_logprobs(logits: Tensor, mask: Tensor) -> Tensor:
+    """Log-probabilities of the whole vocabulary at the True slots.
+
+    Args: logits (B, T, V), mask (B, T-1).  Returns: (S, V), nats.
+    """
+    return log_softmax(action_slots(logits, mask))
 
 
 def chosen_logprobs(logprobs: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """Of each action's log-probabilities, that of the token which was chosen.
 
-    Args: logprobs (True slots, V) of action_logprobs, tokens (B, T), mask (B, T-1).
+    Args: logprobs (S, V), those of the True slots; tokens (B, T); mask (B, T-1).
     Returns: (B, T-1), nats, with 0 where the mask is False.
     """
-    row = (mask.flatten().cumsum(dim=0) - 1).clamp(min=0).view(mask.shape)  # (B, T-1): a True slot's row of logprobs
-    return torch.where(mask, logprobs[row, tokens[:, 1:]], 0.0)  # slot t's action is token t+1
+    rows, slots = mask.nonzero(as_tuple=True)  # (S,), (S,)
+    if len(logprobs) != len(rows):
+        raise ValueError(
+            f"expected logits or log-probabilities of the {len(rows)} True slots, got "
+            f"{len(logprobs)}"
+        )
+    actions = tokens[rows, slots + 1].long()  # (S,): slot t's action is token t+1
+    chosen = logprobs.gather(1, actions.unsqueeze(1)).squeeze(1)  # (S,)
+    return logprobs.new_zeros(mask.shape).index_put((rows, slots), chosen)  # (B, T-1)
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor | None = None, to_logits=None) -> Tensor:
+def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """Log-probability of each token given those before it.
 
         out[:, t] = log softmax(logits[:, t])[tokens[:, t+1]]
 
-    Args: logits: (B, T, V), or hidden states (B, T, C) with to_logits, see action_logprobs; tokens: (B, T); mask:
-        (B, T-1), the slots to compute, all if it is not given. The others are left out of the softmax and its
-        gradient, and hold 0.
+    Args:
+        logits (B, T, V); or only those of the True slots, (S, V), see action_slots.
+        tokens (B, T).
+        mask (B, T-1): the slots to compute, all if it is not given. The others are left out of the
+            softmax and its gradient, and hold 0.
     Returns: (B, T-1), nats.
     """
-    if logits.dim() != 3 or tokens.shape != logits.shape[:2]:
-        raise ValueError(f"expected logits (B, T, V) and tokens (B, T), got {tuple(logits.shape)} and "
-                         f"{tuple(tokens.shape)}")
     if mask is None:
         mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
-    return chosen_logprobs(action_logprobs(logits, mask, to_logits), tokens, mask)
+    if tokens[:, 1:].shape != mask.shape:
+        shapes = f"{tuple(tokens.shape)} and {tuple(mask.shape)}"
+        raise ValueError(f"expected tokens (B, T) and mask (B, T-1), got {shapes}")
+    if logits.dim() != 2:
+        logits = action_slots(logits, mask)  # (S, V)
+    return chosen_logprobs(log_softmax(logits), tokens, mask)

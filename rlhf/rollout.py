@@ -1,20 +1,21 @@
-"""Sampling from the policy, and everything PPO needs to know about what was sampled. No gradients here."""
+"""Parts 1 and 2 of a PPO step: sample responses, and score them with all models. No gradients."""
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlhf.data import response_mask
-from rlhf.masked import token_logprobs
-from rlhf.model import GPT, PolicyWithValue, RewardModel
-from rlhf.support.runtime import autocast
+from rlhf.masked import action_slots, token_logprobs
+from rlhf.model import GPT, PolicyWithoutValue, PolicyWithValue, RewardModel
+from rlhf.run import processes
+from rlhf.run.device import autocast
+from rlhf.sampling import draw_uniforms, generate, has_ended
 from rlhf.tokenizer import Tokenizer
 
 
 class Frozen(NamedTuple):
-    """What does not change while the policy trains: the two frozen models and how responses are sampled and scored."""
+    """What does not change while the policy trains: the two frozen models and how responses are
+    sampled and scored."""
 
     reference: GPT
     reward_model: RewardModel
@@ -27,7 +28,7 @@ class Frozen(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """One batch of experience; the (B, T-1) ones hold a row's action slots, see rlhf/__init__.py."""
+    """Prompts with their sampled responses; (B, T-1) are action slots, see rlhf/__init__.py."""
 
     tokens: Tensor  # (B, T)
     mask: Tensor  # (B, T-1) bool: the policy's own actions, end-of-text included
@@ -36,137 +37,88 @@ class Rollout(NamedTuple):
     values: Tensor  # (B, T-1)
     scores: Tensor  # (B,) the reward model's
 
-    def take(self, rows: Tensor) -> "Rollout":
-        """Some of the rows, cut after the longest of them."""
-        slots = torch.arange(1, self.mask.size(1) + 1, device=rows.device)
-        width = int((self.mask[rows] * slots).max())  # columns up to the last action
-        return Rollout(self.tokens[rows, : width + 1], *(x[rows, :width] for x in self[1:5]), self.scores[rows])
-
     def ended(self, eos_id: int) -> Tensor:
         """(B,) bool: did the policy say end-of-text, or was it cut off?"""
         return has_ended(self.tokens, self.mask, eos_id)
 
 
-def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """One token from softmax(logits) for each row: logits (B, V), uniforms (B,) in [0, 1) -> (B,).
-
-    Inverse-CDF sampling: the cumulative probabilities cut [0, 1) into one interval per token, and a uniform number
-    falls into a token's interval as often as the token is likely. (torch.multinomial draws V random numbers where this
-    needs one.)
-    """
-    ends = torch.softmax(logits.double(), dim=1).cumsum(dim=1)  # (B, V): where each token's interval ends
-    at = (uniforms * ends[:, -1]).unsqueeze(1)  # (B, 1)
-    return torch.searchsorted(ends, at, right=True).squeeze(1).clamp(max=logits.size(1) - 1)
-
-
 @torch.no_grad()
-def generate(model: nn.Module, prompts: Tensor, prompt_lens: Tensor, max_new_tokens: int, eos_id: int,
-             generator: torch.Generator | Tensor | None = None, rows: int = 0) -> tuple[Tensor, Tensor]:
-    """Sample a response to each prompt from exactly the model's distribution: no top-k, no top-p.
+def collect(
+    policy: PolicyWithValue | PolicyWithoutValue,
+    frozen: Frozen,
+    prompts: Tensor,
+    prompt_lens: Tensor,
+    generator: torch.Generator | Tensor | None,
+) -> Rollout:
+    """Sample a response to each prompt, and score it with all models.
 
-    Prompts of different lengths go side by side: one forward pass over all of them, then one for each new token.
+    Under torchrun each process does its share of the rows, and all get the whole rollout.
 
-    Args:
-        model: tokens -> logits (B, T, V). A model with make_cache, hidden and logits, as a GPT has, is run with a
-            cache. Any other callable is run on everything so far for each token; if it returns a tuple, its first
-            entry counts.
-        prompts (B, P), padded on the right; prompt_lens (B,), each at least 1.
-        generator: on the device of prompts; or the uniform random numbers themselves, (B, max_new_tokens) in float64.
-        rows: how many rows at once, which bounds the cache; 0: all. The random numbers belong to the rows, so the
-            responses do not depend on it.
-    Returns: tokens (B, T), with 0 after a row's end, and T as short as the longest row allows;
-        mask (B, T-1), True where the action was sampled here.
+    Args: prompts (B, P), prompt_lens (B,); generator: as for generate.
     """
-    B, P = prompts.shape
-    if prompt_lens.shape != (B,) or prompt_lens.min() < 1 or prompt_lens.max() > P:
-        raise ValueError(f"prompt_lens must be ({B},) numbers between 1 and {P}, got {prompt_lens.tolist()}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
-    P = int(prompt_lens.max())
-    real = torch.arange(P, device=prompts.device) < prompt_lens.unsqueeze(1)  # (B, P)
-    tokens = F.pad(torch.where(real, prompts[:, :P], 0), (0, max_new_tokens))  # (B, T)
-    uniforms = generator if isinstance(generator, Tensor) else torch.rand(
-        B, max_new_tokens, generator=generator, dtype=torch.float64, device=prompts.device)
-    lengths = prompt_lens.clone()  # (B,): of prompt and response so far
-    for some in prompt_lens.argsort(stable=True).split(rows or B):  # prompts of similar length: less is padded
-        write_responses(model, tokens, lengths, some, uniforms, eos_id)
-    width = int(lengths.max())
-    return tokens[:, :width], response_mask(prompt_lens, lengths, width)
+    uniforms = draw_uniforms(generator, prompts, frozen.max_new_tokens)  # (B, N)
+    if len(prompts) < processes.WORLD:  # too few to share: every process does all of them
+        return collect_rows(policy, frozen, prompts, prompt_lens, uniforms)
+    mine = [processes.share(x) for x in (prompts, prompt_lens, uniforms)]
+    return Rollout(*map(processes.gather, collect_rows(policy, frozen, *mine)))
 
 
-def write_responses(model: nn.Module, tokens: Tensor, lengths: Tensor, rows: Tensor, uniforms: Tensor,
-                    eos_id: int) -> None:
-    """Sample the responses of some rows, in place: tokens (B, T), lengths (B,), uniforms (B, N) for N new tokens."""
-    P, N = int(lengths[rows].max()), uniforms.size(1)
-    cache = model.make_cache(len(rows), P + N) if hasattr(model, "make_cache") else None
-    columns = torch.arange(P + N, device=rows.device)
-    no_pad = (columns < lengths[rows].unsqueeze(1)) | (columns >= P)  # (n, P + N): between prompt and response are pads
-    ragged = not no_pad.all()
-    going, sampled = torch.ones_like(rows, dtype=torch.bool), rows  # not at end-of-text yet; the newest tokens
-    for t in range(N):
-        last = lengths[rows] - 1  # (n,): the position of each row's last real token
-        every = torch.arange(len(rows), device=rows.device)
-        if cache is None:
-            output = model(tokens[rows, : P + t])
-            logits = (output[0] if isinstance(output, tuple) else output)[every, last]  # (n, V)
-        elif t == 0:  # all prompts in one pass
-            logits = model.logits(model.hidden(tokens[rows, :P], cache)[every, last])  # (n, P, C) -> (n, C) -> (n, V)
-        else:
-            readable = no_pad[:, None, None, : P + t] if ragged else None  # (n, 1, 1, P + t)
-            logits = model.logits(model.hidden(sampled.unsqueeze(1), cache, last.unsqueeze(1), readable)[:, 0])
-        sampled = sample(logits, uniforms[rows, t])  # (n,)
-        tokens[rows, lengths[rows]] = torch.where(going, sampled, 0)
-        lengths[rows] += going
-        going = going & (sampled != eos_id)
-        kept = going.nonzero().squeeze(1)  # the host waits for the device here, once a token
-        if len(kept) == 0:
-            break
-        if cache is not None and len(kept) <= 0.75 * len(rows):  # enough have ended to pay for a copy
-            rows, going, sampled, no_pad = rows[kept], going[kept], sampled[kept], no_pad[kept]
-            cache.keep(kept)
+def collect_rows(policy, frozen: Frozen, prompts, prompt_lens, uniforms: Tensor) -> Rollout:
+    """collect, on one process.
+
+    Args: prompts (B, P); prompt_lens (B,); uniforms (B, N): a random number for each token that may
+        be sampled, see sampling.draw_uniforms.
+    """
+    eos_id = frozen.tokenizer.eos_id
+    with autocast(prompts.device, frozen.amp):
+        # ---- 1 generate ----
+        tokens, mask = generate(
+            policy.gpt,
+            prompts,
+            prompt_lens,
+            frozen.max_new_tokens,
+            eos_id,
+            uniforms,
+            frozen.sample_rows,
+        )  # (B, T), (B, T-1)
+    # ---- 2 score ----
+    parts = []
+    for part in torch.arange(len(tokens), device=tokens.device).split(frozen.rows):  # row numbers
+        parts.append(score_rows(policy, frozen, tokens[part], mask[part], prompt_lens[part]))
+    return Rollout(*map(torch.cat, zip(*parts)))  # the parts' tokens joined, their masks, ...
 
 
-def has_ended(tokens: Tensor, mask: Tensor, eos_id: int) -> Tensor:
-    """(B, T), (B, T-1) -> (B,) bool: did the policy say end-of-text, or was it cut off?"""
-    return (mask & (tokens[:, 1:] == eos_id)).any(dim=1)
+def score_rows(policy, frozen: Frozen, tokens, mask, prompt_lens: Tensor) -> Rollout:
+    """What the policy, the reference and the reward model make of finished responses.
+
+    Old and reference log-probabilities come from a forward pass over the finished sequences, as in
+    the update, and not from sampling: the two agree on paper but not bit for bit, and the ratio
+    must be 1 in the first gradient step of an update (it is, within 4e-6).
+
+    Args: tokens (B, T), mask (B, T-1), prompt_lens (B,).
+    """
+    with autocast(tokens.device, frozen.amp):
+        hidden, values = policy.hidden_and_values(tokens)  # (B, T, C), (B, T)
+        ref_hidden = frozen.reference.hidden(tokens)  # (B, T, C)
+        scores = score_responses(frozen, tokens, mask, prompt_lens)  # (B,)
+        logits = policy.gpt.logits(action_slots(hidden, mask))  # (S, V)
+        ref_logits = frozen.reference.logits(action_slots(ref_hidden, mask))  # (S, V)
+        logprobs = token_logprobs(logits, tokens, mask)  # (B, T-1)
+        ref_logprobs = token_logprobs(ref_logits, tokens, mask)  # (B, T-1)
+    return Rollout(tokens, mask, logprobs, ref_logprobs, values[:, :-1], scores)
 
 
 @torch.no_grad()
 def score_responses(frozen: Frozen, tokens: Tensor, mask: Tensor, prompt_lens: Tensor) -> Tensor:
     """tokens (B, T), mask (B, T-1), prompt_lens (B,) -> scores (B,).
 
-    The score of a response without end-of-text is *replaced* by the fixed missing_eos_score, whatever the reward model
-    makes of the fragment (Ziegler et al. 2019): it has only seen finished responses, so its score of a fragment means
-    little, and the policy could learn never to end. The cut counts as a true end: V after it is 0. The KL penalty
-    stays. The default, -3, is three standard deviations below an average demonstration.
+    The score of a response without end-of-text is *replaced* by the fixed missing_eos_score,
+    whatever the reward model makes of the fragment (Ziegler et al. 2019): it has only seen finished
+    responses, so its score of a fragment means little, and the policy could learn never to end. The
+    cut counts as a true end: V after it is 0. The KL penalty stays. The default, -3, is three
+    standard deviations below an average demonstration.
     """
-    scores = frozen.reward_model(tokens, prompt_lens + mask.sum(dim=1))  # (B,)
-    return torch.where(has_ended(tokens, mask, frozen.tokenizer.eos_id), scores, frozen.missing_eos_score)
-
-
-@torch.no_grad()
-def collect(policy: PolicyWithValue, frozen: Frozen, prompts: Tensor, prompt_lens: Tensor,
-            generator: torch.Generator | Tensor) -> Rollout:
-    """Parts 1 and 2 of a PPO step: sample a response to each prompt, score it with all models.
-
-    Old and reference log-probabilities come from a forward pass over the finished sequences, in the same mode as the
-    update will make, and not from sampling: the two agree on paper but not to the last bit, and the ratio of the
-    first update must be 1 (it is, within 1e-6).
-
-    Args: prompts (B, P), prompt_lens (B,); generator: as for generate.
-    """
-    with autocast(prompts.device, frozen.amp):
-        tokens, mask = generate(policy.gpt, prompts, prompt_lens, frozen.max_new_tokens, frozen.tokenizer.eos_id,
-                                generator, frozen.sample_rows)
-    parts = []
-    for rows in torch.arange(len(tokens), device=tokens.device).split(frozen.rows):
-        with autocast(prompts.device, frozen.amp):
-            hidden, values = policy.hidden(tokens[rows])  # (rows, T, C), (rows, T)
-            ref_hidden = frozen.reference.hidden(tokens[rows])
-            scores = score_responses(frozen, tokens[rows], mask[rows], prompt_lens[rows])
-            logprobs, ref_logprobs = (
-                token_logprobs(x, tokens[rows], mask[rows], gpt.logits)
-                for x, gpt in ((hidden, policy.gpt), (ref_hidden, frozen.reference)))
-        parts.append((logprobs, ref_logprobs, values[:, :-1], scores))
-    logprobs, ref_logprobs, values, scores = (torch.cat(part) for part in zip(*parts))
-    return Rollout(tokens, mask, logprobs, ref_logprobs, values, scores)
+    lengths = prompt_lens + mask.sum(dim=1)  # (B,)
+    scores = frozen.reward_model(tokens, lengths)  # (B,)
+    ended = has_ended(tokens, mask, frozen.tokenizer.eos_id)  # (B,)
+    return torch.where(ended, scores, frozen.missing_eos_score)

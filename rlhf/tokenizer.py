@@ -1,30 +1,33 @@
 """Text <-> token ids, by tiktoken's byte-pair encoder with this project's ranks or GPT-2's."""
 
-import base64
 import hashlib
 from pathlib import Path
 
 import tiktoken
 
-from rlhf.support.cli import InputError
+from rlhf.run.errors import InputError
+from rlhf.run.files import read_ranks
 
-# GPT-2's pattern (Radford et al. 2019): contractions, words, numbers and signs, each with the space before it.
+# GPT-2's pattern (Radford et al. 2019): contractions, words, numbers and signs, each with the space
+# before it.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
 class Tokenizer:
     """encode, decode, and the two ids that are not text.
 
-    eos_id ends a response and is learned like any token. pad_id only fills the rectangle after a row of data. No mask
-    is made by looking for it, so it may be any valid id except eos_id. (The sampler knows no tokenizer and fills with
-    0, which works as well.)
+    eos_id ends a response and is learned like any token. pad_id only fills the rectangle after a
+    row of data. No mask is made by looking for it, so it may be any valid id except eos_id. (The
+    sampler knows no tokenizer and fills with 0, which works as well.)
     """
 
     def __init__(self, name: str, encoding: tiktoken.Encoding, eos_id: int, pad_id: int):
         if eos_id == pad_id:
             raise ValueError("pad and end-of-text must differ, or a model never learns to stop")
         self.name = name  # what load_tokenizer was given
-        self.encoding, self.eos_id, self.pad_id = encoding, eos_id, pad_id
+        self.encoding = encoding
+        self.eos_id = eos_id
+        self.pad_id = pad_id
         self.vocab_size = encoding.n_vocab
         # Tells vocabularies of the same size apart; a checkpoint keeps it.
         ranks = repr(sorted(encoding._mergeable_ranks.items()))
@@ -40,46 +43,44 @@ class Tokenizer:
 
 
 def load_tokenizer(path_or_name: str) -> Tokenizer:
-    """A tokenizer from its name or file: "gpt2", or the path of a ranks file (base64 token, space, rank; one per line).
+    """A tokenizer from its name or file: "gpt2", or the path of a ranks file (base64 token, space,
+    rank; one per line).
 
-    Raises InputError if the file is missing or garbled, or GPT-2's ranks can be neither found nor fetched.
+    Raises InputError if the file is missing or garbled, or GPT-2's ranks can be neither found nor
+    fetched.
     """
     if path_or_name == "gpt2":
-        try:
-            encoding = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # tiktoken lets through whatever its download met
-            raise InputError(f"tiktoken could not fetch GPT-2's ranks ({type(error).__name__}); go online once, or set "
-                             f"TIKTOKEN_CACHE_DIR to a folder that holds them") from error
-        # GPT-2 has no pad token. The NUL byte is a valid id that text hardly ever holds; the vocabulary stays 50,257.
-        return Tokenizer("gpt2", encoding, eos_id=encoding.eot_token, pad_id=encoding.encode_single_token(b"\x00"))
-
-    ranks = _read_ranks(Path(path_or_name))
-    special = {"<|endoftext|>": len(ranks), "<|pad|>": len(ranks) + 1}
+        return load_gpt2_tokenizer()
+    path = Path(path_or_name)
+    ranks = read_ranks(path)
+    eos_id = len(ranks)
+    pad_id = len(ranks) + 1
+    special = {"<|endoftext|>": eos_id, "<|pad|>": pad_id}
     encoding = tiktoken.Encoding(
-        Path(path_or_name).stem, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
-    return Tokenizer(path_or_name, encoding, eos_id=len(ranks), pad_id=len(ranks) + 1)
+        path.stem, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special
+    )
+    return Tokenizer(path_or_name, encoding, eos_id, pad_id)
+
+
+def load_gpt2_tokenizer() -> Tokenizer:
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # tiktoken lets through whatever its download met
+        raise InputError(
+            f"tiktoken could not fetch GPT-2's ranks ({type(error).__name__}); go online once, or "
+            f"set TIKTOKEN_CACHE_DIR to a folder that holds them"
+        ) from error
+    # GPT-2 has no pad token. The NUL byte is a valid id that text hardly ever holds; the vocabulary
+    # stays 50,257.
+    pad_id = encoding.encode_single_token(b"\x00")
+    return Tokenizer("gpt2", encoding, encoding.eot_token, pad_id)
 
 
 def find_tokenizer(folder: str, choice: str = "auto") -> Tokenizer:
-    """The tokenizer of a data set. auto: the folder's tokenizer.tiktoken if it has one, else GPT-2's."""
+    """The tokenizer of a data set. auto: the folder's tokenizer.tiktoken if it has one, else
+    GPT-2's."""
     if not Path(folder).is_dir():
         raise InputError(f"--data {folder}: there is no such folder here")
     own = Path(folder) / "tokenizer.tiktoken"
     default = str(own) if own.is_file() else "gpt2"
     return load_tokenizer(default if choice == "auto" else choice)
-
-
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    # tiktoken's reader caches a copy under the path's name and would use it after the file has changed.
-    if not path.is_file():
-        raise InputError(f'{path}: no such tokenizer file; give a .tiktoken file, or "gpt2"')
-    ranks = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:
-            raise InputError(f"{path}, line {number}: expected `base64-token rank`, got {line[:60]!r}") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
-        raise InputError(f"{path}: the ranks must be 0, 1, 2, ... and hold all of the 256 single bytes")
-    return ranks

@@ -1,4 +1,5 @@
-"""Fixtures: small models, a small data set, the three stages run once on it, and GPT-2's tokenizer."""
+"""Fixtures: small models, a small data set, the three stages run once on it, and GPT-2's
+tokenizer."""
 
 import os
 import signal
@@ -6,9 +7,10 @@ import signal
 import pytest
 
 from rlhf.model import GPT, GPTConfig, PolicyWithValue, RewardModel
-from tests.helpers import BUNDLED, ROOT, TINY, copy_some_rows, noisy, script
+from tests.helpers import BUNDLED, ROOT, TINY, copy_some_rows, noisy, real_data, script
 
-# A shell starts what it runs in the background deaf to Ctrl-C, and programs that the tests start would inherit that.
+# A shell starts what it runs in the background deaf to Ctrl-C, and programs that the tests start
+# would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -25,7 +27,9 @@ def bundled():
 @pytest.fixture
 def gpt():
     """A GPT of 11 tokens with random weights in float64."""
-    return noisy(GPT(GPTConfig(vocab_size=11, block_size=16, n_layer=2, n_head=2, n_embd=8)).double())
+    return noisy(
+        GPT(GPTConfig(vocab_size=11, block_size=16, n_layer=2, n_head=2, n_embd=8)).double()
+    )
 
 
 @pytest.fixture
@@ -43,13 +47,15 @@ def reward_model():
 
 @pytest.fixture
 def small_data(tmp_path):
-    """A folder with the first 40 rows of each file of the bundled data set, its tokenizer and its judge."""
+    """A folder with the first 40 rows of each file of the bundled data set, its tokenizer and its
+    judge."""
     return copy_some_rows(tmp_path / "data")
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """All three stages once on the small data set; (data folder, output folder, what each script printed)."""
+    """All three stages once on the small data set; (data folder, output folder, what each script
+    printed)."""
     folder = tmp_path_factory.mktemp("scripts")
     data, out = copy_some_rows(folder / "data"), folder / "runs"
     printed = {name: script(name, "--data", data, "--out", out).stdout for name in TINY}
@@ -59,8 +65,5 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def gpt2_ranks(monkeypatch):
     """Lets tiktoken find GPT-2's ranks without the internet."""
-    cache = ROOT.parent / "shared" / "data" / "gpt2_bpe"
     if "TIKTOKEN_CACHE_DIR" not in os.environ:
-        if not cache.is_dir():
-            pytest.skip("GPT-2's ranks are not here; set TIKTOKEN_CACHE_DIR to a folder that holds them")
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(real_data("gpt2_bpe")))

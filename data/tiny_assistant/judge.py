@@ -1,25 +1,28 @@
 """The gold score of the tiny assistant: what a careful reader would give each response.
 
-The bundled feedback is simulated. This file is the world that it is simulated from: the topics people ask about,
-the advice that is right for each, and the phrases that make a response kind, rude or long-winded. Because the score is
-a plain function, the maximum is known, the noise of the annotators is known, and over-optimisation (the reward
-model's score rises while this one falls) can be seen instead of guessed at.
+The bundled feedback is simulated. This file is the world that it is simulated from: the topics
+people ask about, the advice that is right for each, and the phrases that make a response kind, rude
+or long-winded. Because the score is a plain function, the maximum is known, the noise of the
+annotators is known, and over-optimisation (the reward model's score rises while this one falls) can
+be seen instead of guessed at.
 
-    gold(prompt, response) = sum over the response's sentences, then limited to [MIN_SCORE, MAX_SCORE]
+    gold(prompt, response) = sum over the response's sentences,
+                             then limited to [MIN_SCORE, MAX_SCORE]
 
     +1    the first sentence that says what to do about *this* topic
     +1    the first sentence that says what to avoid about *this* topic
     +1    the first kind sentence
-    -1    any other sentence: advice that belongs to another topic, a rude sentence, small talk, a second kind
-          sentence, advice of a sort that was given already, a sentence cut short, words that make no sentence of
-          this world; and an empty response
+    -1    any other sentence: advice that belongs to another topic, a rude sentence, small talk, a
+          second kind sentence, advice of a sort that was given already, a sentence cut short, words
+          that make no sentence of this world; and an empty response
 
 Worked example, asked about a sore throat:
 
     "Glad you asked. Drink tea for the throat. I had soup for lunch."  ->  1 + 1 - 1 = 1
 
-No gradient sees this file. `prepare.py` draws the annotators' votes from it, `train_reward.py` computes from it
-how often a perfect reward model would agree with those votes, and the evaluation after PPO reports it.
+No gradient sees this file. `prepare.py` draws the annotators' votes from it, `train_reward.py`
+computes from it how often a perfect reward model would agree with those votes, and the evaluation
+after PPO reports it.
 """
 
 import math
@@ -28,7 +31,8 @@ import re
 MAX_SCORE = 3.0
 MIN_SCORE = -3.0
 
-# An annotator prefers A to B with probability sigmoid(SHARPNESS * (gold_A - gold_B)): a Bradley-Terry draw.
+# An annotator prefers A to B with probability sigmoid(SHARPNESS * (gold_A - gold_B)): a
+# Bradley-Terry draw.
 SHARPNESS = 2.5
 
 # topic: (two ways to say what to do, two ways to say what to avoid); each names its topic
@@ -138,31 +142,38 @@ RAMBLING = (
     "And so it goes.",
 )
 
-_OWNER = {tip: (topic, sort) for topic, sorts in TOPICS.items() for sort, tips in enumerate(sorts) for tip in tips}
-
 
 def topic_of(prompt: str) -> str | None:
-    """The topic that the last question of a dialogue names; None where it names none of ours."""
+    """The topic that the last question of a dialogue names; None if it names none of TOPICS."""
     question = prompt.rsplit("Human:", 1)[-1]
     return next((topic for topic in TOPICS if topic in question), None)
 
 
 def split_sentences(response: str) -> list[str]:
-    """Cut after . ! or ? where space follows: 'One. Two' -> ['One.', 'Two']."""
-    return [sentence for sentence in re.split(r"(?<=[.!?])\s+", response.strip()) if sentence]
+    """Cut after . ! or ? if space follows: 'One. Two' -> ['One.', 'Two']."""
+    parts = re.split(r"(?<=[.!?])\s+", response.strip())
+    return [part for part in parts if part]
+
+
+def sort_of(sentence: str, topic: str | None) -> str | None:
+    """The sort of a good sentence; None for any other one."""
+    if sentence in KIND:
+        return "kind"
+    what_to_do, what_to_avoid = TOPICS.get(topic, ((), ()))
+    if sentence in what_to_do:
+        return "what to do"
+    if sentence in what_to_avoid:
+        return "what to avoid"
+    return None
 
 
 def score_one(prompt: str, response: str) -> float:
     """Gold score of one response, by the table at the top of this file."""
     topic = topic_of(prompt)
     total = 0.0
-    given = set()  # the sorts of good sentence already seen: "kind", 0 (what to do), 1 (what to avoid)
+    given = set()  # the sorts of good sentence already seen
     for sentence in split_sentences(response) or [""]:
-        sort = None
-        if sentence in KIND:
-            sort = "kind"
-        elif sentence in _OWNER and _OWNER[sentence][0] == topic:
-            sort = _OWNER[sentence][1]
+        sort = sort_of(sentence, topic)
         total += 1.0 if sort is not None and sort not in given else -1.0
         given.add(sort)
     return max(MIN_SCORE, min(MAX_SCORE, total))
@@ -171,10 +182,15 @@ def score_one(prompt: str, response: str) -> float:
 def score(prompts: list[str], responses: list[str]) -> list[float]:
     """Gold scores, one for each (prompt, response) pair."""
     if len(prompts) != len(responses):
-        raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses: they come in pairs")
+        raise ValueError(
+            f"{len(prompts)} prompts but {len(responses)} responses: they come in pairs"
+        )
     return [score_one(prompt, response) for prompt, response in zip(prompts, responses)]
 
 
 def preference_probability(gold_first: float, gold_second: float) -> float:
-    """How likely an annotator is to prefer the first response: sigmoid(SHARPNESS * (gold_first - gold_second))."""
+    """How likely an annotator is to prefer the first response.
+
+    sigmoid(SHARPNESS * (gold_first - gold_second))
+    """
     return 1.0 / (1.0 + math.exp(-SHARPNESS * (gold_first - gold_second)))

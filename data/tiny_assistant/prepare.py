@@ -1,9 +1,10 @@
 """Make the bundled data set again, byte for byte.
 
-    python data/tiny_assistant/prepare.py              # writes beside this file, in about two seconds
+    python data/tiny_assistant/prepare.py         # writes beside this file, in about two seconds
 
-Everything follows from judge.py's topics and phrases and one seed: questions, the responses of helpers good and bad,
-the votes of noisy annotators, and the byte-pair ranks of the tokenizer. README.md here gives the counts.
+Everything follows from judge.py's topics and phrases and one seed: questions, the responses of
+helpers good and bad, the votes of noisy annotators, and the byte-pair ranks of the tokenizer.
+README.md here gives the counts.
 """
 
 import random
@@ -13,10 +14,12 @@ from pathlib import Path
 
 from judge import KIND, RAMBLING, RUDE, TOPICS, preference_probability, score_one
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where rlhf/ is
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))  # where rlhf/ is
 from data.bpe import train_bpe, write_ranks
-from rlhf.support.cli import arg, run
-from rlhf.support.tables import write_csv
+from rlhf.run.files import write_csv
+from rlhf.run.flags import arg
+from rlhf.run.program import run
 
 # ---- questions: every greeting x every form x every topic, 7 x 12 x 20 = 1,680 of them ----
 GREETINGS = ("", "Hello. ", "Hi. ", "Help me. ", "Excuse me. ", "Good day. ", "Sorry. ")
@@ -35,17 +38,23 @@ FORMS = (
     "It is about {} again.",
 )
 UNSEEN_FORMS = 3  # of the 12 forms, how many are never seen in training with a given topic
-HELD_OUT_GREETINGS = 0.13  # of the seen topic-and-form combinations, the share of prompts held out all the same
+# Of the seen topic-and-form combinations, the share of prompts held out all the same.
+HELD_OUT_GREETINGS = 0.13
 
 # ---- how the helpers write: four habits, drawn independently of each other ----
 P_BOTH_SORTS = 0.5  # completeness: says what to do *and* what to avoid; otherwise one of the two
-P_RELEVANT = 0.6  # relevance: the advice is about this topic; otherwise the helper misread and is about another
-P_KIND, P_RUDE = 0.4, 0.35  # tone: a kind sentence opens the response; a rude one closes it
+# relevance: the advice is about this topic; otherwise the helper misread and is about another
+P_RELEVANT = 0.6
+P_KIND = 0.4  # tone: a kind sentence opens the response
+P_RUDE = 0.35  # tone: a rude sentence closes it
 P_RAMBLING = 0.4  # rambling: one sentence of small talk
 
-DEMONSTRATIONS, DEMONSTRATIONS_HELD_OUT = 3000, 400
-COMPARISONS, COMPARISONS_HELD_OUT = 12000, 1500
-VOCAB_SIZE = 800  # 256 bytes, 542 merges, end-of-text and pad (the last two are added by rlhf/tokenizer.py)
+DEMONSTRATIONS = 3000
+DEMONSTRATIONS_HELD_OUT = 400
+COMPARISONS = 12000
+COMPARISONS_HELD_OUT = 1500
+# 256 bytes, 542 merges, end-of-text and pad (rlhf/tokenizer.py adds the last two).
+VOCAB_SIZE = 800
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,19 @@ class PrepareConfig:
 
 
 def make_prompts(rng: random.Random) -> tuple[list[str], list[str]]:
-    """All questions as (training, held-out), disjoint; UNSEEN_FORMS forms of each topic are only in the second."""
-    train, heldout = [], []
+    """All questions as (training, held-out), disjoint; UNSEEN_FORMS forms of each topic are only in
+    the second."""
+    train = []
+    heldout = []
     for topic in TOPICS:
         unseen = rng.sample(FORMS, UNSEEN_FORMS)
         for form in FORMS:
             for greeting in GREETINGS:
                 prompt = f"\n\nHuman: {greeting}{form.format(topic)}\n\nAssistant:"
-                (heldout if form in unseen or rng.random() < HELD_OUT_GREETINGS else train).append(prompt)
+                if form in unseen or rng.random() < HELD_OUT_GREETINGS:
+                    heldout.append(prompt)
+                else:
+                    train.append(prompt)
     rng.shuffle(train)
     rng.shuffle(heldout)
     return train, heldout
@@ -88,12 +102,32 @@ def make_response(rng: random.Random, prompt: str) -> str:
 
 
 def make_comparison(rng: random.Random, prompt: str) -> tuple[str, str, str]:
-    """Two different responses to a prompt and the annotator's noisy vote: (prompt, chosen, rejected)."""
-    first, second = make_response(rng, prompt), make_response(rng, prompt)
+    """Two different responses to a prompt and the annotator's noisy vote: (prompt, chosen,
+    rejected)."""
+    first = make_response(rng, prompt)
+    second = make_response(rng, prompt)
     while second == first:
         second = make_response(rng, prompt)
-    likes_first = rng.random() < preference_probability(score_one(prompt, first), score_one(prompt, second))
-    return (prompt, first, second) if likes_first else (prompt, second, first)
+    p = preference_probability(score_one(prompt, first), score_one(prompt, second))
+    if rng.random() < p:
+        return prompt, first, second
+    return prompt, second, first
+
+
+def take_turns(prompts: list[str], count: int) -> list[str]:
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def make_demonstrations(
+    rng: random.Random, prompts: list[str], count: int
+) -> list[tuple[str, str]]:
+    return [(prompt, make_response(rng, prompt)) for prompt in take_turns(prompts, count)]
+
+
+def make_comparisons(
+    rng: random.Random, prompts: list[str], count: int
+) -> list[tuple[str, str, str]]:
+    return [make_comparison(rng, prompt) for prompt in take_turns(prompts, count)]
 
 
 def write_rows(path: Path, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
@@ -109,18 +143,16 @@ def main(cfg: PrepareConfig) -> None:
     write_rows(out / "prompts.csv", ("Prompt",), [(prompt,) for prompt in train])
     write_rows(out / "prompts_heldout.csv", ("Prompt",), [(prompt,) for prompt in heldout])
 
-    texts = []
-    for suffix, prompts, demonstrations, comparisons in (
-        ("", train, DEMONSTRATIONS, COMPARISONS),
-        ("_heldout", heldout, DEMONSTRATIONS_HELD_OUT, COMPARISONS_HELD_OUT),
-    ):
-        turns = [prompts[i % len(prompts)] for i in range(max(demonstrations, comparisons))]
-        rows = [(prompt, make_response(rng, prompt)) for prompt in turns[:demonstrations]]
-        write_rows(out / f"demonstrations{suffix}.csv", ("Prompt", "Response"), rows)
-        pairs = [make_comparison(rng, prompt) for prompt in turns[:comparisons]]
-        write_rows(out / f"comparisons{suffix}.csv", ("Prompt", "Chosen", "Rejected"), pairs)
-        texts = texts or [f"{prompt} {response}" for prompt, response in rows]  # the tokenizer sees training text only
+    demonstrations = make_demonstrations(rng, train, DEMONSTRATIONS)
+    write_rows(out / "demonstrations.csv", ("Prompt", "Response"), demonstrations)
+    comparisons = make_comparisons(rng, train, COMPARISONS)
+    write_rows(out / "comparisons.csv", ("Prompt", "Chosen", "Rejected"), comparisons)
+    rows = make_demonstrations(rng, heldout, DEMONSTRATIONS_HELD_OUT)
+    write_rows(out / "demonstrations_heldout.csv", ("Prompt", "Response"), rows)
+    rows = make_comparisons(rng, heldout, COMPARISONS_HELD_OUT)
+    write_rows(out / "comparisons_heldout.csv", ("Prompt", "Chosen", "Rejected"), rows)
 
+    texts = [f"{prompt} {response}" for prompt, response in demonstrations]  # only training text
     ranks = train_bpe(texts, VOCAB_SIZE - 2)
     write_ranks(ranks, out / "tokenizer.tiktoken")
     print(f"{out / 'tokenizer.tiktoken'}: {len(ranks)} ranks")

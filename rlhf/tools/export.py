@@ -5,17 +5,18 @@
     my_model/config.json, my_model/pytorch_model.bin
     then: transformers.GPT2LMHeadModel.from_pretrained("my_model"), or train_sft.py --init my_model
 
-The logits are the same. The tokenizer is not part of it: with GPT-2's, use GPT-2's; the data set's own is in
-tokenizer.tiktoken, which transformers does not read.
+The logits are the same. The tokenizer is not part of it: with GPT-2's, use GPT-2's; the data set's
+own is in tokenizer.tiktoken, which transformers does not read.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.extras.from_checkpoint import tokenizer_of
-from rlhf.extras.pretrained import save_gpt2
-from rlhf.support.checkpoints import load_policy
-from rlhf.support.cli import InputError, arg, run
+from rlhf.networks.export import save_gpt2
+from rlhf.run.errors import InputError
+from rlhf.run.flags import arg
+from rlhf.run.loading import load_policy, tokenizer_of
+from rlhf.run.program import run
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ def main(cfg: ExportConfig) -> None:
         raise InputError(f"{path} is no GPT-2: this program writes GPT-2's format only")
     tokenizer = tokenizer_of(path, checkpoint, cfg.data or checkpoint["config"]["data"])
     save_gpt2(gpt, Path(cfg.out), tokenizer.eos_id)
-    print(f"wrote {cfg.out}/config.json and {cfg.out}/pytorch_model.bin: {sum(p.numel() for p in gpt.parameters()):,} "
-          f"parameters")
+    parameters = sum(parameter.numel() for parameter in gpt.parameters())
+    print(f"wrote {cfg.out}/config.json and {cfg.out}/pytorch_model.bin: {parameters:,} parameters")
 
 
 if __name__ == "__main__":

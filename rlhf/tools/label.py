@@ -3,39 +3,52 @@
     python -m rlhf.tools.label --checkpoint runs/sft.pt --out my_comparisons.csv
     python train_reward.py --comparison-files my_comparisons.csv
 
-Shows a prompt and two sampled answers in random order and takes one key. Each choice is written to the file at once:
-a kill loses at most the choice that is being typed, and a second call continues where the first stopped.
+Shows a prompt and two sampled answers in random order and takes one key. Each choice is written to
+the file at once: a kill loses at most the choice that is being typed, and a second call continues
+where the first stopped.
 
     my_comparisons.csv    Pair, Prompt, Chosen, Rejected, Answer
 
-Pair is the number of the sampled pair: the prompt and the two answers follow from it, --seed and the checkpoint. Pairs
-of two equal answers are not shown, and pairs with an answer that was cut off are not shown either. Answer is first,
-second, tie or skip. For a tie or a skip, Chosen and Rejected are the first and the second, and no reward model learns
-from them.
+Pair is the number of the sampled pair: the prompt and the two answers follow from it, --seed and
+the checkpoint. Pairs of two equal answers are not shown, and pairs with an answer that was cut off
+are not shown either. Answer is first, second, tie or skip. For a tie or a skip, Chosen and Rejected
+are the first and the second, and no reward model learns from them.
 
---annotator judge lets the data set's judge.py choose: simulated feedback, or AI feedback if the judge is a model
-(RLAIF, Bai et al. 2022). If the judge knows its annotators' noise, it votes with that noise.
+--annotator judge lets the data set's judge.py choose: simulated feedback, or AI feedback if the
+judge is a model (RLAIF, Bai et al. 2022). If the judge knows its annotators' noise, it votes with
+that noise.
 """
 
 import csv
+import dataclasses
 import functools
-import itertools
 import os
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
-from rlhf.data import Prompt, batch_indices, encode_response, load_prompts, pad_rows
+from rlhf.data import (
+    Prompt,
+    choose_batch,
+    encode_response,
+    load_prompts,
+    pad_prompts,
+    pad_rows,
+)
 from rlhf.evaluate import decode_responses
-from rlhf.extras.from_checkpoint import judge_of, tokenizer_of
-from rlhf.extras.yardsticks import vote_probabilities
-from rlhf.rollout import generate, has_ended
-from rlhf.support.checkpoints import load_policy
-from rlhf.support.cli import InputError, arg, check_not_negative, check_positive, run
-from rlhf.support.judge import gold_scores
-from rlhf.support.runtime import make_generator, pick_device
-from rlhf.support.tables import replacing
+from rlhf.model import GPT, RewardModel
+from rlhf.run.device import make_generator, pick_device
+from rlhf.run.errors import InputError
+from rlhf.run.files import replacing
+from rlhf.run.flags import arg, check_not_negative, check_positive
+from rlhf.run.judge import gold_scores, vote_probabilities
+from rlhf.run.loading import judge_of, load_policy, tokenizer_of
+from rlhf.run.program import run
+from rlhf.sampling import generate, has_ended
+from rlhf.tokenizer import Tokenizer
 from rlhf.tools.sample import find_reward_model
 
 COLUMNS = ["Pair", "Prompt", "Chosen", "Rejected", "Answer"]
@@ -43,7 +56,6 @@ ANSWERS = ("first", "second", "tie", "skip")
 KEYS = {"1": "first", "2": "second", "t": "tie", "s": "skip", "u": "undo", "q": "quit"}
 BLOCK = 16  # pairs sampled at once
 PATIENCE = 640  # pairs in a row that leave nothing to choose
-writer = functools.partial(csv.writer, lineterminator="\n", quoting=csv.QUOTE_ALL)
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,9 @@ class LabelConfig:
 
     checkpoint: str = arg("runs/sft.pt", "sft.pt or ppo.pt that gives the answers")
     out: str = arg("my_comparisons.csv", "file of comparisons; an existing one is continued")
-    annotator: str = arg("person", "who chooses: you, or the data set's judge.py", ("person", "judge"))
+    annotator: str = arg(
+        "person", "who chooses: you, or the data set's judge.py", ("person", "judge")
+    )
     count: int = arg(0, "stop when the file holds N choices (0: never)")
     data: str = arg("", "data set folder (empty: the checkpoint's)")
     reward: str = arg("", "reward model to compare with (empty: reward.pt beside the checkpoint)")
@@ -70,83 +84,184 @@ class LabelConfig:
         return Path(f"{self.out}.lock")
 
 
-# ---- the file: one row an answer, whole or not at all ----
+@dataclass(frozen=True)
+class Pair:
+    """Two sampled answers to a prompt. Both are drawn alike, so which is first is random."""
+
+    number: int
+    prompt: str
+    first: str
+    second: str
 
 
-def read_answers(path: Path) -> list[list[str]]:
-    """The rows of the file, which is created if it does not exist. A last row that breaks off is left out, after a copy
-    of the file. Raises InputError if another row is faulty, or if it is a file of another program."""
+@dataclass(frozen=True)
+class Choice:
+    """The answer to a pair: a row of the file, with its cells in the order of COLUMNS."""
+
+    pair: int
+    prompt: str
+    chosen: str
+    rejected: str
+    answer: str  # one of ANSWERS
+
+
+def choose(pair: Pair, answer: str) -> Choice:
+    if answer == "second":
+        return Choice(pair.number, pair.prompt, pair.second, pair.first, answer)
+    return Choice(pair.number, pair.prompt, pair.first, pair.second, answer)
+
+
+# ---- the file: one row per choice, whole or not at all ----
+
+
+def read_choices(path: Path) -> list[Choice]:
+    """The rows of the file, which is created if it does not exist.
+
+    A last row that breaks off, after a kill, is left out, and the file is copied before. Raises
+    InputError if another row is faulty, or if it is a file of another program.
+    """
     if not path.is_file():
-        write_answers(path, [])
+        write_choices(path, [])
     try:
-        with path.open(encoding="utf-8", errors="replace", newline="") as file:
-            header, *rows = list(csv.reader(file)) or [[]]
-        if header != COLUMNS:
-            raise csv.Error(f"it is not a file of this program, whose header is {','.join(COLUMNS)}")
-        answers = list(itertools.takewhile(is_answer, rows))
-        if len(answers) < len(rows) - 1:
-            raise csv.Error(f"row {len(answers) + 1}: expected a number, three texts and one of {', '.join(ANSWERS)}")
+        rows = read_rows(path)
+        choices = parse_rows(rows)
     except csv.Error as error:
-        raise InputError(f"{path} cannot be read: {error}; fix it, or give another --out") from error
-    if cut := len(answers) < len(rows):  # after a kill in the middle of the last row
-        Path(f"{path}.cut").write_bytes(path.read_bytes())
-        print(f"{path}: its last line breaks off and is left out; {path}.cut has the file as it was")
-    if cut or not path.read_bytes().endswith(b"\n"):
-        write_answers(path, answers)
-    return answers
+        message = f"{path} cannot be read: {error}; fix it, or give another --out"
+        raise InputError(message) from error
+    broken = len(choices) < len(rows)
+    if broken:
+        copy = Path(f"{path}.cut")
+        copy.write_bytes(path.read_bytes())
+        print(f"{path}: its last line breaks off and is left out; {copy} has the file as it was")
+    if broken or not path.read_bytes().endswith(b"\n"):
+        write_choices(path, choices)
+    return choices
 
 
-def is_answer(row: list[str]) -> bool:
-    return len(row) == len(COLUMNS) and row[0].isdecimal() and len(row[0]) < 10 and all(row) and row[4] in ANSWERS
+def read_rows(path: Path) -> list[list[str]]:
+    """The cells of all rows below the header. Raises csv.Error if the header is another one."""
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        rows = list(csv.reader(file))
+    if not rows or rows[0] != COLUMNS:
+        header = ",".join(COLUMNS)
+        raise csv.Error(f"it is not a file of this program, whose header is {header}")
+    return rows[1:]
 
 
-def write_answers(path: Path, answers: list[list[str]]) -> None:
+def parse_rows(rows: list[list[str]]) -> list[Choice]:
+    """The rows as choices; the last one is left out if it is faulty. Raises csv.Error if another
+    one is."""
+    choices = []
+    for number, cells in enumerate(rows, start=1):
+        if is_choice(cells):
+            choices.append(Choice(int(cells[0]), *cells[1:]))
+        elif number < len(rows):
+            answers = ", ".join(ANSWERS)
+            raise csv.Error(f"row {number}: expected a number, three texts and one of {answers}")
+    return choices
+
+
+def is_choice(cells: list[str]) -> bool:
+    if len(cells) != len(COLUMNS) or not all(cells):
+        return False
+    number = cells[0]
+    return number.isdecimal() and len(number) < 10 and cells[4] in ANSWERS
+
+
+def write_rows(file, rows: list) -> None:
+    csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
+
+
+def write_choices(path: Path, choices: list[Choice]) -> None:
     """Replace the whole file."""
+    rows = [dataclasses.astuple(choice) for choice in choices]
     with replacing(path, encoding="utf-8", newline="") as file:
-        writer(file).writerows([COLUMNS, *answers])
+        write_rows(file, [COLUMNS, *rows])
 
 
-def append_answer(path: Path, row: list[str]) -> None:
+def append_choice(path: Path, choice: Choice) -> None:
     """Add a row, which is on the disk when this returns."""
     try:
         with path.open("a", encoding="utf-8", newline="") as file:
-            writer(file).writerow(row)
+            write_rows(file, [dataclasses.astuple(choice)])
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error}); free some space and call again") from error
+        message = f"{path} cannot be written ({error}); free some space and call again"
+        raise InputError(message) from error
 
 
 # ---- the pairs: they follow from (checkpoint, seed, number) ----
 
 
-def pairs_from(number: int, gpt, prompts: list[Prompt], tokenizer, cfg: LabelConfig):
-    """(number, (prompt, first, second)) of each pair from the given number on. Both answers are drawn alike, so which
-    is first is random. Left out are pairs of equal answers, and pairs with an answer that is empty, was cut off, or
-    does not fit when a model reads it again."""
-    device, shown = next(gpt.parameters()).device, number
-    for block in itertools.count(number // BLOCK):
-        rows = [prompts[i] for i in batch_indices(len(prompts), BLOCK, block, cfg.seed)]
-        tokens, prompt_lens = pad_rows([row.tokens for row in rows for _ in range(2)], tokenizer.pad_id, device)
+class Pairs:
+    """The numbered pairs of a policy. They are sampled in blocks, and each block once."""
+
+    def __init__(self, gpt: GPT, prompts: list[Prompt], tokenizer: Tokenizer, cfg: LabelConfig):
+        self.gpt = gpt
+        self.prompts = prompts
+        self.tokenizer = tokenizer
+        self.cfg = cfg
+        self.blocks: dict[int, list[Pair]] = {}
+
+    def first_from(self, number: int) -> Pair:
+        """The first pair to show that has this number or a higher one."""
+        last_block = (number + PATIENCE) // BLOCK
+        for block in range(number // BLOCK, last_block + 1):
+            for pair in self.block(block):
+                if pair.number >= number:
+                    return pair
+        raise InputError(
+            f"the last {PATIENCE} pairs left nothing to choose: both answers were the same, or one "
+            f"was cut off; give a larger --max-new-tokens, or another --checkpoint"
+        )
+
+    def block(self, block: int) -> list[Pair]:
+        """The pairs of a block that are shown."""
+        if block not in self.blocks:
+            prompts = choose_batch(self.prompts, BLOCK, block, self.cfg.seed)
+            answers = self.sample_answers(prompts, block)
+            self.blocks[block] = self.make_pairs(prompts, answers, block)
+        return self.blocks[block]
+
+    def sample_answers(self, prompts: list[Prompt], block: int) -> list[str]:
+        """Two answers to each prompt, one after the other; "" for one that was cut off."""
+        cfg = self.cfg
+        tokenizer = self.tokenizer
+        device = next(self.gpt.parameters()).device
+        twice = [prompt for prompt in prompts for _ in range(2)]
+        tokens, prompt_lens = pad_prompts(twice, tokenizer.pad_id, device)  # (B, P), (B,)
         generator = make_generator(device, cfg.seed, "label", block)
-        tokens, mask = generate(gpt, tokens, prompt_lens, cfg.max_new_tokens, tokenizer.eos_id, generator)
-        texts, ended = decode_responses(tokenizer, tokens, mask), has_ended(tokens, mask, tokenizer.eos_id).tolist()
-        texts = [text if end else "" for text, end in zip(texts, ended)]
-        for at, (row, *sides) in enumerate(zip(rows, texts[::2], texts[1::2]), start=block * BLOCK):
-            longest = len(row.tokens) + max(len(encode_response(tokenizer, side)) for side in sides)
-            if at >= number and all(sides) and sides[0] != sides[1] and longest <= gpt.config.block_size:
-                shown = at
-                yield at, (row.text, *sides)
-        if at - shown >= PATIENCE:
-            raise InputError(f"the last {PATIENCE} pairs left nothing to choose: both answers were the same, or one "
-                             f"was cut off; give a larger --max-new-tokens, or another --checkpoint")
+        tokens, mask = generate(
+            self.gpt, tokens, prompt_lens, cfg.max_new_tokens, tokenizer.eos_id, generator
+        )  # (B, T), (B, T-1)
+        texts = decode_responses(tokenizer, tokens, mask)
+        ended = has_ended(tokens, mask, tokenizer.eos_id).tolist()
+        return [text if has_end else "" for text, has_end in zip(texts, ended)]
+
+    def make_pairs(self, prompts: list[Prompt], answers: list[str], block: int) -> list[Pair]:
+        pairs = []
+        for i, prompt in enumerate(prompts):
+            first, second = answers[2 * i : 2 * i + 2]
+            if self.leaves_a_choice(prompt, first, second):
+                pairs.append(Pair(block * BLOCK + i, prompt.text, first, second))
+        return pairs
+
+    def leaves_a_choice(self, prompt: Prompt, first: str, second: str) -> bool:
+        """Not if an answer is empty or was cut off, if both are equal, or if one does not fit when
+        a model reads it again."""
+        if not first or not second or first == second:
+            return False
+        lengths = [len(encode_response(self.tokenizer, side)) for side in (first, second)]
+        return len(prompt.tokens) + max(lengths) <= self.gpt.config.block_size
 
 
 # ---- who answers ----
 
 
 def read_key() -> str:
-    """One key from the terminal, without Enter if the terminal can do that; otherwise the first letter of a line."""
+    """One key from the terminal, without Enter if the terminal can do that; otherwise the first
+    letter of a line."""
     if not sys.stdin.isatty() or os.name != "posix":
         return sys.stdin.readline()[:1].lower() or "q"
     import termios
@@ -160,74 +275,135 @@ def read_key() -> str:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
-def ask(prompt: str, first: str, second: str) -> str:
-    """Show a pair and wait for one of KEYS."""
-    print(f"\n{prompt.strip()}\n\n  1: {first}\n  2: {second}\n\n"
-          "1 or 2: the better one    t: tie    s: skip    u: undo the last answer    q: quit", flush=True)
-    while (key := read_key()) not in KEYS:
+def ask(pair: Pair) -> str:
+    """Show a pair and wait for one of KEYS: an answer, undo or quit."""
+    print(
+        f"\n{pair.prompt.strip()}\n\n  1: {pair.first}\n  2: {pair.second}\n\n"
+        "1 or 2: the better one    t: tie    s: skip    u: undo the last answer    q: quit",
+        flush=True,
+    )
+    key = read_key()
+    while key not in KEYS:
         print("1, 2, t, s, u or q", flush=True)
+        key = read_key()
     return KEYS[key]
 
 
-def judge_answer(judge, prompt: str, first: str, second: str, rng: random.Random) -> str:
+def judge_answer(judge: ModuleType, pair: Pair, rng: random.Random) -> str:
     """The judge's vote: with its annotators' noise if it knows that, else for the higher gold."""
-    a, b = gold_scores(judge, [prompt] * 2, [first, second])
-    if (p := vote_probabilities(judge, [a], [b])) is not None:
-        return "first" if rng.random() < p[0] else "second"
-    return "tie" if a == b else "first" if a > b else "second"
+    gold_first, gold_second = gold_scores(judge, [pair.prompt] * 2, [pair.first, pair.second])
+    probabilities = vote_probabilities(judge, [gold_first], [gold_second])
+    if probabilities is not None:
+        return "first" if rng.random() < probabilities[0] else "second"
+    if gold_first == gold_second:
+        return "tie"
+    return "first" if gold_first > gold_second else "second"
 
 
-def agrees(reward_model, tokenizer, prompt: str, chosen: str, rejected: str) -> bool:
-    """Whether the reward model makes the same choice. If a side is too long for it to read, it does not."""
-    ids, device = tokenizer.encode(prompt), next(reward_model.parameters()).device
-    sides = [ids + encode_response(tokenizer, side) for side in (chosen, rejected)]
-    fits = max(map(len, sides)) <= reward_model.gpt.config.block_size
-    scores = reward_model(*pad_rows(sides, tokenizer.pad_id, device)).tolist() if fits else [0, 0]
-    return scores[0] > scores[1]
+def load_annotator(cfg: LabelConfig, data: str) -> ModuleType | None:
+    """The judge, if it chooses; None if a person does."""
+    if cfg.annotator == "person":
+        return None
+    judge = judge_of(cfg.data, data)
+    if judge is None:
+        raise InputError(f"--annotator judge: {data} has no judge.py")
+    return judge
 
 
-def summary(answers: list[list[str]], agree) -> str:
-    """How many answers there are, and for which share of the choices agree(prompt, chosen, rejected) holds. agree: None
-    without a reward model."""
-    decided = [row for row in answers if row[4] in ("first", "second")]
-    text = f"{len(answers)} answered, {len(decided)} of them with a choice"
-    if agree and decided:
-        text += f"; the reward model agrees with {sum(agree(*row[1:4]) for row in decided) / len(decided):.0%}"
-    return text
+# ---- the reward model beside them ----
+
+
+def agrees(reward_model: RewardModel, tokenizer: Tokenizer, choice: Choice) -> bool:
+    """Whether the reward model makes the same choice. If a side is too long for it to read, it does
+    not."""
+    ids = tokenizer.encode(choice.prompt)
+    sides = [ids + encode_response(tokenizer, side) for side in (choice.chosen, choice.rejected)]
+    if max(map(len, sides)) > reward_model.gpt.config.block_size:
+        return False
+    device = next(reward_model.parameters()).device
+    tokens, lengths = pad_rows(sides, tokenizer.pad_id, device)  # (2, T), (2,)
+    chosen_score, rejected_score = reward_model(tokens, lengths).tolist()
+    return chosen_score > rejected_score
+
+
+def agreement_with(reward_model: RewardModel | None, tokenizer: Tokenizer) -> Callable | None:
+    """`agrees` as a function of the choice, which scores each choice once; None without a model."""
+    if reward_model is None:
+        return None
+
+    @functools.cache
+    def agrees_with(choice: Choice) -> bool:
+        return agrees(reward_model, tokenizer, choice)
+
+    return agrees_with
+
+
+def summary(choices: list[Choice], agrees_with: Callable | None) -> str:
+    """How many pairs were answered, and the share of decided ones that the reward model agrees
+    with."""
+    decided = [choice for choice in choices if choice.answer in ("first", "second")]
+    text = f"{len(choices)} answered, {len(decided)} of them with a choice"
+    if agrees_with is None or not decided:
+        return text
+    agreed = sum(agrees_with(choice) for choice in decided)
+    return f"{text}; the reward model agrees with {agreed / len(decided):.0%}"
+
+
+# ---- the program ----
+
+
+def collect(
+    pairs: Pairs,
+    choices: list[Choice],
+    judge: ModuleType | None,
+    cfg: LabelConfig,
+    agrees_with: Callable | None,
+) -> None:
+    """Have pairs answered, and add them to `choices` and the file, until there are enough or the
+    person quits."""
+    out = Path(cfg.out)
+    number = 1 + max((choice.pair for choice in choices), default=-1)
+    while not cfg.count or len(choices) < cfg.count:
+        pair = pairs.first_from(number)
+        if judge is None:
+            answer = ask(pair)
+        else:
+            rng = random.Random(f"{cfg.seed} vote {pair.number}")
+            answer = judge_answer(judge, pair, rng)
+        if answer == "quit":
+            return
+        if answer == "undo":
+            if choices:
+                number = choices.pop().pair
+            write_choices(out, choices)
+            continue
+        choices.append(choose(pair, answer))
+        append_choice(out, choices[-1])
+        number = pair.number + 1
+        if judge is None or len(choices) % 500 == 0:
+            print(summary(choices, agrees_with), flush=True)
 
 
 def main(cfg: LabelConfig) -> None:
-    path, out, device = Path(cfg.checkpoint), Path(cfg.out), pick_device(cfg.device)
+    path = Path(cfg.checkpoint)
+    device = pick_device(cfg.device)
     gpt, checkpoint = load_policy(path, "sft", "ppo")
     data = cfg.data or checkpoint["config"]["data"]
     tokenizer = tokenizer_of(path, checkpoint, data)
-    source = gpt.to(device), load_prompts(data, tokenizer, gpt.config.block_size - cfg.max_new_tokens), tokenizer, cfg
+    limit = gpt.config.block_size - cfg.max_new_tokens
+    prompts = load_prompts(data, tokenizer, limit)
+    pairs = Pairs(gpt.to(device), prompts, tokenizer, cfg)
     reward_model = find_reward_model(cfg.reward, path, tokenizer, device)
-    agree = reward_model and functools.cache(functools.partial(agrees, reward_model, tokenizer))  # scores a row once
-    judge = judge_of(cfg.data, data) if cfg.annotator == "judge" else None
-    if cfg.annotator == "judge" and judge is None:
-        raise InputError(f"--annotator judge: {data} has no judge.py")
-    answers = read_answers(out)
-    if answers:
-        print(f"{out}: going on after {summary(answers, agree)}")
+    agrees_with = agreement_with(reward_model, tokenizer)
+    judge = load_annotator(cfg, data)
 
-    pairs = pairs_from(1 + max((int(row[0]) for row in answers), default=-1), *source)
-    while not cfg.count or len(answers) < cfg.count:
-        number, pair = next(pairs)
-        answer = ask(*pair) if judge is None else judge_answer(judge, *pair, random.Random(f"{cfg.seed} vote {number}"))
-        if answer == "quit":
-            break
-        if answer == "undo":
-            number = int(answers.pop()[0]) if answers else number
-            write_answers(out, answers)
-            pairs = pairs_from(number, *source)
-            continue
-        prompt, *sides = pair
-        answers.append([str(number), prompt, *(sides[::-1] if answer == "second" else sides), answer])
-        append_answer(out, answers[-1])
-        if judge is None or len(answers) % 500 == 0:
-            print(summary(answers, agree), flush=True)
-    print(f"{out}: {summary(answers, agree)}; next: python train_reward.py --comparison-files {out}")
+    out = Path(cfg.out)
+    choices = read_choices(out)
+    if choices:
+        print(f"{out}: going on after {summary(choices, agrees_with)}")
+    collect(pairs, choices, judge, cfg, agrees_with)
+    total = summary(choices, agrees_with)
+    print(f"{out}: {total}; next: python train_reward.py --comparison-files {out}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""The learning curve of PPO: score, gold, kl_ref, entropy, clip fraction and optimality over the steps.
+"""The learning curve of PPO: score, gold, kl_ref, entropy, clip fraction and optimality over the
+steps.
 
     python -m rlhf.tools.plot runs                       # writes runs/learning_curve.png
     python -m rlhf.tools.plot runs runs/seed1 runs/seed2 --out docs/learning_curve.png
-    python -m rlhf.tools.plot docs/results/methods_seed*/* --panels optimality,gold --out docs/alternatives.png
+    python -m rlhf.tools.plot docs/results/methods_seed*/* --panels optimality,gold \\
+        --out docs/alternatives.png
 
-Reads ppo.csv in each folder. Several folders share the panels, and folders of the same name have the same colour. Needs
-matplotlib: pip install matplotlib.
+Reads ppo.csv in each folder. Several folders share the panels, and folders of the same name have
+the same colour. Needs matplotlib: pip install matplotlib.
 
-optimality is there if rlhf/tools/optimality.py has been run (optimality_curve in rlhf/extras/optimum.py).
+optimality is there if rlhf/tools/optimality.py has been run (optimality_curve in
+rlhf/methods/optimum.py).
 """
 
 from dataclasses import dataclass
@@ -15,65 +18,106 @@ from pathlib import Path
 
 import pandas
 
-from rlhf.extras.optimum import optimality_curve
-from rlhf.support import cli
+from rlhf.methods.optimum import optimality_curve
+from rlhf.run.errors import InputError
+from rlhf.run.flags import arg
+from rlhf.run.program import run
 
-PANELS = {"score": "score (reward model)", "gold": "gold (judge)", "kl_ref": "KL to the reference, nats",
-          "entropy": "entropy, nats per token", "clip_fraction": "clip fraction", "optimality": "optimality"}
+PANELS = {
+    "score": "score (reward model)",
+    "gold": "gold (judge)",
+    "kl_ref": "KL to the reference, nats",
+    "entropy": "entropy, nats per token",
+    "clip_fraction": "clip fraction",
+    "optimality": "optimality",
+}
+Metrics = dict[str, list[float]]  # columns of a ppo.csv
 
 
 @dataclass(frozen=True)
 class PlotConfig:
     """Draw the learning curve of one or more PPO runs."""
 
-    runs: tuple[str, ...] = cli.arg(("runs",), "folders that hold a ppo.csv", flag=False)
-    panels: str = cli.arg("", f"some of {','.join(PANELS)} (empty: all)")
-    out: str = cli.arg("", "the figure (empty: learning_curve.png in the first folder)")
+    runs: tuple[str, ...] = arg(("runs",), "folders that hold a ppo.csv", flag=False)
+    panels: str = arg("", f"some of {','.join(PANELS)} (empty: all)")
+    out: str = arg("", "the figure (empty: learning_curve.png in the first folder)")
 
     def __post_init__(self):
         if not set(self.panels.split(",")) <= {"", *PANELS}:
             raise ValueError(f"--panels {self.panels}: give some of {','.join(PANELS)}")
 
 
-def read_metrics(path: Path) -> dict[str, list[float]]:
-    """The panels' columns of a ppo.csv; those without numbers, such as gold without a judge, are left out."""
+def read_metrics(path: Path) -> Metrics:
+    """The panels' columns of a ppo.csv; those without numbers, such as gold without a judge, are
+    left out."""
     if not path.is_file():
-        raise cli.InputError(f"{path} does not exist: run train_ppo.py first, or name another folder")
+        raise InputError(f"{path} does not exist: run train_ppo.py first, or name another folder")
     frame = pandas.read_csv(path)
     frame["optimality"] = optimality_curve(frame, path.with_name("evaluation.csv"))
-    return {name: frame[name].tolist() for name in ("step", *PANELS) if name in frame and frame[name].notna().all()}
+    metrics = {}
+    for name in ("step", *PANELS):
+        if name in frame and frame[name].notna().all():
+            metrics[name] = frame[name].tolist()
+    return metrics
 
 
 def load_pyplot():
-    """matplotlib.pyplot, for figures that go to a file. Raises InputError if matplotlib is not installed."""
+    """matplotlib.pyplot, for figures that go to a file. Raises InputError if matplotlib is not
+    installed."""
     try:
         import matplotlib
     except ImportError as error:
-        raise cli.InputError("the figure needs matplotlib: pip install matplotlib") from error
+        raise InputError("the figure needs matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     return pyplot
 
 
+def choose_panels(panels: str, runs: dict[str, Metrics]) -> list[str]:
+    """The panels that were asked for and that at least one run has numbers for."""
+    asked = panels.split(",") if panels else PANELS
+    names = []
+    for name in PANELS:
+        measured = any(name in metrics for metrics in runs.values())
+        if name in asked and measured:
+            names.append(name)
+    return names
+
+
+def choose_colours(folders: list[str]) -> dict[str, str]:
+    """{name of a folder: its colour}, in the order of the folders."""
+    colours = {}
+    for folder in folders:
+        colours.setdefault(Path(folder).name, f"C{len(colours)}")
+    return colours
+
+
+def draw_panel(ax, name: str, runs: dict[str, Metrics], colours: dict[str, str]) -> None:
+    for folder, metrics in runs.items():
+        if name in metrics:
+            colour = colours[Path(folder).name]
+            ax.plot(metrics["step"], metrics[name], colour, linewidth=1.2)
+    ax.set(title=PANELS[name], xlabel="PPO step")
+    ax.grid(alpha=0.3)
+
+
 def main(cfg: PlotConfig) -> None:
     pyplot = load_pyplot()
     pyplot.rcParams["font.size"] = 8
     runs = {folder: read_metrics(Path(folder) / "ppo.csv") for folder in cfg.runs}
-    names = [name for name in PANELS if any(name in x for x in runs.values()) and name in (cfg.panels or PANELS)]
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(Path(folder).name for folder in runs))}
-    figure, axes = pyplot.subplots(1, len(names), figsize=(3.1 * len(names), 2.8), squeeze=False, layout="tight")
+    names = choose_panels(cfg.panels, runs)
+    colours = choose_colours(list(runs))
+    size = (3.1 * len(names), 2.8)  # inches
+    figure, axes = pyplot.subplots(1, len(names), figsize=size, squeeze=False, layout="tight")
     for ax, name in zip(axes[0], names):
-        for folder, metrics in runs.items():
-            if name in metrics:
-                ax.plot(metrics["step"], metrics[name], colours[Path(folder).name], linewidth=1.2)
-        ax.set(title=PANELS[name], xlabel="PPO step")
-        ax.grid(alpha=0.3)
-    axes[0][0].legend([pyplot.Line2D([], [], color=colour) for colour in colours.values()], colours, fontsize=6)
+        draw_panel(ax, name, runs, colours)
+    lines = [pyplot.Line2D([], [], color=colour) for colour in colours.values()]
+    axes[0][0].legend(lines, colours, fontsize=6)
     path = Path(cfg.out or Path(cfg.runs[0]) / "learning_curve.png")
     figure.savefig(path, dpi=130)
     print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    cli.run(main, PlotConfig)
+    run(main, PlotConfig)

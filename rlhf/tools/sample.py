@@ -1,28 +1,31 @@
 """Talk to what was trained.
 
-    python -m rlhf.tools.sample --checkpoint runs/ppo.pt --prompt "What should I do about a bee sting?"
+    python -m rlhf.tools.sample --checkpoint runs/ppo.pt --prompt "What should I do about a sting?"
     python -m rlhf.tools.sample --checkpoint runs/sft.pt runs/ppo.pt    # a dialogue, side by side
 
-Each response comes with the reward model's score and the judge's gold, if there are any. Top-k and top-p are only here:
-PPO must train the distribution that it samples from.
+Each response comes with the reward model's score and the judge's gold, if there are any. Top-k and
+top-p are only here: PPO must train the distribution that it samples from.
 """
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from rlhf.data import pad_rows
+from rlhf.data import Prompt, pad_prompts
 from rlhf.evaluate import decode_responses
-from rlhf.extras.from_checkpoint import judge_of, tokenizer_of
-from rlhf.extras.sampling import Sampler
+from rlhf.methods.top_p import Sampler
 from rlhf.model import GPT, RewardModel
-from rlhf.rollout import generate, has_ended
-from rlhf.support.checkpoints import check_tokenizer, load_policy, load_reward_model
-from rlhf.support.cli import InputError, arg, check_not_negative, check_positive, run
-from rlhf.support.judge import gold_scores
-from rlhf.support.runtime import make_generator, pick_device
+from rlhf.run.checkpoints import check_tokenizer
+from rlhf.run.device import make_generator, pick_device
+from rlhf.run.errors import InputError
+from rlhf.run.flags import arg, check_not_negative, check_positive
+from rlhf.run.judge import gold_scores
+from rlhf.run.loading import judge_of, load_policy, load_reward_model, tokenizer_of
+from rlhf.run.program import run
+from rlhf.sampling import generate, has_ended
 from rlhf.tokenizer import Tokenizer
 
 
@@ -30,7 +33,9 @@ from rlhf.tokenizer import Tokenizer
 class SampleConfig:
     """Respond to a prompt, or to a dialogue typed at the terminal."""
 
-    checkpoint: tuple[str, ...] = arg(("runs/ppo.pt",), "sft.pt or ppo.pt; several respond side by side")
+    checkpoint: tuple[str, ...] = arg(
+        ("runs/ppo.pt",), "sft.pt or ppo.pt; several respond side by side"
+    )
     prompt: str = arg("", "the prompt (empty: typed at the terminal)")
     plain: bool = arg(False, "no Human: and Assistant: around the prompt")
     data: str = arg("", "data set folder (empty: the first checkpoint's, without its judge)")
@@ -50,85 +55,191 @@ class SampleConfig:
             raise ValueError(f"--top-p is {self.top_p}: it must be at most 1")
 
 
-def find_reward_model(given: str, beside: Path, tokenizer: Tokenizer, device: torch.device) -> RewardModel | None:
-    """The reward model named by a flag or, without the flag, reward.pt beside a policy, if it can be used."""
+@dataclass
+class Policy:
+    """The policy of a checkpoint, and the dialogue that it has had so far."""
+
+    path: Path
+    gpt: GPT
+    tokenizer: Tokenizer
+    reward_model: RewardModel | None = None  # None: there is none, or it reads other tokens
+    dialogue: str = ""
+
+    def prompt_for(self, question: str, plain: bool) -> str:
+        if plain:
+            return question
+        return f"{self.dialogue}\n\nHuman: {question}\n\nAssistant:"
+
+
+@dataclass(frozen=True)
+class Response:
+    text: str
+    score: float | None  # None without a reward model, or if it is too long for it to read
+    gold: float | None  # None without a judge
+    ended: bool
+
+
+# ---- what is loaded ----
+
+
+def load_policies(cfg: SampleConfig) -> tuple[list[Policy], str]:
+    """The policies that respond, on their device, and the data set's folder."""
+    device = pick_device(cfg.device)
+    paths = [Path(name) for name in cfg.checkpoint]
+    loaded = [load_policy(path, "sft", "ppo") for path in paths]
+    first_checkpoint = loaded[0][1]
+    data = cfg.data or first_checkpoint["config"]["data"]
+    policies = []
+    for path, (gpt, checkpoint) in zip(paths, loaded):
+        tokenizer = tokenizer_of(path, checkpoint, data)
+        policies.append(Policy(path, gpt.to(device), tokenizer))
+    return policies, data
+
+
+def find_reward_model(
+    given: str, beside: Path, tokenizer: Tokenizer, device: torch.device
+) -> RewardModel | None:
+    """The reward model named by a flag or, without the flag, reward.pt beside a policy, if it can
+    be used."""
     path = Path(given or beside.with_name("reward.pt"))
     if not given and not path.is_file():
         return None
     try:
         model, checkpoint = load_reward_model(path)
         check_tokenizer(path, checkpoint, tokenizer)
-        return model.to(device)
     except InputError as error:
         if given:
             raise
         print(f"going on without a reward model: {error}")
         return None
+    return model.to(device)
 
 
-def shorten(prompt: str, tokenizer, limit: int) -> tuple[str, list[int]]:
-    """The dialogue without its first turns, so that it fits. Raises InputError if the last turn does not fit."""
-    while len(ids := tokenizer.encode(prompt)) > limit:
-        if (at := prompt.find("\n\nHuman:", 1)) < 0:
-            raise InputError(f"the prompt takes {len(ids)} tokens and there is room for {limit}; shorten it, or give a "
-                             f"smaller --max-new-tokens")
-        prompt = prompt[at:]
-    return prompt, ids
+def give_reward_model(policies: list[Policy], given: str) -> None:
+    """Give the reward model to all policies that have the first one's tokenizer."""
+    first = policies[0]
+    device = next(first.gpt.parameters()).device
+    reward_model = find_reward_model(given, first.path, first.tokenizer, device)
+    for policy in policies:
+        if policy.tokenizer.fingerprint == first.tokenizer.fingerprint:
+            policy.reward_model = reward_model
+
+
+# ---- responses to one prompt ----
+
+
+def shorten(text: str, tokenizer: Tokenizer, limit: int) -> Prompt:
+    """The dialogue without its first turns, so that it takes at most `limit` tokens.
+
+    Raises InputError if the last turn does not fit.
+    """
+    ids = tokenizer.encode(text)
+    while len(ids) > limit:
+        next_turn = text.find("\n\nHuman:", 1)
+        if next_turn < 0:
+            raise InputError(
+                f"the prompt takes {len(ids)} tokens and there is room for {limit}; shorten it, or "
+                f"give a smaller --max-new-tokens"
+            )
+        text = text[next_turn:]
+        ids = tokenizer.encode(text)
+    return Prompt(text, ids)
 
 
 @torch.no_grad()
-def reply(gpt: GPT, prompt: str, tokenizer, reward_model: RewardModel | None, judge, cfg, turn: int) -> list[dict]:
-    """cfg.samples responses to one prompt, each with its score and gold, None if they are not known."""
-    device = next(gpt.parameters()).device
-    room = cfg.max_new_tokens or min(200, gpt.config.block_size // 2)
-    prompt, ids = shorten(prompt, tokenizer, gpt.config.block_size - room)
-    tokens, prompt_lens = pad_rows([ids] * cfg.samples, tokenizer.pad_id, device)
-    sampler = Sampler(gpt, cfg.temperature, cfg.top_k, cfg.top_p)
-    tokens, mask = generate(sampler, tokens, prompt_lens, room, tokenizer.eos_id,
-                            make_generator(device, cfg.seed, "sample", turn))
+def respond(
+    policy: Policy, text: str, judge: ModuleType | None, cfg: SampleConfig, turn: int
+) -> list[Response]:
+    """cfg.samples responses to one prompt. turn: of the dialogue, for the random numbers."""
+    tokenizer = policy.tokenizer
+    device = next(policy.gpt.parameters()).device
+    context = policy.gpt.config.block_size
+    room = cfg.max_new_tokens or min(200, context // 2)
+    prompt = shorten(text, tokenizer, context - room)
+    repeated = [prompt] * cfg.samples
+    prompts, prompt_lens = pad_prompts(repeated, tokenizer.pad_id, device)  # (N, P), (N,)
+
+    sampler = Sampler(policy.gpt, cfg.temperature, cfg.top_k, cfg.top_p)
+    generator = make_generator(device, cfg.seed, "sample", turn)
+    tokens, mask = generate(
+        sampler, prompts, prompt_lens, room, tokenizer.eos_id, generator
+    )  # (N, T), (N, T-1)
+
     texts = decode_responses(tokenizer, tokens, mask)
-    fits = reward_model is not None and tokens.size(1) <= reward_model.gpt.config.block_size
-    scores = reward_model(tokens, prompt_lens + mask.sum(dim=1)).tolist() if fits else [None] * cfg.samples
-    golds = [None] * cfg.samples if judge is None else gold_scores(judge, [prompt] * cfg.samples, texts)
+    lengths = prompt_lens + mask.sum(dim=1)  # (N,)
+    scores = score_responses(policy.reward_model, tokens, lengths)
+    golds = gold_scores(judge, [prompt.text] * cfg.samples, texts)
     ended = has_ended(tokens, mask, tokenizer.eos_id).tolist()
-    return [{"response": text, "score": score, "gold": gold, "ended": end}
-            for text, score, gold, end in zip(texts, scores, golds, ended)]
+    return [Response(*row) for row in zip(texts, scores, golds, ended)]
 
 
-def typed():
-    """The lines typed at the terminal until an empty one."""
+def score_responses(
+    reward_model: RewardModel | None, tokens: Tensor, lengths: Tensor
+) -> list[float] | list[None]:
+    """tokens (N, T), lengths (N,) -> N scores; None if there is no reward model that reads them."""
+    if reward_model is None or tokens.size(1) > reward_model.gpt.config.block_size:
+        return [None] * len(tokens)
+    return reward_model(tokens, lengths).tolist()
+
+
+def print_response(path: Path, response: Response) -> None:
+    notes = []
+    if response.score is not None:
+        notes.append(f"score {response.score:+.2f}")
+    if response.gold is not None:
+        notes.append(f"gold {response.gold:+.2f}")
+    if not response.ended:
+        notes.append("cut off")
+    about = f"   ({', '.join(notes)})" if notes else ""
+    print(f"{path}: {response.text}{about}", flush=True)
+
+
+# ---- a dialogue ----
+
+
+def take_turn(
+    policy: Policy, question: str, judge: ModuleType | None, cfg: SampleConfig, turn: int
+) -> None:
+    """Print a policy's responses to a question; the first one goes into its dialogue."""
+    prompt = policy.prompt_for(question, cfg.plain)
+    responses = respond(policy, prompt, judge, cfg, turn)
+    for response in responses:
+        print_response(policy.path, response)
+    policy.dialogue = f"{prompt} {responses[0].text}"
+
+
+def read_question() -> str:
+    """A line typed at the terminal; empty at the end of the input."""
+    try:
+        return input("\n> ").strip()
+    except EOFError:
+        return ""
+
+
+def talk(policies: list[Policy], judge: ModuleType | None, cfg: SampleConfig) -> None:
+    """Respond to what is typed, until an empty line."""
     print("type a question; an empty line ends")
-    with contextlib.suppress(EOFError):
-        while line := input("\n> ").strip():
-            yield line
+    turn = 0
+    question = read_question()
+    while question:
+        for policy in policies:
+            try:
+                take_turn(policy, question, judge, cfg, turn)
+            except InputError as error:  # a prompt that is too long does not end a dialogue
+                print(f"{policy.path}: {error}", flush=True)
+        turn += 1
+        question = read_question()
 
 
 def main(cfg: SampleConfig) -> None:
-    device = pick_device(cfg.device)
-    paths = [Path(name) for name in cfg.checkpoint]
-    loaded = [load_policy(path, "sft", "ppo") for path in paths]
-    data = cfg.data or loaded[0][1]["config"]["data"]
-    tokenizers = [tokenizer_of(path, checkpoint, data) for path, (_, checkpoint) in zip(paths, loaded)]
+    policies, data = load_policies(cfg)
     judge = judge_of(cfg.data, data, needed=False)
-    reward_model = find_reward_model(cfg.reward, paths[0], tokenizers[0], device)
-
-    dialogues = [""] * len(paths)  # each policy continues from its own responses
-    for turn, text in enumerate([cfg.prompt] if cfg.prompt else typed()):
-        for i, (path, (gpt, _), tokenizer) in enumerate(zip(paths, loaded, tokenizers)):
-            prompt = text if cfg.plain else f"{dialogues[i]}\n\nHuman: {text}\n\nAssistant:"
-            reads_it = tokenizer.fingerprint == tokenizers[0].fingerprint  # the reward model's tokens
-            try:
-                answers = reply(gpt.to(device), prompt, tokenizer, reward_model if reads_it else None, judge, cfg, turn)
-            except InputError as error:  # a prompt that is too long does not end a dialogue
-                if cfg.prompt:
-                    raise
-                print(f"{path}: {error}", flush=True)
-                continue
-            for one in answers:
-                known = [f"{name} {one[name]:+.2f}" for name in ("score", "gold") if one[name] is not None]
-                known += [] if one["ended"] else ["cut off"]
-                print(f"{path}: {one['response']}" + (f"   ({', '.join(known)})" if known else ""), flush=True)
-            dialogues[i] = f"{prompt} {answers[0]['response']}"
+    give_reward_model(policies, cfg.reward)
+    if not cfg.prompt:
+        talk(policies, judge, cfg)
+        return
+    for policy in policies:
+        take_turn(policy, cfg.prompt, judge, cfg, turn=0)
 
 
 if __name__ == "__main__":

@@ -1,120 +1,198 @@
-"""DPO: the policy learns from the comparisons directly. Nothing is sampled, and no reward model trains it.
+"""DPO: the policy learns from the comparisons directly. Nothing is sampled, and no reward model
+trains it.
 
-    python -m rlhf.tools.train_dpo         # reads runs/sft.pt and reward.pt; writes to runs/dpo: dpo.pt, dpo.csv,
-                                           # dpo_samples.csv and evaluation.csv
+    python -m rlhf.tools.train_dpo     # reads runs/sft.pt and reward.pt; writes to runs/dpo:
+                                       # dpo.pt, dpo.csv, dpo_samples.csv and evaluation.csv
     python -m rlhf.tools.optimality --checkpoint runs/dpo/dpo.pt
 
-The loss is the reward model's, -log sigmoid(r_chosen - r_rejected), with r = beta * log(pi / pi_ref). Its docstring in
-rlhf/extras/alternatives.py says why, and what it does to the objective.
+The loss is the reward model's, -log sigmoid(r_chosen - r_rejected), with r = beta * log(pi /
+pi_ref). The docstring of dpo_loss in rlhf/methods/dpo.py says why, and what it does to the
+objective.
 
-No training step uses the reward model's scores. They are for evaluation.csv. Its scale makes the default beta: scores
-are log-odds divided by this scale, so beta = kl_coef * scale has the optimum of train_ppo.py with that kl_coef. With
-another --beta, the objective in evaluation.csv is still that of --kl-coef.
+No training step uses the reward model's scores. They are for evaluation.csv. Its scale makes the
+default beta: scores are log-odds divided by this scale, so beta = kl_coef * scale has the optimum
+of train_ppo.py with that kl_coef. With another --beta, the objective in evaluation.csv is still
+that of --kl-coef.
 
-Left out: comparisons sampled again from the policy, a label smoothing of the votes, terms of the loss that keep the
-probability of the chosen response up.
+Left out: comparisons sampled again from the policy, a label smoothing of the votes, terms of the
+loss that keep the probability of the chosen response up.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from rlhf import data, evaluate
-from rlhf.extras import report
-from rlhf.extras.alternatives import PolicyWithoutValue, dpo_loss, pair_accuracy, pair_logprobs
-from rlhf.extras.from_checkpoint import tokenizer_of
-from rlhf.extras.lora import trained_and_frozen
-from rlhf.extras.yardsticks import share_positive
+from rlhf import evaluate
+from rlhf.data import Comparison, Prompt, choose_batch, load_comparisons, load_prompts
+from rlhf.methods.dpo import dpo_loss, log_ratios, pair_accuracy, pair_logprobs
+from rlhf.model import GPT, PolicyWithoutValue
 from rlhf.rollout import Frozen
-from rlhf.support import checkpoints, cli, judge, runtime, tables
+from rlhf.run import loading, program
+from rlhf.run.checks import check_finite
+from rlhf.run.device import Compute, make_generator, setup
+from rlhf.run.files import csv_path, digests, write_csv
+from rlhf.run.flags import TrainConfig, arg, check_not_negative, check_positive
+from rlhf.run.judge import load_judge, share_positive
+from rlhf.run.micro_batches import micro_batches
+from rlhf.run.optimizer import cosine_schedule, make_optimizer, optimizer_step, set_lr
+from rlhf.run.processes import gather, total_of
+from rlhf.run.progress import print_responses, print_table, sample_rows
+from rlhf.run.training import Training
+
+SHOWN = ("loss", "accuracy", "heldout", "chosen_log_ratio", "rejected_log_ratio")
 
 
 @dataclass(frozen=True)
-class DPOConfig(cli.TrainConfig):
+class DPOConfig(TrainConfig):
     """Train the policy with DPO on comparisons (in place of stages two and three)."""
+
+    kind = "dpo"
 
     out: str = "runs/dpo"
     steps: int = 190
     batch_size: int = 64
     lr: float = 1e-4
     warmup: int = 20
-    log_every: int = cli.arg(20, "steps between lines of metrics")
+    log_every: int = arg(20, "steps between lines of metrics")
     eval_every: int = 95
-    beta: float = cli.arg(0.0, "DPO's beta (0: kl_coef times the reward model's scale)", group="DPO")
-    kl_coef: float = cli.arg(0.07, "KL penalty coefficient of the objective")
-    sft: str = cli.arg("runs/sft.pt", "starting policy and reference")
-    reward: str = cli.arg("runs/reward.pt", "reward model, which only scores")
-    max_new_tokens: int = cli.arg(40, "longest response of the evaluation")
-    missing_eos_score: float = cli.arg(-3.0, "score of a response without end-of-text")
-    eval_prompts: int = cli.arg(500, "held-out prompts of the closing evaluation")
+    beta: float = arg(0.0, "DPO's beta (0: kl_coef times the reward model's scale)", group="DPO")
+    kl_coef: float = arg(0.07, "KL penalty coefficient of the objective")
+    sft: str = arg("runs/sft.pt", "starting policy and reference")
+    reward: str = arg("runs/reward.pt", "reward model, which only scores")
+    max_new_tokens: int = arg(40, "longest response of the evaluation")
+    missing_eos_score: float = arg(-3.0, "score of a response without end-of-text")
+    eval_prompts: int = arg(500, "held-out prompts of the closing evaluation")
 
     def __post_init__(self):
         super().__post_init__()
-        cli.check_positive(self, "log_every", "kl_coef", "max_new_tokens", "eval_prompts")
-        cli.check_not_negative(self, "beta")
+        check_positive(self, "log_every", "kl_coef", "max_new_tokens", "eval_prompts")
+        check_not_negative(self, "beta")
 
 
 def main(cfg: DPOConfig) -> None:
-    device, amp, scaler = runtime.setup(cfg.device, cfg.amp)
-    sft_path, reward_path, path = (cfg.checkpoint(name) for name in ("sft", "reward", "dpo"))
-    gpt, sft = checkpoints.load_policy(sft_path, "sft")
-    reward_model, reward = checkpoints.load_reward_model(reward_path)
-    tokenizer, gold_judge = tokenizer_of(sft_path, sft, cfg.data), judge.load_judge(cfg.data)
-    checkpoints.check_tokenizer(reward_path, reward, tokenizer)
-    checkpoints.check_input(reward_path, reward, "sft", sft_path)
-    files = [tables.csv_path(cfg.data, "comparisons", heldout) for heldout in (False, True)]
-    train_rows, heldout_rows = (data.load_comparisons([file], tokenizer, gpt.config.block_size) for file in files)
-    limit = max(0, min(gpt.config.block_size, reward_model.gpt.config.block_size) - cfg.max_new_tokens)
-    prompts = data.load_prompts(cfg.data, tokenizer, limit, heldout=True)[: cfg.eval_prompts]
+    compute = setup(cfg.device, cfg.amp)
+    policy, frozen, inputs = load_models(cfg, compute)
+    judge = load_judge(cfg.data)
+    train_rows = load_rows(cfg, policy.gpt, frozen)
+    heldout_rows = load_rows(cfg, policy.gpt, frozen, heldout=True)
+    prompts = load_heldout_prompts(cfg, policy.gpt, frozen)
+    models = (policy.gpt, frozen.reference, frozen.tokenizer.pad_id, compute)
 
-    gpt, reference = trained_and_frozen(gpt, cfg.lora_rank, runtime.make_generator("cpu", cfg.seed, "adapters"))
-    policy = PolicyWithoutValue(gpt).to(device)
-    frozen = Frozen(reference.to(device), reward_model.to(device), tokenizer, cfg.max_new_tokens,
-                    cfg.missing_eos_score, cfg.micro_batch_size or 128, amp)
-    given = gpt, frozen.reference, tokenizer.pad_id, device, amp
-    optimizer = runtime.make_optimizer(policy, cfg.lr, weight_decay=0.0)
-    inputs = checkpoints.digests(sft=sft_path, reward=reward_path, comparisons=files[0])
-    begun = checkpoints.begin(path, cfg, tokenizer, inputs, policy, optimizer, scaler)
-    beta = cfg.beta or cfg.kl_coef * reward_model.scale.item()
-    print(f"{len(train_rows):,} comparisons, {cfg.steps * cfg.batch_size / len(train_rows):.1f} epochs "
-          f"({len(heldout_rows):,} held out), beta {beta:.3g}, on {device}, amp {cfg.amp}, seed {cfg.seed}")
-
-    progress = tables.Progress(path.with_suffix(".csv"), cfg.steps, begun, (
-        "loss", "accuracy", "heldout", "chosen_log_ratio", "rejected_log_ratio"), cfg.tensorboard)
-    for step in range(begun["step"], cfg.steps):
-        rows = [train_rows[i] for i in data.batch_indices(len(train_rows), cfg.batch_size, step, cfg.seed)]
-        lr = runtime.set_lr(optimizer, cfg.lr * runtime.cosine_schedule(step, cfg.steps, cfg.warmup))
+    optimizer = make_optimizer(policy, cfg.lr, weight_decay=0.0)
+    run = Training(cfg, policy, optimizer, compute, frozen.tokenizer, inputs)
+    beta = cfg.beta or cfg.kl_coef * frozen.reward_model.scale.item()
+    run.announce(describe(cfg, len(train_rows), len(heldout_rows), beta))
+    for step in range(run.step, cfg.steps):
+        rows = choose_batch(train_rows, cfg.batch_size, step, cfg.seed)
+        lr = set_lr(optimizer, cfg.lr * cosine_schedule(step, cfg.steps, cfg.warmup))
         optimizer.zero_grad()
-        loss, log_ratios = 0.0, []
-        for part in tables.ticker(data.chunks(rows, cfg.micro_batch_size), f"step {step + 1}, micro-batches"):
-            logprobs = pair_logprobs(part, *given)  # (4, N)
-            part_loss = dpo_loss(*logprobs, beta) * (len(part) / len(rows))  # micro-batches sum to the batch's mean
-            scaler.scale(part_loss).backward()
+        loss = 0.0
+        ratios = []
+        for part in micro_batches(rows, cfg.micro_batch_size, f"step {step + 1}, micro-batches"):
+            logprobs = pair_logprobs(part, *models)  # (4, N)
+            part_loss = dpo_loss(*logprobs, beta)
+            part_loss = part_loss * (len(part) / len(rows))  # they sum to the mean over all rows
+            compute.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
-            log_ratios.append((logprobs[:2] - logprobs[2:]).detach())  # (2, N)
-        grad_norm = runtime.optimizer_step(policy, optimizer, scaler, cfg.max_grad_norm)
-        chosen, rejected = torch.cat(log_ratios, dim=1)  # (B,), (B,)
-        progress.tokens += sum(row.size for row in rows)
+            ratios.append(log_ratios(logprobs))
+        grad_norm = optimizer_step(policy, optimizer, compute.scaler, cfg.max_grad_norm)
+        run.count_tokens(sum(row.size for row in rows))
 
         done = step + 1
-        runtime.check_finite(policy, done, loss)
-        evaluated = done % cfg.eval_every == 0 or done == cfg.steps
-        if evaluated or step == 0 or done % cfg.log_every == 0:
-            heldout = pair_accuracy(heldout_rows[:500], *given) if evaluated else None
-            progress.log(done, loss=loss.item(), accuracy=share_positive(chosen - rejected), heldout=heldout,
-                         chosen_log_ratio=chosen.mean().item(), rejected_log_ratio=rejected.mean().item(),
-                         grad_norm=grad_norm.item(), lr=lr)
-        if evaluated:
-            checkpoints.save(path, "dpo", policy, cfg, done, tokenizer, optimizer, scaler, inputs, progress,
-                             kl_coef=cfg.kl_coef)
+        metrics = step_metrics(loss, ratios, grad_norm)
+        check_finite(policy, done, metrics["loss"])
+        if run.logs(done):
+            if run.evaluates(done):
+                metrics["heldout"] = pair_accuracy(heldout_rows[:500], *models)
+            run.log(done, {**metrics, "lr": lr}, SHOWN)
+        if run.evaluates(done):
+            run.save(done, kl_coef=cfg.kl_coef)
+    write_evaluation(cfg, run.path, policy.gpt, prompts, frozen, judge)
 
-    table, before, after = evaluate.compare(gpt, prompts, frozen, gold_judge, cfg.kl_coef, cfg.seed, name="dpo")
-    tables.write_csv(path.with_name("evaluation.csv"), table)
-    tables.write_csv(path.with_name("dpo_samples.csv"), report.sample_rows(before, after))
-    report.print_responses(before=before[:3], after=after[:3])
+
+# ---- what a run is made from ----
+
+
+def load_models(
+    cfg: DPOConfig, compute: Compute
+) -> tuple[PolicyWithoutValue, Frozen, dict[str, str]]:
+    """The policy; what is frozen; digests of what the run is made from."""
+    gpt, reward_model, tokenizer, inputs = loading.load_stages(cfg)
+    inputs |= digests(comparisons=csv_path(cfg.data, "comparisons"))
+    generator = make_generator("cpu", cfg.seed, "adapters")
+    gpt = loading.with_adapters(gpt, cfg.lora_rank, generator)
+    reference = loading.frozen_copy(gpt)
+    policy = PolicyWithoutValue(gpt).to(compute.device)
+    frozen = Frozen(
+        reference.to(compute.device),
+        reward_model.to(compute.device),
+        tokenizer,
+        cfg.max_new_tokens,
+        cfg.missing_eos_score,
+        cfg.micro_batch_size or 128,
+        compute.amp,
+    )
+    return policy, frozen, inputs
+
+
+def load_rows(cfg: DPOConfig, gpt: GPT, frozen: Frozen, heldout: bool = False) -> list[Comparison]:
+    path = csv_path(cfg.data, "comparisons", heldout)
+    return load_comparisons([path], frozen.tokenizer, gpt.config.block_size)
+
+
+def load_heldout_prompts(cfg: DPOConfig, gpt: GPT, frozen: Frozen) -> list[Prompt]:
+    """The prompts of the closing evaluation, after which a response fits."""
+    context = min(gpt.config.block_size, frozen.reward_model.gpt.config.block_size)
+    limit = max(0, context - cfg.max_new_tokens)
+    return load_prompts(cfg.data, frozen.tokenizer, limit, heldout=True)[: cfg.eval_prompts]
+
+
+def describe(cfg: DPOConfig, train_rows: int, heldout_rows: int, beta: float) -> str:
+    epochs = cfg.steps * cfg.batch_size / train_rows
+    comparisons = f"{train_rows:,} comparisons, {epochs:.1f} epochs ({heldout_rows:,} held out)"
+    return f"{comparisons}, beta {beta:.3g}"
+
+
+# ---- metrics, and the closing evaluation ----
+
+
+def step_metrics(loss: Tensor, ratios: list[Tensor], grad_norm: Tensor) -> dict[str, float | None]:
+    """The columns of dpo.csv but lr and the clock's; docs/metrics.md explains them.
+
+    Args: ratios: those of each micro-batch, (n, 2), see log_ratios.
+    """
+    chosen, rejected = gather(torch.cat(ratios)).unbind(dim=1)  # (B,), (B,)
+    return {
+        "loss": total_of(loss),
+        "accuracy": share_positive(chosen - rejected),
+        "heldout": None,  # measured now and then
+        "chosen_log_ratio": chosen.mean().item(),
+        "rejected_log_ratio": rejected.mean().item(),
+        "grad_norm": grad_norm.item(),
+    }
+
+
+def write_evaluation(
+    cfg: DPOConfig,
+    path: Path,
+    gpt: GPT,
+    prompts: list[Prompt],
+    frozen: Frozen,
+    judge: ModuleType | None,
+) -> None:
+    """evaluation.csv and dpo_samples.csv beside the checkpoint at path: before and after."""
+    table, before, after = evaluate.compare(
+        gpt, prompts, frozen, judge, cfg.kl_coef, cfg.seed, cfg.kind
+    )
+    write_csv(path.with_name("evaluation.csv"), table)
+    write_csv(path.with_name("dpo_samples.csv"), sample_rows(before, after))
+    print_responses(before=before[:3], after=after[:3])
     print(f"\nwrote {path}, evaluation.csv and dpo_samples.csv\n")
-    report.print_table(table)
+    print_table(table)
 
 
 if __name__ == "__main__":
-    cli.run(main, DPOConfig)
+    program.run(main, DPOConfig)

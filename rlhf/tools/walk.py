@@ -3,120 +3,230 @@
     python -m rlhf.tools.walk                          # reads runs/sft.pt, reward.pt and ppo.pt
     python -m rlhf.tools.walk --prompt 3               # the fourth held-out prompt
 
-Samples responses to 32 held-out prompts from the policy and follows one of them through parts 1 to 6 of train_ppo.py:
-log-probabilities, KL cost, rewards, values, TD errors, advantages, returns; then, after one gradient step on the 32,
-the ratio and the losses of every slot. docs/one_response.md has a sentence for each column.
+Samples responses to 32 held-out prompts from the policy and follows one of them through parts 1 to
+6 of train_ppo.py: log-probabilities, KL cost, rewards, values, TD errors, advantages, returns;
+then, after one gradient step on the 32, the ratio and the losses of every slot.
+docs/one_response.md has a sentence for each column.
 """
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.advantages import gae
-from rlhf.data import pad_rows
-from rlhf.evaluate import decode_responses
+from rlhf.data import Prompt, pad_prompts
+from rlhf.evaluate import Response, describe
 from rlhf.losses import policy_loss, value_loss
 from rlhf.masked import masked_whiten, token_logprobs
 from rlhf.model import PolicyWithValue
+from rlhf.ppo import Experience, make_experience
 from rlhf.rewards import kl_k1, shape_rewards
 from rlhf.rollout import Rollout, collect
-from rlhf.support import cli, runtime
-from rlhf.support.judge import gold_scores
-from rlhf.tools.optimality import RunConfig, load_run
+from rlhf.run import program
+from rlhf.run.device import make_generator
+from rlhf.run.errors import InputError
+from rlhf.run.flags import arg, check_not_negative
+from rlhf.run.optimizer import make_optimizer
+from rlhf.tokenizer import Tokenizer
+from rlhf.tools.optimality import Run, RunConfig, load_run
 
 BATCH = 32  # responses in the rollout
+SUMMED = ("kl cost", "reward")  # columns that have a sum
 
 
 @dataclass(frozen=True)
 class WalkConfig(RunConfig):
     """Follow one response through a PPO step."""
 
-    prompt: int = cli.arg(0, "number of the held-out prompt, from 0", group="response")
-    seed: int = cli.arg(0, "random seed of the sampled responses")
+    prompt: int = arg(0, "number of the held-out prompt, from 0", group="response")
+    seed: int = arg(0, "random seed of the sampled responses")
 
     def __post_init__(self):
-        cli.check_not_negative(self, "prompt")
+        check_not_negative(self, "prompt")
 
 
-def walk(rollout: Rollout, row: int, kl_coef: float, gamma: float, lam: float) -> tuple[dict, Tensor, Tensor]:
-    """Parts 3 and 4. Returns {name: (slots of the response,)}, the whitened advantages and the returns (B, T-1)."""
+def main(cfg: WalkConfig) -> None:
+    run = load_run(cfg)
+    if not isinstance(run.policy, PolicyWithValue):
+        raise InputError(
+            f"{cfg.checkpoint} has no value network to follow: give a ppo.pt of --advantage gae"
+        )
+    config = run.config
+    tokenizer = run.frozen.tokenizer
+    batch = choose_prompts(run.prompts, cfg.prompt)
+    device = next(run.policy.parameters()).device
+    tokens, prompt_lens = pad_prompts(batch, tokenizer.pad_id, device)  # (B, P), (B,)
+    generator = make_generator(device, cfg.seed, "walk")
+    rollout = collect(run.policy, run.frozen, tokens, prompt_lens, generator)
+
+    print_response(describe(batch, rollout, tokenizer, run.judge)[0], run)
+    slots, texts = slots_and_tokens(rollout, 0, tokenizer)
+    experience, before = walk(rollout, 0, run.kl_coef, config["gamma"], config["lam"])
+    print_columns(slots, texts, before)
+    print_sums(texts, before)
+    print(
+        f"\nafter one gradient step on all {BATCH} responses (AdamW, learning rate "
+        f"{config['lr']:g}, clip range {config['clip_eps']:g}):\n"
+    )
+    gradient_step(run.policy, experience, config)
+    print_columns(slots, texts, after_step(run.policy, experience, 0, config))
+
+
+def choose_prompts(prompts: list[Prompt], first: int) -> list[Prompt]:
+    """The prompt to follow, and those after it. Raises InputError if there is no such prompt."""
+    count = len(prompts)
+    if first >= count:
+        raise InputError(f"--prompt {first}: there are {count} held-out prompts, numbered from 0")
+    return [prompts[(first + i) % count] for i in range(BATCH)]
+
+
+# ---- the numbers ----
+
+
+def walk(
+    rollout: Rollout, row: int, kl_coef: float, gamma: float, lam: float
+) -> tuple[Experience, dict[str, Tensor]]:
+    """Parts 3 and 4.
+
+    Returns: what the update learns from, of all rows, with whitened advantages; {name: (slots of
+        the row's response,)}.
+    """
     mask = rollout.mask
-    rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef)  # (B, T-1)
+    rewards = shape_rewards(
+        rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef
+    )  # (B, T-1)
     advantages, returns = gae(rewards, rollout.values, mask, gamma, lam)
     deltas, _ = gae(rewards, rollout.values, mask, gamma, 0.0)  # lambda = 0: the TD error
     whitened = masked_whiten(advantages, mask)
     columns = {
-        "logprob": rollout.logprobs, "ref": rollout.ref_logprobs,
-        "kl cost": kl_coef * kl_k1(rollout.logprobs, rollout.ref_logprobs), "reward": rewards,
-        "value": rollout.values, "delta": deltas, "advantage": advantages, "whitened": whitened, "return": returns,
+        "logprob": rollout.logprobs,
+        "ref": rollout.ref_logprobs,
+        "kl cost": kl_coef * kl_k1(rollout.logprobs, rollout.ref_logprobs),
+        "reward": rewards,
+        "value": rollout.values,
+        "delta": deltas,
+        "advantage": advantages,
+        "whitened": whitened,
+        "return": returns,
     }
-    return {name: x[row][mask[row]] for name, x in columns.items()}, whitened, returns
+    experience = make_experience(rollout, whitened, returns)
+    return experience, {name: x[row][mask[row]] for name, x in columns.items()}
 
 
-def after_step(policy, rollout: Rollout, whitened: Tensor, returns: Tensor, row: int, config: dict) -> dict:
-    """Parts 5 and 6: one gradient step on the whole rollout. Returns {name: (slots of the row's response,)}."""
-    optimizer = runtime.make_optimizer(policy, config["lr"], weight_decay=0.0, eps=1e-5)
-    logits, values = policy(rollout.tokens)  # (B, T, V), (B, T)
-    new_logprobs = token_logprobs(logits, rollout.tokens, rollout.mask)  # (B, T-1)
-    pg_loss, _ = policy_loss(new_logprobs, rollout.logprobs, whitened, rollout.mask, config["clip_eps"])
-    v_loss, _ = value_loss(values[:, :-1], rollout.values, returns, rollout.mask, config["value_clip_eps"])
+def gradient_step(policy: PolicyWithValue, experience: Experience, config: dict) -> None:
+    """Parts 5 and 6: one gradient step on all rows. config: of train_ppo.py."""
+    optimizer = make_optimizer(policy, config["lr"], weight_decay=0.0, eps=1e-5)
+    logprobs, values = forward(policy, experience)  # (B, T-1), (B, T-1)
+    pg_loss, _, v_loss = losses(logprobs, values, experience, experience.mask, config)
     (pg_loss + config["value_coef"] * v_loss).backward()
-    torch.nn.utils.clip_grad_norm_(policy.parameters(), config["max_grad_norm"])
+    nn.utils.clip_grad_norm_(policy.parameters(), config["max_grad_norm"])
     optimizer.step()
 
-    one = rollout.take(torch.tensor([row], device=rollout.tokens.device))
-    whitened, returns = (x[row : row + 1, : one.mask.size(1)] for x in (whitened, returns))
-    with torch.no_grad():
-        logits, values = policy(one.tokens)
-        new, values = token_logprobs(logits, one.tokens, one.mask), values[:, :-1]  # (1, T-1)
-        # The loss of one slot: the mean over a mask that holds no other slot.
-        masks = torch.diag(one.mask[0])[one.mask[0]].unsqueeze(1)  # (slots of the response, 1, T-1)
-        pg_losses, clipped = zip(*(policy_loss(new, one.logprobs, whitened, x, config["clip_eps"]) for x in masks))
-        v_losses, _ = zip(*(value_loss(values, one.values, returns, x, config["value_clip_eps"]) for x in masks))
-    return {"new logprob": new[one.mask], "ratio": (new - one.logprobs)[one.mask].exp(),
-            "clipped": torch.stack(clipped), "policy loss": torch.stack(pg_losses),
-            "new value": values[one.mask], "value loss": torch.stack(v_losses)}
+
+@torch.no_grad()
+def after_step(
+    policy: PolicyWithValue, experience: Experience, row: int, config: dict
+) -> dict[str, Tensor]:
+    """The losses of each slot by itself, with the policy as it is now: {name: (slots of the row's
+    response,)}."""
+    one = experience.take(torch.tensor([row]))  # (1, t), (1, t-1)
+    logprobs, values = forward(policy, one)  # (1, t-1), (1, t-1)
+    pg_losses = []
+    clipped = []
+    v_losses = []
+    for slot in one.mask[0].nonzero().flatten():
+        only = torch.zeros_like(one.mask)
+        only[0, slot] = True  # a mean over a mask that holds no other slot
+        pg_loss, clip_fraction, v_loss = losses(logprobs, values, one, only, config)
+        pg_losses.append(pg_loss)
+        clipped.append(clip_fraction)
+        v_losses.append(v_loss)
+    return {
+        "new logprob": logprobs[one.mask],
+        "ratio": (logprobs - one.old_logprobs)[one.mask].exp(),
+        "clipped": torch.stack(clipped),
+        "policy loss": torch.stack(pg_losses),
+        "new value": values[one.mask],
+        "value loss": torch.stack(v_losses),
+    }
 
 
-def print_columns(slots: list[int], tokens: list[str], columns: dict[str, Tensor], total: tuple[str, ...] = ()) -> None:
-    """One line per slot; and the sums of the columns named in total."""
-    width = max(map(len, tokens))
-    print("  ".join(["slot", "token".ljust(width), *(name.rjust(9) for name in columns)]))
+def forward(policy: PolicyWithValue, experience: Experience) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the actions and values, (B, T-1) each."""
+    logits, values = policy(experience.tokens)  # (B, T, V), (B, T)
+    logprobs = token_logprobs(logits, experience.tokens, experience.mask)  # (B, T-1)
+    return logprobs, values[:, :-1]
+
+
+def losses(
+    logprobs: Tensor, values: Tensor, experience: Experience, mask: Tensor, config: dict
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The policy loss, the share of clipped actions and the value loss over the slots of the mask,
+    all scalars. logprobs, values, mask: (B, T-1)."""
+    pg_loss, clip_fraction = policy_loss(
+        logprobs, experience.old_logprobs, experience.advantages, mask, config["clip_eps"]
+    )
+    v_loss, _ = value_loss(
+        values, experience.old_values, experience.returns, mask, config["value_clip_eps"]
+    )
+    return pg_loss, clip_fraction, v_loss
+
+
+# ---- printing ----
+
+
+def print_response(response: Response, run: Run) -> None:
+    """The prompt, what the policy says to it, and the settings that count."""
+    gold = "" if response.gold is None else f", gold {response.gold:+.1f}"
+    print(f"prompt    {' '.join(response.prompt.split())}")
+    print(f"response  {response.text}")
+    print(
+        f"score {response.score:+.3f}{gold}; kl_coef {run.kl_coef:g}, "
+        f"gamma {run.config['gamma']:g}, lambda {run.config['lam']:g}\n"
+    )
+
+
+def slots_and_tokens(
+    rollout: Rollout, row: int, tokenizer: Tokenizer
+) -> tuple[list[int], list[str]]:
+    """Of one response: the number of each slot, and the text of its token."""
+    mask = rollout.mask[row]
+    actions = rollout.tokens[row, 1:][mask].tolist()
+    texts = [repr(tokenizer.decode([action])) for action in actions]
+    return mask.nonzero().flatten().tolist(), texts
+
+
+def print_columns(slots: list[int], tokens: list[str], columns: dict[str, Tensor]) -> None:
+    """A header, and one line per slot. columns: {name: (slots,)}."""
+    names = {name: name for name in columns}
+    print_line("slot", "token", tokens, names)
     for i, (slot, token) in enumerate(zip(slots, tokens)):
-        cells = [("yes" if x[i] else "no") if name == "clipped" else f"{round(x[i].item(), 3) + 0.0:.3f}"
-                 for name, x in columns.items()]
-        print("  ".join([str(slot).rjust(4), token.ljust(width),
-                         *(cell.rjust(max(9, len(name))) for cell, name in zip(cells, columns))]))
-    if total:
-        cells = [f"{x.sum():.3f}" if name in total else "" for name, x in columns.items()]
-        print("  ".join([" sum", " " * width, *(cell.rjust(max(9, len(n))) for cell, n in zip(cells, columns))]))
+        cells = {name: format_cell(name, x[i].item()) for name, x in columns.items()}
+        print_line(str(slot), token, tokens, cells)
 
 
-def main(cfg: WalkConfig) -> None:
-    policy, frozen, judge, prompts, config, kl_coef, _ = load_run(cfg)
-    if not isinstance(policy, PolicyWithValue):
-        raise cli.InputError(f"{cfg.checkpoint} has no value network to follow: give a ppo.pt of --advantage gae")
-    if cfg.prompt >= len(prompts):
-        raise cli.InputError(f"--prompt {cfg.prompt}: there are {len(prompts)} held-out prompts, numbered from 0")
-    batch = [prompts[(cfg.prompt + i) % len(prompts)] for i in range(BATCH)]
-    tokenizer, device = frozen.tokenizer, next(policy.parameters()).device
-    tokens, prompt_lens = pad_rows([prompt.tokens for prompt in batch], tokenizer.pad_id, device)  # (B, P), (B,)
-    rollout = collect(policy, frozen, tokens, prompt_lens, runtime.make_generator(device, cfg.seed, "walk"))
+def print_sums(tokens: list[str], columns: dict[str, Tensor]) -> None:
+    """The line under print_columns with the sums of the columns that have one."""
+    cells = {}
+    for name, x in columns.items():
+        cells[name] = f"{x.sum():.3f}" if name in SUMMED else ""
+    print_line("sum", "", tokens, cells)
 
-    response = decode_responses(tokenizer, rollout.tokens[:1], rollout.mask[:1])[0]
-    gold = "" if judge is None else f", gold {gold_scores(judge, [batch[0].text], [response])[0]:+.1f}"
-    print(f"prompt    {' '.join(batch[0].text.split())}\nresponse  {response}\n"
-          f"score {rollout.scores[0]:+.3f}{gold}; kl_coef {kl_coef:g}, gamma {config['gamma']:g}, "
-          f"lambda {config['lam']:g}\n")
-    slots = rollout.mask[0].nonzero().flatten().tolist()
-    texts = [repr(tokenizer.decode([i])) for i in rollout.tokens[0, 1:][rollout.mask[0]].tolist()]
-    columns, whitened, returns = walk(rollout, 0, kl_coef, config["gamma"], config["lam"])
-    print_columns(slots, texts, columns, total=("kl cost", "reward"))
-    print(f"\nafter one gradient step on all {BATCH} responses (AdamW, learning rate {config['lr']:g}, "
-          f"clip range {config['clip_eps']:g}):\n")
-    print_columns(slots, texts, after_step(policy, rollout, whitened, returns, 0, config))
+
+def print_line(slot: str, token: str, tokens: list[str], cells: dict[str, str]) -> None:
+    """Aligned cells. tokens: of all lines; cells: {name of the column: text}."""
+    line = [slot.rjust(4), token.ljust(max(map(len, tokens)))]
+    for name, cell in cells.items():
+        line.append(cell.rjust(max(9, len(name))))
+    print("  ".join(line))
+
+
+def format_cell(name: str, value: float) -> str:
+    if name == "clipped":
+        return "yes" if value else "no"
+    return f"{round(value, 3) + 0.0:.3f}"  # + 0.0: no -0.000
 
 
 if __name__ == "__main__":
-    cli.run(main, WalkConfig)
+    program.run(main, WalkConfig)

@@ -1,6 +1,5 @@
-"""Tokenizer, reading of data sets, masks and batches; a data set's judge; and the bundled data set itself."""
+"""Reading of data sets, masks and batches; a data set's judge; and the bundled data set itself."""
 
-import base64
 import importlib.util
 import math
 import subprocess
@@ -16,7 +15,6 @@ from rlhf.data import (
     Demonstration,
     Prompt,
     batch_indices,
-    chunks,
     comparison_batch,
     demonstration_batch,
     encode_response,
@@ -25,12 +23,13 @@ from rlhf.data import (
     load_prompts,
     pad_rows,
     response_mask,
+    swap_prompts,
 )
-from rlhf.extras.yardsticks import vote_probabilities
-from rlhf.support.cli import InputError
-from rlhf.support.judge import load_judge
-from rlhf.support.tables import csv_path, read_csv
-from rlhf.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from rlhf.run.errors import InputError
+from rlhf.run.files import csv_path, read_csv
+from rlhf.run.judge import load_judge, vote_probabilities
+from rlhf.run.micro_batches import chunks
+from rlhf.tokenizer import load_tokenizer
 from tests.helpers import rows
 
 CPU = torch.device("cpu")
@@ -39,87 +38,6 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def tokenizer(bundled):
     return load_tokenizer(str(bundled / "tokenizer.tiktoken"))
-
-
-# ---- tokenizer ----
-
-
-def test_tokenizer_rejects_equal_pad_and_end_of_text(tokenizer):
-    with pytest.raises(ValueError, match="never learns to stop"):
-        Tokenizer("x", tokenizer.encoding, eos_id=3, pad_id=3)
-
-
-@pytest.mark.parametrize(
-    "text", ["\n\nHuman: Tell me about a wet tent.\n\nAssistant:", "naïve 漢字 \x00 <|endoftext|>", ""])
-def test_tokenizer_decodes_what_it_encoded(tokenizer, text):
-    """No text becomes one of the two special ids."""
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert not {tokenizer.eos_id, tokenizer.pad_id} & set(ids) and all(i < tokenizer.vocab_size for i in ids)
-
-
-def test_tokenizer_special_ids_are_the_last_two(tokenizer):
-    assert tokenizer.vocab_size <= 1024
-    assert (tokenizer.eos_id, tokenizer.pad_id) == (tokenizer.vocab_size - 2, tokenizer.vocab_size - 1)
-    assert tokenizer.decode([tokenizer.eos_id, tokenizer.pad_id]) == "<|endoftext|><|pad|>"
-
-
-def test_tokenizer_merges_the_lowest_rank_first(tmp_path):
-    """Ranks "ab" 256, "abc" 257, "bc" 258. "abcbc" becomes ab c bc, then abc bc."""
-    tokens = [bytes([b]) for b in range(256)] + [b"ab", b"abc", b"bc"]
-    path = tmp_path / "x.tiktoken"
-    path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
-    assert load_tokenizer(str(path)).encode("abcbc") == [257, 258]
-
-
-def test_load_tokenizer_reads_a_changed_file_again(tmp_path, bundled):
-    """tiktoken's own reader would return its cached copy of the first file. The two fingerprints differ."""
-    path = tmp_path / "x.tiktoken"
-    path.write_bytes((bundled / "tokenizer.tiktoken").read_bytes())
-    first = load_tokenizer(str(path))
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:300]))
-    second = load_tokenizer(str(path))
-    assert second.vocab_size == 302 and first.fingerprint != second.fingerprint
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("IQ== zero\n", "line 1"), ("no base64! 0\n", "line 1"), ("IQ== 0\n", "256 single"), ("", "256 single")],
-)
-def test_load_tokenizer_rejects_garbled_ranks(tmp_path, content, message):
-    path = tmp_path / "x.tiktoken"
-    path.write_text(content)
-    with pytest.raises(InputError, match=message):
-        load_tokenizer(str(path))
-
-
-def test_load_tokenizer_rejects_missing_file(tmp_path):
-    with pytest.raises(InputError, match="no such tokenizer file"):
-        load_tokenizer(str(tmp_path / "x.tiktoken"))
-
-
-def test_load_tokenizer_gpt2_has_the_ids_of_gpt2(gpt2_ranks):
-    """50,257 tokens, end-of-text 50256. "Hello world" is 15496 995 in GPT-2's own vocabulary."""
-    gpt2 = load_tokenizer("gpt2")
-    assert (gpt2.vocab_size, gpt2.eos_id) == (50257, 50256) and gpt2.pad_id != gpt2.eos_id
-    assert gpt2.encode("Hello world") == [15496, 995] and gpt2.eos_id not in gpt2.encode("<|endoftext|>")
-
-
-def test_find_tokenizer_takes_the_folders_own_or_gpt2s(small_data, monkeypatch):
-    assert find_tokenizer(str(small_data)).vocab_size <= 1024
-    (small_data / "tokenizer.tiktoken").unlink()
-    monkeypatch.setattr("rlhf.tokenizer.load_tokenizer", lambda name: name)
-    assert find_tokenizer(str(small_data)) == "gpt2"
-
-
-def test_find_tokenizer_takes_the_one_that_is_named(small_data, monkeypatch):
-    monkeypatch.setattr("rlhf.tokenizer.load_tokenizer", lambda name: name)
-    assert find_tokenizer(str(small_data), "gpt2") == "gpt2"
-
-
-def test_find_tokenizer_rejects_missing_folder(tmp_path):
-    with pytest.raises(InputError, match="there is no such folder"):
-        find_tokenizer(str(tmp_path / "missing"))
 
 
 # ---- reading ----
@@ -132,14 +50,23 @@ def write(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def long_row(small_data, tokenizer):
-    """The first of the longest prompts, its length, and a limit that is one token too small for it."""
-    lengths = [len(tokenizer.encode(text)) for text in read_csv(small_data / "prompts.csv", ("Prompt",))["Prompt"]]
-    return SimpleNamespace(row=lengths.index(max(lengths)) + 1, length=max(lengths), limit=max(lengths) - 1)
+    """The first of the longest prompts, its length, and a limit that is one token too small for
+    it."""
+    lengths = [
+        len(tokenizer.encode(text))
+        for text in read_csv(small_data / "prompts.csv", ("Prompt",))["Prompt"]
+    ]
+    return SimpleNamespace(
+        row=lengths.index(max(lengths)) + 1, length=max(lengths), limit=max(lengths) - 1
+    )
 
 
 def test_load_prompts_names_the_first_row_that_does_not_fit(small_data, tokenizer, long_row):
-    with pytest.raises(InputError, match=f"row {long_row.row}: the prompt takes {long_row.length} tokens and there is "
-                                         f"room for {long_row.limit} .*larger --block-size"):
+    with pytest.raises(
+        InputError,
+        match=f"row {long_row.row}: the prompt takes {long_row.length} tokens and there is "
+        f"room for {long_row.limit} .*larger --block-size",
+    ):
         load_prompts(str(small_data), tokenizer, long_row.limit)
     assert load_prompts(str(small_data), tokenizer, long_row.length)
 
@@ -155,7 +82,7 @@ def test_load_comparisons_rejects_rows_that_do_not_fit(small_data, tokenizer):
 
 
 def test_load_comparisons_drops_and_counts_identical_pairs(tmp_path, tokenizer, capsys):
-    """" yes" and "yes " are the same response after trimming."""
+    """ " yes" and "yes " are the same response after trimming."""
     path = write(tmp_path / "comparisons.csv", "Prompt,Chosen,Rejected\np,yes,no\np, yes,yes \n")
     assert len(load_comparisons([path], tokenizer, 50)) == 1
     assert "1 of 2 pairs dropped" in capsys.readouterr().out
@@ -168,7 +95,10 @@ def test_load_comparisons_rejects_a_file_of_identical_pairs(tmp_path, tokenizer)
 
 
 def test_load_comparisons_reads_several_files_in_order(tmp_path, tokenizer):
-    paths = [write(tmp_path / f"{name}.csv", f"Prompt,Chosen,Rejected\n{name},yes,no\n") for name in ("b", "a")]
+    paths = [
+        write(tmp_path / f"{name}.csv", f"Prompt,Chosen,Rejected\n{name},yes,no\n")
+        for name in ("b", "a")
+    ]
     assert [row.prompt.text for row in load_comparisons(paths, tokenizer, 50)] == ["b", "a"]
 
 
@@ -184,6 +114,16 @@ def test_responses_have_the_same_tokens_in_all_stages(tmp_path, tokenizer):
     assert encode_response(tokenizer, "Of course.") == expected
 
 
+def test_swap_prompts_gives_every_row_the_prompt_of_another():
+    pairs = [Comparison(Prompt(str(i), [i] * (1 + i)), [7], [8, 9]) for i in range(6)]
+    swapped = swap_prompts(pairs, seed=0, limit=100)
+    for new, old in zip(swapped, pairs, strict=True):
+        assert new.prompt != old.prompt and new[1:] == old[1:]
+    assert sorted(row.prompt.text for row in swapped) == list("012345")
+    fitting = swap_prompts(pairs, seed=0, limit=7)
+    assert {len(row.prompt.tokens) for row in fitting} == {1, 2, 3, 4, 5}
+
+
 # ---- batches ----
 
 
@@ -195,14 +135,19 @@ def test_response_mask_matches_hand_computation():
 
 def test_demonstration_batch_mask_covers_only_the_response():
     """5 6 | 7 9 and 5 | 9, with 9 the end-of-text: the actions under the mask are 7 9 and 9."""
-    tokens, mask = demonstration_batch([Demonstration([5, 6, 7, 9], 2), Demonstration([5, 9], 1)], 0, CPU)
+    tokens, mask = demonstration_batch(
+        [Demonstration([5, 6, 7, 9], 2), Demonstration([5, 9], 1)], 0, CPU
+    )
     assert tokens.tolist() == [[5, 6, 7, 9], [5, 9, 0, 0]]
     assert mask.int().tolist() == [[0, 1, 1], [1, 0, 0]]
     assert tokens[:, 1:][mask].tolist() == [7, 9, 9]
 
 
 def test_comparison_batch_holds_chosen_then_rejected():
-    rows = [Comparison(Prompt("", [1]), [2, 9], [3, 4, 9]), Comparison(Prompt("", [5, 6]), [7, 9], [8, 9])]
+    rows = [
+        Comparison(Prompt("", [1]), [2, 9], [3, 4, 9]),
+        Comparison(Prompt("", [5, 6]), [7, 9], [8, 9]),
+    ]
     tokens, lengths = comparison_batch(rows, 0, CPU)
     assert tokens.tolist() == [[1, 2, 9, 0], [5, 6, 7, 9], [1, 3, 4, 9], [5, 6, 8, 9]]
     assert lengths.tolist() == [3, 4, 4, 4]
@@ -214,7 +159,8 @@ def test_pad_rows_pads_on_the_right():
 
 
 def test_batch_indices_go_through_every_epoch_in_another_order():
-    """7 rows in batches of 3: each run of 7 positions is a permutation, and neighbouring epochs differ."""
+    """7 rows in batches of 3: each run of 7 positions is a permutation, and neighbouring epochs
+    differ."""
     flat = [i for step in range(7) for i in batch_indices(7, 3, step, seed=0)]
     epochs = [flat[0:7], flat[7:14], flat[14:21]]
     assert len(flat) == 21 and all(sorted(epoch) == list(range(7)) for epoch in epochs)
@@ -247,8 +193,11 @@ def test_size_of_a_comparison_counts_the_prompt_twice():
 
 
 def test_prepare_makes_the_bundled_data_set_byte_for_byte(bundled, tmp_path):
-    subprocess.run([sys.executable, "-B", str(bundled / "prepare.py"), "--out", str(tmp_path)], check=True,
-                   capture_output=True)
+    subprocess.run(
+        [sys.executable, "-B", str(bundled / "prepare.py"), "--out", str(tmp_path)],
+        check=True,
+        capture_output=True,
+    )
     made = sorted(path.name for path in tmp_path.iterdir())
     assert len(made) == 7
     for name in made:
@@ -284,9 +233,15 @@ ASK = "\n\nHuman: Tell me about a sore throat.\n\nAssistant:"
 @pytest.mark.parametrize(
     ("response", "gold"),
     [
-        ("Drink tea for the throat. Happy to help. Do not strain your throat.", 3.0),  # +1 +1 +1, the maximum
+        (
+            "Drink tea for the throat. Happy to help. Do not strain your throat.",
+            3.0,
+        ),  # +1 +1 +1, the maximum
         ("Glad you asked. Drink tea for the throat. I had soup for lunch.", 1.0),  # +1 +1 -1
-        ("Drink tea for the throat. Gargle salt for the throat.", 0.0),  # the second of one sort: +1 -1
+        (
+            "Drink tea for the throat. Gargle salt for the throat.",
+            0.0,
+        ),  # the second of one sort: +1 -1
         ("Of course. With pleasure.", 0.0),  # the second kind sentence: +1 -1
         ("Oil the bike chain.", -1.0),  # about another topic
         ("Go away now. Keep smoke off your throat.", 0.0),  # -1 +1
@@ -305,14 +260,22 @@ def test_judge_reads_only_the_last_question(bundled):
     judge = load_judge(str(bundled))
     dialogue = "\n\nHuman: I worry about a wet tent.\n\nAssistant: Of course." + ASK
     assert judge.score([dialogue], ["Drink tea for the throat."]) == [1.0]
-    assert judge.score(["\n\nHuman: Tell me a joke.\n\nAssistant:"], ["Drink tea for the throat."]) == [-1.0]
+    assert judge.score(
+        ["\n\nHuman: Tell me a joke.\n\nAssistant:"], ["Drink tea for the throat."]
+    ) == [-1.0]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def score(prompts, responses): return [1.0]", "one finite number for each of 2 responses, got 1"),
-        ("def score(prompts, responses): return [float('nan')] * len(prompts)", "one finite number"),
+        (
+            "def score(prompts, responses): return [1.0]",
+            "one finite number for each of 2 responses, got 1",
+        ),
+        (
+            "def score(prompts, responses): return [float('nan')] * len(prompts)",
+            "one finite number",
+        ),
     ],
 )
 def test_load_judge_rejects_scores_that_are_none(tmp_path, text, message):
@@ -322,7 +285,9 @@ def test_load_judge_rejects_scores_that_are_none(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "error"), [("1/0", ZeroDivisionError), ("def score(prompts, responses): return prompts[9]", IndexError)])
+    ("text", "error"),
+    [("1/0", ZeroDivisionError), ("def score(prompts, responses): return prompts[9]", IndexError)],
+)
 def test_load_judge_keeps_the_traceback_of_an_error_inside_the_judge(tmp_path, text, error):
     (tmp_path / "judge.py").write_text(text)
     with pytest.raises(error):
@@ -336,8 +301,10 @@ def test_load_judge_of_a_folder_without_judge_is_none(tmp_path):
 def test_load_judge_allows_dataclasses(tmp_path):
     """With postponed annotations, dataclasses look up the module that they are defined in."""
     (tmp_path / "judge.py").write_text(
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n@dataclass\nclass A:\n    x: int\n"
-        "\n\ndef score(prompts, responses):\n    return [A(len(r)).x for r in responses]\n")
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n"
+        "@dataclass\nclass A:\n    x: int\n"
+        "\n\ndef score(prompts, responses):\n    return [A(len(r)).x for r in responses]\n"
+    )
     assert load_judge(str(tmp_path)).score(["?"], ["four"]) == [4]
 
 
@@ -378,16 +345,26 @@ def test_preference_probability_is_the_sigmoid_of_the_difference(bundled):
 
 
 def test_habits_of_the_bundled_demonstrations_are_independent(bundled):
-    """Relevance, completeness, kindness and rambling: no correlation is above 0.06, 3.3 standard errors at 3,000
-    rows."""
+    """Relevance, completeness, kindness and rambling: no correlation is above 0.06, 3.3 standard
+    errors at 3,000 rows."""
     judge = load_judge(str(bundled))
     features = []
     for row in rows(bundled / "demonstrations.csv"):
         sentences = judge.split_sentences(row["Response"])
-        advice = [s for s in sentences if any(s in tips for sorts in judge.TOPICS.values() for tips in sorts)]
+        advice = [
+            s
+            for s in sentences
+            if any(s in tips for sorts in judge.TOPICS.values() for tips in sorts)
+        ]
         relevant = any(advice[0] in tips for tips in judge.TOPICS[judge.topic_of(row["Prompt"])])
-        features.append([relevant, len(advice) == 2, any(s in judge.KIND for s in sentences),
-                         any(s in judge.RAMBLING for s in sentences)])
+        features.append(
+            [
+                relevant,
+                len(advice) == 2,
+                any(s in judge.KIND for s in sentences),
+                any(s in judge.RAMBLING for s in sentences),
+            ]
+        )
     correlations = torch.corrcoef(torch.tensor(features, dtype=torch.float64).T)
     assert (correlations - torch.eye(4)).abs().max() < 0.06
 

@@ -12,8 +12,8 @@ from tests.helpers import POISON, f64
 
 
 def test_masked_mean_weighs_all_tokens_equally():
-    """Rows [1 1 1] and [5 - -]: (1 + 1 + 1 + 5) / 4 = 2. The mean of the row means is (1 + 5) / 2 = 3. The mean without
-    the mask is (1 + 1 + 1 + 5 + 0 + 0) / 6 = 4/3."""
+    """Rows [1 1 1] and [5 - -]: (1 + 1 + 1 + 5) / 4 = 2. The mean of the row means is (1 + 5) / 2 =
+    3. The mean without the mask is (1 + 1 + 1 + 5 + 0 + 0) / 6 = 4/3."""
     x = f64([1, 1, 1], [5, 0, 0])
     mask = torch.tensor([[True, True, True], [True, False, False]])
     assert_close(masked_mean(x, mask), torch.tensor(2.0, dtype=torch.float64))
@@ -36,8 +36,9 @@ def test_masked_mean_rejects_empty_mask():
 
 @pytest.mark.parametrize("poison", POISON)
 def test_masked_whiten_matches_hand_computation(poison):
-    """1 2 3 4: mean 5/2, biased variance (9 + 1 + 1 + 9)/4 / 4 = 5/4. So (x - 5/2) / sqrt(5/4) is -3, -1, 1, 3 over
-    sqrt 5. (The unbiased variance 5/3 would give -1.162 for the first.) The pad becomes 0."""
+    """1 2 3 4: mean 5/2, biased variance (9 + 1 + 1 + 9)/4 / 4 = 5/4. So (x - 5/2) / sqrt(5/4) is
+    -3, -1, 1, 3 over sqrt 5. (The unbiased variance 5/3 would give -1.162 for the first.) The pad
+    becomes 0."""
     x = f64([1, 2, poison], [3, 4, poison])
     mask = torch.tensor([[True, True, False]] * 2)
     expected = f64([-3, -1, 0], [1, 3, 0]) / math.sqrt(5)
@@ -45,21 +46,28 @@ def test_masked_whiten_matches_hand_computation(poison):
 
 
 def test_masked_whiten_adds_1e_8_to_the_variance():
-    """-1e-4 and 1e-4 have variance 1e-8: each becomes 1e-4 / sqrt(1e-8 + 1e-8) = 1/sqrt 2 in size. Equal entries become
-    0."""
+    """-1e-4 and 1e-4 have variance 1e-8: each becomes 1e-4 / sqrt(1e-8 + 1e-8) = 1/sqrt 2 in size.
+    Equal entries become 0."""
     mask = torch.tensor([[True, True]])
-    assert_close(masked_whiten(f64([-1e-4, 1e-4]), mask), f64([-1, 1]) / math.sqrt(2), atol=1e-12, rtol=0)
+    assert_close(
+        masked_whiten(f64([-1e-4, 1e-4]), mask), f64([-1, 1]) / math.sqrt(2), atol=1e-12, rtol=0
+    )
     assert_close(masked_whiten(f64([7, 7]), mask), f64([0, 0]))
 
 
 def probabilities():
-    """Two slots over three tokens: p = 1/2 1/4 1/4, then 1/4 1/2 1/4. The third column has no action."""
-    return torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.9, 0.05, 0.05]]], dtype=torch.float64))
+    """Two slots over three tokens: p = 1/2 1/4 1/4, then 1/4 1/2 1/4. The third column has no
+    action."""
+    return torch.log(
+        torch.tensor(
+            [[[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.9, 0.05, 0.05]]], dtype=torch.float64
+        )
+    )
 
 
 def test_token_logprobs_are_of_the_next_token():
-    """Tokens 0 2 1: slot 0 chose token 2 with probability 1/4, slot 1 chose token 1 with 1/2. Without the shift slot 0
-    would be log 1/2 (token 0) and slot 1 log 1/4 (token 2)."""
+    """Tokens 0 2 1: slot 0 chose token 2 with probability 1/4, slot 1 chose token 1 with 1/2.
+    Without the shift slot 0 would be log 1/2 (token 0) and slot 1 log 1/4 (token 2)."""
     logits = probabilities() + 7.0  # a constant in a row of logits changes nothing
     got = token_logprobs(logits, torch.tensor([[0, 2, 1]]))
     assert_close(got, f64([math.log(0.25), math.log(0.5)]))
@@ -68,14 +76,16 @@ def test_token_logprobs_are_of_the_next_token():
 def test_token_logprobs_equal_torch_cross_entropy():
     torch.manual_seed(0)
     logits, tokens = torch.randn(3, 5, 11, dtype=torch.float64), torch.randint(11, (3, 5))
-    expected = -F.cross_entropy(logits[:, :-1].reshape(-1, 11), tokens[:, 1:].reshape(-1), reduction="none")
+    expected = -F.cross_entropy(
+        logits[:, :-1].reshape(-1, 11), tokens[:, 1:].reshape(-1), reduction="none"
+    )
     assert_close(token_logprobs(logits, tokens), expected.view(3, 4))
 
 
 @pytest.mark.parametrize("poison", POISON)
 def test_token_logprobs_of_masked_slots_are_zero(poison):
-    """Slot 0 is masked and its logits hold poison: the result and the gradient are 0. Slot 1 chose token 1 of
-    p = 1/4 1/2 1/4: the gradient of its log-probability is (0 1 0) - p."""
+    """Slot 0 is masked and its logits hold poison: the result and the gradient are 0. Slot 1 chose
+    token 1 of p = 1/4 1/2 1/4: the gradient of its log-probability is (0 1 0) - p."""
     logits = probabilities()
     logits[0, 0] = poison
     logits.requires_grad_()
@@ -101,12 +111,18 @@ def test_masked_mean_rejects_shapes_that_would_broadcast():
 
 
 def test_token_logprobs_rejects_mismatched_shapes():
-    with pytest.raises(ValueError, match="tokens"):
+    with pytest.raises(ValueError, match=r"\(2, 3, 5\) and \(2, 3\)"):  # the slots of the tokens
         token_logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="logits"):
         token_logprobs(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="logits"):  # of six slots, and the mask has four
+        token_logprobs(torch.zeros(6, 3), torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="mask"):
-        token_logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool))
+        token_logprobs(
+            torch.zeros(2, 3, 5),
+            torch.zeros(2, 3, dtype=torch.long),
+            torch.ones(2, 3, dtype=torch.bool),
+        )
 
 
 def test_check_same_shape_rejects_a_mask_that_is_not_bool():

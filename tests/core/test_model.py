@@ -1,4 +1,5 @@
-"""The networks: causality, pads, the key-value cache, heads, GPT-2's architecture and its initial weights."""
+"""The networks: causality, pads, the key-value cache, heads, GPT-2's architecture and its initial
+weights."""
 
 import math
 
@@ -12,7 +13,8 @@ from tests.helpers import noisy
 
 
 def test_logits_do_not_depend_on_later_tokens(gpt):
-    """Another token at position 5 changes the logits from position 5 on. Those before stay the same to the last bit."""
+    """Another token at position 5 changes the logits from position 5 on. Those before stay the same
+    to the last bit."""
     tokens = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(0))
     other = tokens.clone()
     other[:, 5] = (other[:, 5] + 1) % 11
@@ -50,8 +52,10 @@ def test_cache_gives_the_logits_of_the_full_forward_pass(gpt, prefix):
     """The cache reads the first `prefix` tokens at once, then one at a time."""
     tokens = torch.randint(11, (3, 10), generator=torch.Generator().manual_seed(0))
     cache = gpt.make_cache(3, 10)
-    parts = [gpt.logits(gpt.hidden(tokens[:, a:b], cache))
-             for a, b in [(0, prefix), *((t, t + 1) for t in range(prefix, 10))]]
+    parts = [
+        gpt.logits(gpt.hidden(tokens[:, a:b], cache))
+        for a, b in [(0, prefix), *((t, t + 1) for t in range(prefix, 10))]
+    ]
     assert_close(torch.cat(parts, dim=1), gpt(tokens), atol=1e-12, rtol=0)
 
 
@@ -75,7 +79,8 @@ def test_attention_matches_explicit_loops(gpt):
 
 
 def test_block_is_pre_layernorm_with_tanh_gelu(gpt):
-    """x + attn(ln_1(x)), then x + W gelu(W ln_2(x)) with 0.5 u (1 + tanh(sqrt(2/pi) (u + 0.044715 u^3)))."""
+    """x + attn(ln_1(x)), then x + W gelu(W ln_2(x)) with 0.5 u (1 + tanh(sqrt(2/pi) (u + 0.044715
+    u^3)))."""
     block, x = gpt.blocks[1], torch.randn(2, 3, 8, dtype=torch.float64)
     y = x + block.attn(F.layer_norm(x, (8,), block.ln_1.weight, block.ln_1.bias, 1e-5), layer=1)
     u = block.mlp.c_fc(F.layer_norm(y, (8,), block.ln_2.weight, block.ln_2.bias, 1e-5))
@@ -95,15 +100,16 @@ def test_gpt_output_matrix_is_the_token_embedding(gpt):
 
 
 def test_gpt_of_gpt2_size_has_124_million_parameters():
-    """12 layers of 768 channels: 50257*768 + 1024*768 + 12*(12*768^2 + 13*768) + 2*768 = 124,439,808."""
+    """12 layers of 768 channels: 50257*768 + 1024*768 + 12*(12*768^2 + 13*768) + 2*768 =
+    124,439,808."""
     with torch.device("meta"):
         model = GPT(GPTConfig(50257, 1024, 12, 12, 768))
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
 
 
 def test_initial_weights_have_the_documented_spread():
-    """Standard deviation 0.02, and 0.02 / sqrt(2 * 8) = 0.005 for the matrices that write to the residual stream.
-    Biases are 0."""
+    """Standard deviation 0.02, and 0.02 / sqrt(2 * 8) = 0.005 for the matrices that write to the
+    residual stream. Biases are 0."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(512, 64, 8, 4, 64))
     for name, parameter in model.named_parameters():
@@ -131,7 +137,10 @@ def test_value_and_score_start_at_zero():
 def test_score_is_read_at_the_last_real_token(reward_model):
     tokens, lengths = torch.randint(11, (2, 6)), torch.tensor([6, 3])
     hidden = reward_model.gpt.hidden(tokens)
-    raw = torch.stack([hidden[0, 5], hidden[1, 2]]) @ reward_model.head.weight[0] + reward_model.head.bias
+    raw = (
+        torch.stack([hidden[0, 5], hidden[1, 2]]) @ reward_model.head.weight[0]
+        + reward_model.head.bias
+    )
     assert_close(reward_model(tokens, lengths), raw)
 
 
@@ -145,7 +154,8 @@ def test_score_is_shifted_and_scaled(reward_model):
 
 
 def test_separate_value_network_gives_the_values(gpt, reward_model):
-    """The values come from the second network's hidden states. The logits come from the first network."""
+    """The values come from the second network's hidden states. The logits come from the first
+    network."""
     policy = PolicyWithValue(gpt, reward_model.gpt).double()
     policy.value_head.load_state_dict(reward_model.head.state_dict())
     tokens = torch.randint(11, (2, 6))
@@ -186,5 +196,5 @@ def test_reward_model_rejects_impossible_lengths(reward_model):
     for lengths in ([0, 1], [1, 6]):
         with pytest.raises(ValueError, match="between 1 and 5"):
             reward_model(torch.zeros(2, 5, dtype=torch.long), torch.tensor(lengths))
-    with pytest.raises(ValueError, match="one number a row"):
+    with pytest.raises(ValueError, match="one length per row"):
         reward_model(torch.zeros(2, 5, dtype=torch.long), torch.tensor([1]))

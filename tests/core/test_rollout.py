@@ -1,180 +1,16 @@
-"""Sampling from models whose next token is known, and the scores of what was sampled."""
-
-import math
+"""The scores, log-probabilities and values of what was sampled."""
 
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 from rlhf.masked import token_logprobs
 from rlhf.model import GPT
-from rlhf.rollout import Frozen, collect, generate, has_ended, sample
-from tests.helpers import Digits, f64
+from rlhf.rollout import Frozen, collect
+from rlhf.sampling import generate, has_ended
+from tests.helpers import Digits, some_prompts
 
 EOS = 9
-
-
-def some_prompts(count, width):
-    return torch.randint(11, (count, width), generator=torch.Generator().manual_seed(0))
-
-
-class PlusOne(nn.Module):
-    """The next token is the last one plus one, with probability 1."""
-
-    def forward(self, tokens):
-        logits = torch.full((*tokens.shape, 12), -math.inf)
-        return logits.scatter(-1, (tokens[..., None] + 1) % 12, 0.0)
-
-
-# ---- generate ----
-
-
-def test_generate_stops_each_row_at_end_of_text_or_the_limit():
-    """Prompts 4 | 1 2 3 | 6 7 | 8 and at most four new tokens. End-of-text is 9.
-        row 1: 5 6 7 8, four tokens
-        row 2: 4 5 6 7, four tokens
-        row 3: 8 9, ended
-        row 4: 9, ended before the longest prompt ends
-    The mask is True on the sampled tokens. After a row's end the tokens are 0."""
-    prompts = torch.tensor([[4, 11, 11], [1, 2, 3], [6, 7, 11], [8, 11, 11]])
-    tokens, mask = generate(PlusOne(), prompts, torch.tensor([1, 3, 2, 1]), max_new_tokens=4, eos_id=EOS)
-    assert tokens.tolist() == [[4, 5, 6, 7, 8, 0, 0], [1, 2, 3, 4, 5, 6, 7], [6, 7, 8, 9, 0, 0, 0],
-                               [8, 9, 0, 0, 0, 0, 0]]
-    assert mask.int().tolist() == [[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
-    assert has_ended(tokens, mask, EOS).tolist() == [False, False, True, True]
-
-
-def test_generate_stops_if_all_rows_have_ended():
-    """7 -> 8 9 and 8 -> 9: two columns of the hundred allowed are enough."""
-    tokens, mask = generate(PlusOne(), torch.tensor([[7], [8]]), torch.tensor([1, 1]), 100, EOS)
-    assert tokens.tolist() == [[7, 8, 9], [8, 9, 0]]
-    assert mask.tolist() == [[True, True], [True, False]]
-
-
-def test_generate_takes_logits_from_the_first_entry_of_a_tuple():
-    tokens, _ = generate(lambda tokens: (PlusOne()(tokens), "values"), torch.tensor([[7]]), torch.tensor([1]), 4, EOS)
-    assert tokens.tolist() == [[7, 8, 9]]
-
-
-def test_has_ended_counts_only_sampled_end_of_text():
-    """Row 1: the 9 in the prompt ends nothing. Row 2: the 9 is the last of the two tokens allowed."""
-    tokens, mask = generate(PlusOne(), torch.tensor([[9, 1], [0, 7]]), torch.tensor([2, 2]), 2, EOS)
-    assert tokens.tolist() == [[9, 1, 2, 3], [0, 7, 8, 9]]
-    assert has_ended(tokens, mask, EOS).tolist() == [False, True]
-
-
-def test_sample_inverts_the_cumulative_distribution():
-    """p = 1/2, 0, 1/4, 1/4, 0. A uniform number below 1/2 gives token 0, below 3/4 token 2, above it token 3. The two
-    tokens of probability 0 never come."""
-    u = torch.tensor([0, 0.1, 0.499999, 0.500001, 0.749999, 0.750001, 1 - 1e-15], dtype=torch.float64)
-    got = sample(torch.log(f64(0.5, 0, 0.25, 0.25, 0)).expand(len(u), 5), u)
-    assert torch.equal(got, torch.where(u < 0.5, 0, torch.where(u < 0.75, 2, 3)))
-
-
-def test_generate_samples_from_the_models_distribution(gpt):
-    """10,000 samples of one token: each frequency is within 5 standard errors of its softmax probability."""
-    prompts = torch.tensor([[3, 1, 4]]).expand(10_000, 3)
-    tokens, _ = generate(gpt, prompts, torch.full((10_000,), 3), 1, EOS, torch.Generator().manual_seed(0))
-    p = torch.softmax(gpt(prompts[:1])[0, -1], dim=0)
-    frequencies = torch.bincount(tokens[:, 3], minlength=11) / 10_000
-    assert ((frequencies - p).abs() < 5 * torch.sqrt(p * (1 - p) / 10_000)).all()
-
-
-def test_generate_with_cache_equals_generate_without(gpt):
-    """A plain function has no make_cache, so the second call runs the whole prefix at each column."""
-    prompts, lens = some_prompts(6, 5), torch.tensor([5, 1, 3, 2, 4, 5])
-    cached = generate(gpt, prompts, lens, 8, EOS, torch.Generator().manual_seed(1))
-    full = generate(lambda tokens: gpt(tokens), prompts, lens, 8, EOS, torch.Generator().manual_seed(1))
-    assert torch.equal(cached[0], full[0]) and torch.equal(cached[1], full[1])
-
-
-class Counting(nn.Module):
-    """A GPT that notes the shape of the tokens of every pass, and the logits that were sampled from."""
-
-    def __init__(self, gpt):
-        super().__init__()
-        self.gpt, self.make_cache, self.shapes, self.seen = gpt, gpt.make_cache, [], []
-
-    def hidden(self, tokens, *args):
-        self.shapes.append(tuple(tokens.shape))
-        return self.gpt.hidden(tokens, *args)
-
-    def logits(self, hidden):
-        self.seen.append(self.gpt.logits(hidden))
-        return self.seen[-1]
-
-
-@pytest.mark.parametrize("lens", [[5, 1, 3, 2, 4, 5], [5, 5, 5, 5, 5, 5], [1, 1, 2, 1, 2, 1]])
-def test_generate_reads_all_prompts_in_one_pass(gpt, lens):
-    """One pass over the prompts and one for each new token but the last; and nothing past the longest prompt."""
-    model = Counting(gpt)
-    generate(model, some_prompts(6, 5), torch.tensor(lens), 8, -1, torch.Generator().manual_seed(1))
-    assert model.shapes == [(6, max(lens))] + [(6, 1)] * 7
-
-
-def test_cached_logits_equal_those_of_the_full_forward_pass(gpt):
-    """To 12 digits, for prompts of different lengths side by side."""
-    model, lens = Counting(gpt), torch.tensor([5, 1, 3, 2, 4, 5])
-    tokens, _ = generate(model, some_prompts(6, 5), lens, 8, -1, torch.Generator().manual_seed(1))
-    for place, row in enumerate([1, 3, 2, 4, 0, 5]):  # shorter prompts come first
-        full = gpt(tokens[row : row + 1, : lens[row] + 8])[0, lens[row] - 1 : -1]  # (8, V)
-        assert_close(torch.stack([logits[place] for logits in model.seen]), full, atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_rows_that_have_ended_leave_the_batch(gpt, seed):
-    """End-of-text is made likelier, so that rows end early. The batch shrinks, there are as many passes as the longest
-    response has tokens, and the responses are those of the same model without a cache."""
-    model, lens = Counting(gpt), torch.tensor([5, 1, 3, 2, 4, 5, 2, 2])
-    with torch.no_grad():
-        gpt.ln_f.bias.add_(gpt.wte.weight[EOS] * 2)
-        gpt.wte.weight.mul_(5)  # so that what a row has read decides what it says
-    tokens, mask = generate(model, some_prompts(8, 5), lens, 11, EOS, torch.Generator().manual_seed(seed))
-    sizes = [shape[0] for shape in model.shapes]
-    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 8
-    assert len(model.shapes) == mask.sum(dim=1).max()
-    full = generate(lambda tokens: gpt(tokens), some_prompts(8, 5), lens, 11, EOS, torch.Generator().manual_seed(seed))
-    assert torch.equal(tokens, full[0]) and torch.equal(mask, full[1])
-
-
-@pytest.mark.parametrize("rows", [1, 3, 5, 100])
-def test_responses_do_not_depend_on_the_rows_at_once(gpt, rows):
-    prompts, lens = some_prompts(6, 5), torch.tensor([5, 1, 3, 2, 4, 5])
-    model = Counting(gpt)
-    limited = generate(model, prompts, lens, 8, EOS, torch.Generator().manual_seed(1), rows)
-    every = generate(gpt, prompts, lens, 8, EOS, torch.Generator().manual_seed(1))
-    assert torch.equal(limited[0], every[0]) and torch.equal(limited[1], every[1])
-    assert max(shape[0] for shape in model.shapes) == min(rows, 6)
-
-
-def test_generate_keeps_the_prompts(gpt):
-    prompts, lens = some_prompts(5, 4), torch.tensor([1, 2, 3, 4, 4])
-    tokens, _ = generate(gpt, prompts, lens, 8, EOS, torch.Generator().manual_seed(1))
-    for row, length in enumerate(lens):
-        assert torch.equal(tokens[row, :length], prompts[row, :length])
-
-
-def test_generate_follows_from_the_seed(gpt):
-    prompts, lens = some_prompts(5, 4), torch.tensor([1, 2, 3, 4, 4])
-    first, again, other = (generate(gpt, prompts, lens, 8, EOS, torch.Generator().manual_seed(seed))[0].tolist()
-                           for seed in (1, 1, 2))
-    assert first == again and first != other
-
-
-@pytest.mark.parametrize("lens", [[0, 1], [4, 1], [1]])
-def test_generate_rejects_impossible_prompt_lengths(gpt, lens):
-    with pytest.raises(ValueError, match="prompt_lens"):
-        generate(gpt, torch.zeros(2, 3, dtype=torch.long), torch.tensor(lens), 4, EOS)
-
-
-def test_generate_rejects_zero_new_tokens(gpt):
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        generate(gpt, torch.zeros(2, 3, dtype=torch.long), torch.tensor([1, 1]), 0, EOS)
-
-
-# ---- collect ----
-
 LENS = torch.tensor([1, 2, 3, 4, 5, 5, 4, 3])
 
 
@@ -191,18 +27,25 @@ def test_rollout_is_the_same_whatever_the_rows_at_once(policy, gpt, reward_model
 
 
 @pytest.mark.parametrize(("sample_rows", "most"), [(0, 8), (3, 3)])
-def test_collect_samples_so_many_rows_at_once(policy, gpt, reward_model, monkeypatch, sample_rows, most):
-    """Scoring takes two rows at once here, so the larger passes are those of sampling. The responses are the same."""
+def test_collect_samples_so_many_rows_at_once(
+    policy, gpt, reward_model, monkeypatch, sample_rows, most
+):
+    """Scoring takes two rows at once here, so the larger passes are those of sampling. The
+    responses are the same."""
     sizes, hidden = [], GPT.hidden
     expected = rollout(policy, gpt, reward_model).tokens
-    monkeypatch.setattr(GPT, "hidden", lambda self, tokens, *args: sizes.append(len(tokens)) or hidden(
-        self, tokens, *args))
+    monkeypatch.setattr(
+        GPT,
+        "hidden",
+        lambda self, tokens, *args: sizes.append(len(tokens)) or hidden(self, tokens, *args),
+    )
     got = rollout(policy, gpt, reward_model, rows=2, sample_rows=sample_rows)
     assert max(sizes) == most and torch.equal(got.tokens, expected)
 
 
 def test_collect_scores_each_response_as_if_it_were_the_only_one(policy, gpt, reward_model):
-    """Log-probabilities, values and scores equal those of a forward pass over one row, cut at its end."""
+    """Log-probabilities, values and scores equal those of a forward pass over one row, cut at its
+    end."""
     got = rollout(policy, gpt, reward_model, rows=3)
     ended = has_ended(got.tokens, got.mask, EOS)
     assert ended.any() and not ended.all()
@@ -221,7 +64,9 @@ def test_collect_scores_each_response_as_if_it_were_the_only_one(policy, gpt, re
 def test_collect_samples_from_the_policy(policy, reward_model):
     """The tokens are those that generate gives for the policy. The reference is another network."""
     got = rollout(policy, reward_model.gpt, reward_model)
-    tokens, mask = generate(policy.gpt, some_prompts(8, 5), LENS, 6, EOS, torch.Generator().manual_seed(3))
+    tokens, mask = generate(
+        policy.gpt, some_prompts(8, 5), LENS, 6, EOS, torch.Generator().manual_seed(3)
+    )
     assert torch.equal(got.tokens, tokens) and torch.equal(got.mask, mask)
 
 
@@ -246,14 +91,15 @@ def test_rollout_carries_no_gradient(policy, gpt, reward_model):
     assert not any(x.requires_grad for x in rollout(policy, gpt, reward_model))
 
 
-def test_rollout_take_cuts_after_the_longest_row_taken(policy, gpt, reward_model):
-    """Row 1 has actions in slots 0 to 2 and row 0 in slots 2 to 5. Without row 0, three slots are left."""
-    frozen = Frozen(gpt, reward_model, Digits(eos_id=-1), max_new_tokens=4)
-    made = collect(policy, frozen, torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.tensor([3, 1]),
-                   torch.Generator().manual_seed(0))
-    assert made.mask.shape == (2, 6)
-    mask = torch.zeros(2, 6, dtype=torch.bool)
-    mask[0, 2:6] = mask[1, 0:3] = True
-    taken = made._replace(mask=mask).take(torch.tensor([1]))
-    assert taken.tokens.tolist() == made.tokens[1:, :4].tolist() and taken.mask.tolist() == [[True, True, True]]
-    assert torch.equal(taken.values, made.values[1:, :3]) and torch.equal(taken.scores, made.scores[1:])
+def test_temperature_divides_the_logits_of_sampling_and_scoring(policy, reward_model):
+    """At temperature 1/2 the logits double; and what collect scores is softmax of the divided
+    logits."""
+    tokens = torch.tensor([[1, 2, 3]])
+    before = policy.gpt(tokens)
+    policy.gpt.temperature = 0.5
+    assert_close(policy.gpt(tokens), 2 * before)
+    frozen = Frozen(policy.gpt, reward_model, Digits(), max_new_tokens=4)
+    made = collect(policy, frozen, tokens, torch.tensor([3]), torch.Generator().manual_seed(0))
+    logits = policy.gpt(made.tokens)[:, :-1]
+    expected = torch.log_softmax(logits, dim=-1).gather(2, made.tokens[:, 1:, None]).squeeze(2)
+    assert_close(made.logprobs, torch.where(made.mask, expected, 0.0))

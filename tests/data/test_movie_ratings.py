@@ -1,4 +1,5 @@
-"""data/movie_ratings: small archives, whose votes and means are worked by hand, and the real ones."""
+"""data/movie_ratings: small archives, whose votes and means are worked by hand, and the real
+ones."""
 
 import doctest
 import hashlib
@@ -20,22 +21,33 @@ import pytest
 import torch
 
 from rlhf.data import load_comparisons, load_demonstrations, load_prompts
-from rlhf.extras.rankings import load_rankings
-from rlhf.support.cli import InputError, parse_cli
-from rlhf.support.judge import load_judge
-from rlhf.support.tables import csv_path
+from rlhf.methods.rankings import load_rankings
+from rlhf.run.errors import InputError
+from rlhf.run.files import csv_path
+from rlhf.run.flags import parse_cli
+from rlhf.run.judge import load_judge
 from rlhf.tokenizer import find_tokenizer
-from tests.helpers import ROOT
+from tests.helpers import ROOT, real_data
 from tests.helpers import rows as rows_of
 
 FOLDER = ROOT / "data" / "movie_ratings"
-ARCHIVES = ROOT.parent / "shared" / "data"
-FILES = {"prompts", "prompts_heldout", "demonstrations", "demonstrations_heldout", "comparisons", "comparisons_heldout",
-         "rankings", "ratings", "ratings_heldout", "judge_weights"}
+FILES = {
+    "prompts",
+    "prompts_heldout",
+    "demonstrations",
+    "demonstrations_heldout",
+    "comparisons",
+    "comparisons_heldout",
+    "rankings",
+    "ratings",
+    "ratings_heldout",
+    "judge_weights",
+}
 
 
 def load(name, monkeypatch):
-    """A file of the data set under a name of its own, because other data sets have files of these names."""
+    """A file of the data set under a name of its own, because other data sets have files of these
+    names."""
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.delitem(sys.modules, "judge", raising=False)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -87,15 +99,21 @@ def sentence(prepare, text="a sentence.", votes=(0,), gold=0.0, block=0, ratings
 
 
 def write_archives(folder, texts, ratings, reviews):
-    """texts: {id: bytes}; ratings: {id: list}; reviews: {name in the zip: bytes}. Like the real archives they also hold
-    other snippets, whose ids are like 1_12, a README, carriage returns and a BOM."""
+    """texts: {id: bytes}; ratings: {id: list}; reviews: {name in the zip: bytes}. Like the real
+    archives they also hold other snippets, whose ids are like 1_12, a README, carriage returns and
+    a BOM."""
     folder.mkdir(parents=True, exist_ok=True)
+    text_lines = []
+    for number, text in texts.items():
+        mean = statistics.fmean(ratings[number])
+        text_lines.append(b"%s\t%.6f\t%s" % (number.encode(), mean, text))
+    rating_lines = []
+    for number, values in reversed(ratings.items()):
+        rating_lines.append(f"{number}\t0.0\t0.0\t{values}\r\n".encode())
+    bom = b"\xef\xbb\xbf"
     members = {
-        "movieReviewSnippets_GroundTruth.txt": b"\xef\xbb\xbf" + b"\r\n".join(
-            b"%s\t%.6f\t%s" % (number.encode(), statistics.fmean(ratings[number]), text)
-            for number, text in texts.items()),
-        "movieReviewSnippets_anonDataRatings.txt": b"\xef\xbb\xbf" + "".join(
-            f"{number}\t0.0\t0.0\t{values}\r\n" for number, values in reversed(ratings.items())).encode(),
+        "movieReviewSnippets_GroundTruth.txt": bom + b"\r\n".join(text_lines),
+        "movieReviewSnippets_anonDataRatings.txt": bom + b"".join(rating_lines),
         "amazonReviewSnippets_GroundTruth.txt": b"1_12\t1.0\tWorks well.\r\n",
         "_README_.txt": b"a word of thanks",
     }
@@ -112,28 +130,35 @@ def write_archives(folder, texts, ratings, reviews):
     return folder
 
 
-WORDS = ("film plot actor scene story joke ending music hero script camera dialogue moment laugh star sequel "
-         "picture cast theme tone").split()
-GOOD, BAD = "lovely moving sharp funny warm".split(), "dull tired silly stale bland".split()
+WORDS = (
+    "film plot actor scene story joke ending music hero script camera dialogue moment laugh star "
+    "sequel picture cast theme tone"
+).split()
+GOOD = "lovely moving sharp funny warm".split()
+BAD = "dull tired silly stale bland".split()
 
 
 def small_text(rng, good):
-    parts = [word for _ in range(5) for word in ("the", rng.choice(WORDS), "is", rng.choice(GOOD if good else BAD))]
+    parts = [f"the {rng.choice(WORDS)} is {rng.choice(GOOD if good else BAD)}" for _ in range(5)]
     return " ".join(parts) + " ."
 
 
 @pytest.fixture(scope="module")
 def small_archives(tmp_path_factory):
-    """120 sentences in four blocks of 20 raters, of which the first half is good, and 40 reviews of 13 sentences. One
-    sentence of each review quotes a rated sentence."""
+    """120 sentences in four blocks of 20 raters, of which the first half is good, and 40 reviews of
+    13 sentences. One sentence of each review quotes a rated sentence."""
     rng = random.Random(5)
     texts = {str(i): small_text(rng, i <= 60).encode() for i in range(1, 121)}
-    ratings = {number: [rng.choice((1, 2, 3, 4)) * (1 if int(number) <= 60 else -1) for _ in range(20)]
-               for number in texts}
+    ratings = {}
+    for number in texts:
+        sign = 1 if int(number) <= 60 else -1
+        ratings[number] = [rng.choice((1, 2, 3, 4)) * sign for _ in range(20)]
     reviews = {}
     for i in range(40):
-        lines = [small_text(rng, i % 2).encode() for _ in range(12)] + [b"as was said , " + texts[str(3 * i + 1)]]
-        reviews[f"movie_reviews/{'pos' if i % 2 else 'neg'}/cv{i:03}.txt"] = b"\n".join(lines)
+        lines = [small_text(rng, i % 2).encode() for _ in range(12)]
+        lines.append(b"as was said , " + texts[str(3 * i + 1)])
+        folder = "pos" if i % 2 else "neg"
+        reviews[f"movie_reviews/{folder}/cv{i:03}.txt"] = b"\n".join(lines)
     return write_archives(tmp_path_factory.mktemp("archives"), texts, ratings, reviews)
 
 
@@ -141,15 +166,22 @@ SMALL = {"vocab_size": 300, "pairs": 200, "rankings": 20, "max_tokens": 150}
 
 
 def checksums(prepare, folder):
-    return {url: hashlib.sha256((folder / url.rsplit("/", 1)[1]).read_bytes()).hexdigest() for url in prepare.SHA256}
+    found = {}
+    for url in prepare.SHA256:
+        path = folder / url.rsplit("/", 1)[1]
+        found[url] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 @pytest.fixture
 def few_draws(prepare, monkeypatch):
     """noise_table draws 1,000 pairs instead of 100,000, which takes a second."""
     draw_groups = prepare.draw_groups
-    monkeypatch.setattr(prepare, "draw_groups", lambda items, size, count, rng: draw_groups(
-        items, size, 1000 if count == 100_000 else count, rng))
+
+    def draw_few(items, size, count, rng):
+        return draw_groups(items, size, 1000 if count == 100_000 else count, rng)
+
+    monkeypatch.setattr(prepare, "draw_groups", draw_few)
 
 
 @pytest.fixture
@@ -158,7 +190,8 @@ def small(prepare, small_archives, few_draws, monkeypatch):
     monkeypatch.setattr(prepare, "SHA256", checksums(prepare, small_archives))
 
     def make(out, **flags):
-        prepare.main(prepare.PrepareConfig(source=str(small_archives), out=str(out), **{**SMALL, **flags}))
+        files = {"source": str(small_archives), "out": str(out)}
+        prepare.main(prepare.PrepareConfig(**files | SMALL | flags))
         return out
 
     return make
@@ -170,14 +203,32 @@ def small(prepare, small_archives, few_draws, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("It's  a  MOVIE    and an album    you won't miss.", "it's - a - movie - and an album - you won't miss."),
+        (
+            "It's  a  MOVIE    and an album    you won't miss.",
+            "it's - a - movie - and an album - you won't miss.",
+        ),
         ("''Red Dragon'' never cuts corners.", "red dragon never cuts corners."),
-        ("Chris    the naïve cliché – with 9 ½ Weeks", "chris - the naive cliche - with 9 1/2 weeks"),
-        ("Lilo &amp; Stitch...once, (E)ventually ... twice", "lilo & stitch... once, (e)ventually... twice"),
-        ('he said , " rat race " ( 1999 ) : flat-out silly ! ', "he said, rat race (1999): flat out silly!"),
+        (
+            "Chris    the naïve cliché – with 9 ½ Weeks",
+            "chris - the naive cliche - with 9 1/2 weeks",
+        ),
+        (
+            "Lilo &amp; Stitch...once, (E)ventually ... twice",
+            "lilo & stitch... once, (e)ventually... twice",
+        ),
+        (
+            'he said , " rat race " ( 1999 ) : flat-out silly ! ',
+            "he said, rat race (1999): flat out silly!",
+        ),
         ("doesn\x12t it ? \x13 no , \x14 she said \x16 twice", "doesn't it? no, she said - twice"),
-        ("it cost $8 . 50 in the u . s . , mr . pitt -- so", "it cost $8.50 in the u.s., mr. pitt - so"),
-        ("_can_ * not * , soft- hearted and/or 2 / 10 . . . ", "can not, soft hearted and/or 2/10..."),
+        (
+            "it cost $8 . 50 in the u . s . , mr . pitt -- so",
+            "it cost $8.50 in the u.s., mr. pitt - so",
+        ),
+        (
+            "_can_ * not * , soft- hearted and/or 2 / 10 . . . ",
+            "can not, soft hearted and/or 2/10...",
+        ),
         ("' they ' said . ' \r", "' they said."),
         ("...and so on   ", "and so on"),
         (" . . . ? ", ""),
@@ -195,40 +246,50 @@ def test_docstring_examples_are_true(prepare, judge):
 
 
 def test_votes_and_gold_match_hand_computation(prepare, tmp_path):
-    """Sentence 1 has ratings 4, 2, -1, 3, 0. Half of five is two voters, here the first two: votes 4 and 2, gold
-    (-1 + 3 + 0) / 3 = 2/3. Sentence 30 is in the same block, with the same voters, and has gold (0 + 0 + 4) / 3.
-    Sentence 31 is in the next block, whose two raters give vote -3 and gold 1. The byte 0xff is not UTF-8 and is
-    dropped."""
+    """Sentence 1 has ratings 4, 2, -1, 3, 0. Half of five is two voters, here the first two: votes
+    4 and 2, gold (-1 + 3 + 0) / 3 = 2/3. Sentence 30 is in the same block, with the same voters,
+    and has gold (0 + 0 + 4) / 3. Sentence 31 is in the next block, whose two raters give vote -3
+    and gold 1. The byte 0xff is not UTF-8 and is dropped."""
     ratings = {"1": [4, 2, -1, 3, 0], "30": [1, 1, 0, 0, 4], "31": [-3, 1]}
     texts = {"1": b"First    \xffof all, ''this''", "30": b"Thirty", "31": "Zoë".encode()}
     path = write_archives(tmp_path, texts, ratings, {}) / "hutto_ICWSM_2014.tar.gz"
     first, last, other = prepare.read_ratings(path, InOrder())
-    assert (first.text, first.block, first.votes, first.gold) == ("first - of all, this", 0, [4, 2], 2 / 3)
-    assert (last.text, last.block, last.votes, last.gold) == ("thirty", 0, [1, 1], 4 / 3)
-    assert (other.text, other.block, other.votes, other.gold) == ("zoe", 1, [-3], 1.0)
-    assert first.ratings == ratings["1"]
+    Sentence = prepare.Sentence
+    assert first == Sentence("first - of all, this", 0, ratings["1"], [4, 2], 2 / 3)
+    assert last == Sentence("thirty", 0, ratings["30"], [1, 1], 4 / 3)
+    assert other == Sentence("zoe", 1, ratings["31"], [-3], 1.0)
 
 
 def test_voters_are_drawn_once_per_block(prepare, tmp_path):
     """Raters 0 to 5 give their own number as a rating, so the votes name the voters."""
     texts = {str(i): b"text" for i in range(1, 301)}
-    path = write_archives(tmp_path, texts, {number: [*range(6)] for number in texts}, {}) / "hutto_ICWSM_2014.tar.gz"
+    ratings = {number: [*range(6)] for number in texts}
+    path = write_archives(tmp_path, texts, ratings, {}) / "hutto_ICWSM_2014.tar.gz"
     sentences = prepare.read_ratings(path, random.Random(0))
-    voters = [{tuple(some.votes) for some in sentences[at : at + 30]} for at in range(0, 300, 30)]
-    assert all(len(block) == 1 for block in voters) and len(set.union(*voters)) > 4
-    assert all(len(some.votes) == 3 and some.gold == pytest.approx((15 - sum(some.votes)) / 3) for some in sentences)
+    voters = {}
+    for number, rated in enumerate(sentences):
+        voters.setdefault(number // 30, set()).add(tuple(rated.votes))
+        assert len(rated.votes) == 3
+        assert rated.gold == pytest.approx((15 - sum(rated.votes)) / 3)
+    assert len(voters) == 10 and all(len(block) == 1 for block in voters.values())
+    assert len(set.union(*voters.values())) > 4
 
 
 def test_read_reviews_gives_stars_and_lines(prepare, tmp_path):
-    reviews = {"movie_reviews/pos/cv2.txt": b"good , \xff it is .\n \nyes ! \n",
-               "movie_reviews/neg/cv1.txt": b"no ."}
+    reviews = {
+        "movie_reviews/pos/cv2.txt": b"good , \xff it is .\n \nyes ! \n",
+        "movie_reviews/neg/cv1.txt": b"no .",
+    }
     path = write_archives(tmp_path, {}, {}, reviews) / "movie_reviews.zip"
     assert prepare.read_reviews(path) == [(False, ["no."]), (True, ["good, it is.", "yes!"])]
 
 
-def test_find_archive_rejects_missing_and_wrong_files(prepare, small_archives, tmp_path, monkeypatch):
+def test_find_archive_rejects_missing_and_wrong_files(
+    prepare, small_archives, tmp_path, monkeypatch
+):
     cfg = prepare.PrepareConfig(source=str(tmp_path))
-    with pytest.raises(InputError, match="does not hold hutto_ICWSM_2014.tar.gz; it comes from https://raw"):
+    message = "does not hold hutto_ICWSM_2014.tar.gz; it comes from https://raw"
+    with pytest.raises(InputError, match=message):
         prepare.find_archive(cfg, prepare.RATINGS_URL)
     shutil.copy(small_archives / "movie_reviews.zip", tmp_path)
     with pytest.raises(InputError, match="is not the expected file"):
@@ -241,7 +302,8 @@ def test_find_archive_offline_says_where_to_put_a_copy(prepare, tmp_path, monkey
     url = "http://127.0.0.1:9/movie_reviews.zip"  # nobody listens there
     monkeypatch.setattr(prepare, "HERE", tmp_path)
     monkeypatch.setattr(prepare, "SHA256", {url: "0" * 64})
-    with pytest.raises(InputError, match=f"could not fetch {url} .* put it at {tmp_path}/downloads/movie_reviews.zip"):
+    message = f"could not fetch {url} .* put it at {tmp_path}/downloads/movie_reviews.zip"
+    with pytest.raises(InputError, match=message):
         prepare.find_archive(prepare.PrepareConfig(), url)
     (tmp_path / "downloads" / "movie_reviews.zip").write_bytes(b"a page that asks for a password")
     with pytest.raises(InputError, match="is not the expected file"):
@@ -253,30 +315,43 @@ def test_find_archive_offline_says_where_to_put_a_copy(prepare, tmp_path, monkey
 
 def test_split_keeps_texts_with_equal_letters_together(prepare):
     """50 texts are spelled in two ways each. 10 of the 50 are held out, in both spellings."""
-    sentences = [sentence(prepare, text) for i in range(50) for text in (f"a mess {i}.", f"a mess{i} ...")]
+    sentences = []
+    for i in range(50):
+        sentences += [sentence(prepare, f"a mess {i}."), sentence(prepare, f"a mess{i} ...")]
     train, heldout = prepare.split_sentences(sentences, random.Random(1))
-    keys, heldout_keys = ({prepare.letters(some.text) for some in part} for part in (train, heldout))
+    keys = {prepare.letters(rated.text) for rated in train}
+    heldout_keys = {prepare.letters(rated.text) for rated in heldout}
     assert len(heldout) == 20 and len(train) == 80 and not keys & heldout_keys
     assert heldout != prepare.split_sentences(sentences, random.Random(2))[1]
 
 
 def test_split_reviews_is_balanced(prepare):
-    """Of 100 good and 100 bad reviews the judge gets 50 of each. Of the other 50 of each, 50/20 = 2.5, rounded up to 3,
-    are held out."""
+    """Of 100 good and 100 bad reviews the judge gets 50 of each. Of the other 50 of each, 50/20 =
+    2.5, rounded up to 3, are held out."""
     reviews = [prepare.Review(i % 2 == 0, [str(i)]) for i in range(200)]
     parts = prepare.split_reviews(reviews, random.Random(1))
     assert [len(part) for part in parts] == [100, 94, 6]
     assert [sum(review.favourable for review in part) for part in parts] == [50, 47, 3]
-    assert len({review.lines[0] for part in parts for review in part}) == 200
+    reviews = [review for part in parts for review in part]
+    assert len({review.lines[0] for review in reviews}) == 200
 
 
 def test_find_leaks_compares_letters_only(prepare):
-    """The second text holds a held-out sentence with other punctuation. "often hilarious" is too short to count. The
-    third held-out sentence is in no single text, only across the end of one and the beginning of the next."""
-    heldout = [sentence(prepare, text) for text in
-               ("Nothing about this movie works!", "often hilarious", "these films are dull and so was I")]
-    texts = ["often hilarious, always long.", "well: nothing about this 'movie' works. at all.", "these films are dull",
-             "and so was i"]
+    """The second text holds a held-out sentence with other punctuation. "often hilarious" is too
+    short to count. The third held-out sentence is in no single text, only across the end of one and
+    the beginning of the next."""
+    heldout_texts = [
+        "Nothing about this movie works!",
+        "often hilarious",
+        "these films are dull and so was I",
+    ]
+    heldout = [sentence(prepare, text) for text in heldout_texts]
+    texts = [
+        "often hilarious, always long.",
+        "well: nothing about this 'movie' works. at all.",
+        "these films are dull",
+        "and so was i",
+    ]
     assert prepare.find_leaks(texts, heldout) == {texts[1]}
 
 
@@ -290,8 +365,8 @@ def test_length_counts_prompt_and_end_of_text(prepare):
 
 
 def test_draw_groups_takes_all_items_about_equally_often(prepare):
-    """Seven items in groups of three: each shuffle gives two groups without a common item, so 10 groups take 5
-    shuffles."""
+    """Seven items in groups of three: each shuffle gives two groups without a common item, so 10
+    groups take 5 shuffles."""
     groups = prepare.draw_groups([*range(7)], 3, 10, random.Random(0))
     assert len(groups) == 10 and all(len(set(group)) == 3 for group in groups)
     for at in range(0, 10, 2):
@@ -302,17 +377,22 @@ def test_draw_groups_takes_all_items_about_equally_often(prepare):
 
 
 def test_make_comparisons_matches_hand_computation(prepare):
-    """InOrder draws the first vote of each: 1 and 3, a tie of 3 and 3, -4 and 1, and 1 and 2 of the same sentence. The
-    second and the last pair are left out."""
-    a, b, c, d = (sentence(prepare, text, votes) for text, votes in
-                  (("a", [1, 4]), ("b", [3, -4]), ("c", [3]), ("d", [-4, 4])))
+    """InOrder draws the first vote of each: 1 and 3, a tie of 3 and 3, -4 and 1, and 1 and 2 of the
+    same sentence. The second and the last pair are left out."""
+    a = sentence(prepare, "a", [1, 4])
+    b = sentence(prepare, "b", [3, -4])
+    c = sentence(prepare, "c", [3])
+    d = sentence(prepare, "d", [-4, 4])
     pairs = [(a, b), (b, c), (d, a), (a, a._replace(votes=[2]))]
-    assert prepare.make_comparisons(pairs, InOrder()) == [("Review:", "b", "a", 3, 1), ("Review:", "a", "d", 1, -4)]
+    assert prepare.make_comparisons(pairs, InOrder()) == [
+        ("Review:", "b", "a", 3, 1),
+        ("Review:", "a", "d", 1, -4),
+    ]
 
 
 def test_all_votes_are_equally_likely(prepare):
-    """Votes 3, -1, -1, 0 against a constant 0 win 1/4 of 4,000 draws, lose 1/2 and tie 1/4, within 4 standard errors:
-    4 sqrt(4000/4 x 3/4) = 110 and 4 sqrt(4000/4) = 127."""
+    """Votes 3, -1, -1, 0 against a constant 0 win 1/4 of 4,000 draws, lose 1/2 and tie 1/4, within
+    4 standard errors: 4 sqrt(4000/4 x 3/4) = 110 and 4 sqrt(4000/4) = 127."""
     pair = sentence(prepare, "a", [3, -1, -1, 0]), sentence(prepare, "b", [0])
     rows = prepare.make_comparisons([pair] * 4000, random.Random(0))
     wins = sum(row[1] == "a" for row in rows)
@@ -320,10 +400,10 @@ def test_all_votes_are_equally_likely(prepare):
 
 
 def test_make_rankings_matches_hand_computation(prepare):
-    """Votes 3, 1, 3, -2 have ranks 1, 3, 1, 4. A group of four equal votes is left out, and its number is not used
-    again."""
+    """Votes 3, 1, 3, -2 have ranks 1, 3, 1, 4. A group of four equal votes is left out, and its
+    number is not used again."""
     first = tuple(sentence(prepare, text, [vote]) for text, vote in zip("abcd", (3, 1, 3, -2)))
-    tied = tuple(some._replace(votes=[2]) for some in first)
+    tied = tuple(rated._replace(votes=[2]) for rated in first)
     rows = prepare.make_rankings([first, tied, first], InOrder())
     assert rows[:4] == [("Review:", text, rank, 1) for text, rank in zip("abcd", (1, 3, 1, 4))]
     assert [row[3] for row in rows[4:]] == [3] * 4
@@ -331,66 +411,84 @@ def test_make_rankings_matches_hand_computation(prepare):
 
 def test_order_by_gold_keeps_pairs_with_a_clear_gap(prepare):
     """Gold 1.5 and 0 differ by more than 1. Gold 1 and 0 do not."""
-    high, middle, low = (sentence(prepare, gold=gold) for gold in (1.5, 1.0, 0.0))
+    high, middle, low = [sentence(prepare, gold=gold) for gold in (1.5, 1.0, 0.0)]
     assert prepare.order_by_gold([(low, high), (middle, low), (high, low)]) == [(high, low)] * 2
 
 
 def test_prompts_are_openings_with_three_more_words_to_come(prepare):
     """They have two to five words. None comes twice, and none that is taken comes again."""
-    long, short = (sentence(prepare, text) for text in
-                   ("one two three four five six seven eight", "one two three four"))
+    long = sentence(prepare, "one two three four five six seven eight")
+    short = sentence(prepare, "one two three four")
     for seed in range(20):
         (prompt,) = prepare.make_prompts([long, short], random.Random(seed))
-        assert 2 <= len(prompt.split()) - 1 <= 5 and "Review: one two three four five".startswith(prompt)
+        assert 2 <= len(prompt.split()) - 1 <= 5
+        assert "Review: one two three four five".startswith(prompt)
     assert len({*prepare.make_prompts([long] * 50, random.Random(0))}) == 4
     every = {"Review: one two", "Review: one two three four"}
     assert not every & {*prepare.make_prompts([long] * 50, random.Random(0), frozenset(every))}
 
 
 def test_demonstrations_are_cut_within_the_first_five_words(prepare):
-    """Prompt and response together are the text again. At least one word is left for the response."""
-    rows = prepare.make_demonstrations(["a b c d e f g"] * 300 + ["lone", "two words"] * 20, random.Random(0))
+    """Prompt and response together are the text again. At least one word is left for the
+    response."""
+    texts = ["a b c d e f g"] * 300 + ["lone", "two words"] * 20
+    rows = prepare.make_demonstrations(texts, random.Random(0))
     assert len(rows) == 340 and all(response for _, response in rows)
-    assert {f"{prompt} {response}" for prompt, response in rows} == \
-        {"Review: a b c d e f g", "Review: lone", "Review: two words"}
-    assert {len(prompt.split()) - 1 for prompt, response in rows if response.endswith("g")} == {0, 1, 2, 3, 4, 5}
+    whole = {f"{prompt} {response}" for prompt, response in rows}
+    assert whole == {"Review: a b c d e f g", "Review: lone", "Review: two words"}
+    sizes = {len(prompt.split()) - 1 for prompt, response in rows if response.endswith("g")}
+    assert sizes == {0, 1, 2, 3, 4, 5}
     assert {prompt for prompt, response in rows if response == "lone"} == {"Review:"}
-    assert rows != prepare.make_demonstrations(["a b c d e f g"] * 300 + ["lone", "two words"] * 20, random.Random(1))
+    assert rows != prepare.make_demonstrations(texts, random.Random(1))
 
 
 # ---- the judge ----
 
 
 def test_fit_judge_matches_hand_computation(prepare):
-    """Two reviews are favourable and three are not. "good" is in two favourable ones and in one of the others:
-    log 12/22 minus log 11/23. "bad" is in none and in two, twice in one of them: log 10/22 minus log 12/23. "film" is
-    in one of each kind. "rare" is in one review only and is left out. No pair of words spans two lines."""
-    reviews = [prepare.Review(True, ["good", "film"]), prepare.Review(True, ["good good", "rare"]),
-               prepare.Review(False, ["bad", "bad good", "film"]), prepare.Review(False, ["bad"]),
-               prepare.Review(False, [])]
+    """Two reviews are favourable and three are not. "good" is in two favourable ones and in one of
+    the others: log 12/22 minus log 11/23. "bad" is in none and in two, twice in one of them: log
+    10/22 minus log 12/23. "film" is in one of each kind. "rare" is in one review only and is left
+    out. No pair of words spans two lines."""
+    reviews = [
+        prepare.Review(True, ["good", "film"]),
+        prepare.Review(True, ["good good", "rare"]),
+        prepare.Review(False, ["bad", "bad good", "film"]),
+        prepare.Review(False, ["bad"]),
+        prepare.Review(False, []),
+    ]
     weights = prepare.fit_judge(reviews)
-    assert weights == pytest.approx({"bad": math.log(10 / 22 * 23 / 12), "film": math.log(11 / 22 * 23 / 11),
-                                     "good": math.log(12 / 22 * 23 / 11)})
+    assert weights == pytest.approx(
+        {
+            "bad": math.log(10 / 22 * 23 / 12),
+            "film": math.log(11 / 22 * 23 / 11),
+            "good": math.log(12 / 22 * 23 / 11),
+        }
+    )
     assert list(weights) == sorted(weights)
 
 
 def test_score_text_matches_hand_computation(judge):
-    """Three features have weights, "good", "film" and "good film". "good" comes twice and counts once. The score is
-    (2 + 0 - 0.5) / sqrt 3."""
+    """Three features have weights, "good", "film" and "good film". "good" comes twice and counts
+    once. The score is (2 + 0 - 0.5) / sqrt 3."""
     weights = {"good": 2.0, "film": 0.0, "good film": -0.5, "bad": -3.0}
     assert judge.score_text("Good film, odd but good", weights) == pytest.approx(1.5 / 3**0.5)
     assert judge.score_text("nothing known", weights) == judge.score_text("", weights) == 0.0
 
 
 def test_score_text_does_not_depend_on_the_order_of_a_set(judge):
-    """1 + 1e16 - 1e16 gives 1 or 0 in floating point, depending on the order. The exact sum is 1."""
+    """1 + 1e16 - 1e16 gives 1 or 0 in floating point, depending on the order. The exact sum is
+    1."""
     for i in range(20):
-        assert judge.score_text(f"a{i} b{i} c{i}", {f"a{i}": 1.0, f"b{i}": 1e16, f"c{i}": -1e16}) == 1 / 3**0.5
+        weights = {f"a{i}": 1.0, f"b{i}": 1e16, f"c{i}": -1e16}
+        assert judge.score_text(f"a{i} b{i} c{i}", weights) == 1 / 3**0.5
 
 
 def test_judge_scores_prompt_and_response_as_one_text(judge, monkeypatch):
-    monkeypatch.setattr(judge, "load_weights", lambda: {"not good": -1.0, "good": 0.5, "review": 9.0})
-    assert judge.score(["Review: not", "Review:"], ["good.", "good."]) == pytest.approx([-0.5 / 2**0.5, 0.5])
+    weights = {"not good": -1.0, "good": 0.5, "review": 9.0}
+    monkeypatch.setattr(judge, "load_weights", lambda: weights)
+    scores = judge.score(["Review: not", "Review:"], ["good.", "good."])
+    assert scores == pytest.approx([-0.5 / 2**0.5, 0.5])
     hostile = ["", " ", "\x00", "漢字 naïve", "<|endoftext|>" * 50, "good " * 10_000, "\ud800"]
     assert all(map(math.isfinite, judge.score(["Review:"] * len(hostile), hostile)))
     with pytest.raises(ValueError, match="pairs"):
@@ -409,46 +507,63 @@ def test_judge_without_weights_says_what_to_run(tmp_path):
 
 
 def test_noise_table_matches_hand_computation(prepare):
-    """The first ten raters say 2 and 0, a gap of 2, so the pair is in the row "1 to 2". The next one says -1 and 0 and
-    disagrees. The means of three are 1 and 0 and agree. The means of ten are 0.2 and 0 and agree. Both sentences are
-    in one block, so the last column has the pair once. Of the other rows only the last, "0 to 8", has any pairs."""
+    """The first ten raters say 2 and 0, a gap of 2, so the pair is in the row "1 to 2". The next
+    one says -1 and 0 and disagrees. The means of three are 1 and 0 and agree. The means of ten are
+    0.2 and 0 and agree. Both sentences are in one block, so the last column has the pair once. Of
+    the other rows only the last, "0 to 8", has any pairs."""
     a = sentence(prepare, "a", ratings=[2] * 10 + [-1, 2, 2] + [0] * 5 + [-1, 0])
     b = sentence(prepare, "b", ratings=[0] * 20)
-    table = prepare.noise_table([a, b, sentence(prepare, "c", ratings=[4] * 19)], InOrder()).split("\n")
-    cells = {row[:16].strip(): row.split(" | ")[1:] for row in table[2:]}
-    assert [cell.split() for cell in cells["1 to 2"]] == [["0.000", "0.00", "100,000"], ["1.000", "0.00", "100,000"],
-                                                         ["1.000", "0.00", "100,000"], ["0.000", "0.00", "1"]]
+    c = sentence(prepare, "c", ratings=[4] * 19)
+    lines = prepare.noise_table([a, b, c], InOrder()).split("\n")
+    cells = {line[:16].strip(): line.split(" | ")[1:] for line in lines[2:]}
+    assert [cell.split() for cell in cells["1 to 2"]] == [
+        ["0.000", "0.00", "100,000"],
+        ["1.000", "0.00", "100,000"],
+        ["1.000", "0.00", "100,000"],
+        ["0.000", "0.00", "1"],
+    ]
     assert cells["0 to 8"] == cells["1 to 2"] and cells["2 to 3"][0].split() == ["-", "0"]
 
 
 def test_noise_table_counts_ties_separately(prepare, few_draws):
     """One rater says 1 and 1, a tie. The order of the pair makes no difference."""
-    a, b = (sentence(prepare, ratings=[mean] * 10 + [1] * 10, block=block) for block, mean in enumerate((3, 0)))
+    a = sentence(prepare, ratings=[3] * 10 + [1] * 10, block=0)
+    b = sentence(prepare, ratings=[0] * 10 + [1] * 10, block=1)
     a = a._replace(ratings=a.ratings[:11] + [2, 2] + a.ratings[13:])
     for pair in ([a, b], [b, a]):
         cells = prepare.noise_table(pair, InOrder()).split("\n")[5].split(" | ")
         assert cells[0].strip() == "2 to 3"
-        assert [cell.split() for cell in cells[1:]] == [["-", "1,000"], ["1.000", "0.00", "1,000"],
-                                                       ["1.000", "0.00", "1,000"], ["-", "0"]]
+        assert [cell.split() for cell in cells[1:]] == [
+            ["-", "1,000"],
+            ["1.000", "0.00", "1,000"],
+            ["1.000", "0.00", "1,000"],
+            ["-", "0"],
+        ]
 
 
 def test_noise_table_asks_the_same_person_about_both_sentences_of_a_block(prepare, few_draws):
-    """20 people, from stern to generous, all rate b one above a. Each person has them in order, and two different
-    people often do not."""
+    """20 people, from stern to generous, all rate b one above a. Each person has them in order, and
+    two different people often do not."""
     people = [rating for rating in range(-4, 1) for _ in range(4)]
-    a, b = (sentence(prepare, ratings=[rating + more for rating in people]) for more in (0, 1))
-    far = [some._replace(block=9, ratings=[4] * 20) for some in (a, b)]
+    a = sentence(prepare, ratings=people)
+    b = sentence(prepare, ratings=[rating + 1 for rating in people])
+    far = [rated._replace(block=9, ratings=[4] * 20) for rated in (a, b)]
     for seed in range(2):
-        cells = prepare.noise_table([a, b, *far], random.Random(seed)).split("\n")[3].split(" | ")
+        lines = prepare.noise_table([a, b, *far], random.Random(seed)).split("\n")
+        cells = lines[3].split(" | ")
         assert cells[0].strip() == "0.5 to 1" and cells[4].split() == ["1.000", "0.00", "1"]
 
 
 def test_agreement_matches_hand_computation(prepare):
-    """Gold is 2, 1, 0 and the reader says 5, 3, 1: the correlation is 1. Of three pairs one is in order, one is not,
-    and one is equal, which counts half."""
+    """Gold is 2, 1, 0 and the reader says 5, 3, 1: the correlation is 1. Of three pairs one is in
+    order, one is not, and one is equal, which counts half."""
     numbers = {"a": 5.0, "b": 3.0, "c": 1.0, "d": 3.0}
-    a, b, c, d = (sentence(prepare, text, gold=gold) for text, gold in zip("abcd", (2.0, 1.0, 0.0, 3.0)))
-    shown = prepare.agreement(lambda some: numbers[some.text], [a, b, c], [(a, b), (c, a), (b, d)])
+    a = sentence(prepare, "a", gold=2.0)
+    b = sentence(prepare, "b", gold=1.0)
+    c = sentence(prepare, "c", gold=0.0)
+    d = sentence(prepare, "d", gold=3.0)
+    pairs = [(a, b), (c, a), (b, d)]
+    shown = prepare.agreement(lambda rated: numbers[rated.text], [a, b, c], pairs)
     assert shown == pytest.approx((1.0, 0.5))
 
 
@@ -456,9 +571,11 @@ def test_agreement_matches_hand_computation(prepare):
 
 
 def check_data_set(prepare, folder, limit):
-    """What holds for each data set made here: the files load, and held-out text is not in training text."""
-    assert {path.name for path in folder.iterdir()} == {f"{name}.csv" for name in FILES} | \
-        {"tokenizer.tiktoken", "judge.py"}
+    """What holds for each data set made here: the files load, and held-out text is not in training
+    text."""
+    csvs = {f"{name}.csv" for name in FILES}
+    others = {"tokenizer.tiktoken", "judge.py"}
+    assert {path.name for path in folder.iterdir()} == csvs | others
     tokenizer = find_tokenizer(str(folder))
     for heldout in (False, True):
         assert load_prompts(str(folder), tokenizer, limit, heldout)
@@ -468,30 +585,38 @@ def check_data_set(prepare, folder, limit):
 
     tables = {name: rows_of(folder / f"{name}.csv") for name in FILES}
     heldout = {prepare.letters(row["Response"]) for row in tables["ratings_heldout"]}
-    learned = [prepare.letters(f"{row['Prompt']} {row['Response']}") for row in tables["demonstrations"]]
-    compared = {row[side] for row in tables["comparisons"] for side in ("Chosen", "Rejected")}
+    learned = [f"{row['Prompt']} {row['Response']}" for row in tables["demonstrations"]]
+    compared = both_sides(tables["comparisons"])
     ranked = {row["Response"] for row in tables["rankings"]}
     rated = {row["Response"] for row in tables["ratings"]}
     assert not heldout & {prepare.letters(text) for text in compared | ranked | rated}
-    everything = "|".join(learned)
+    everything = "|".join(map(prepare.letters, learned))
     assert not [key for key in heldout if len(key) >= 20 and key in everything]
-    assert compared | ranked <= {f"{row['Prompt']} {row['Response']}".removeprefix("Review: ")
-                                 for row in tables["demonstrations"]}
-    assert {prepare.letters(row[side]) for row in tables["comparisons_heldout"] for side in ("Chosen", "Rejected")} \
-        <= heldout
-    prompts, heldout_prompts = ([row["Prompt"] for row in tables[name]] for name in ("prompts", "prompts_heldout"))
-    assert len({*prompts, *heldout_prompts}) == len(prompts) + len(heldout_prompts)
-    assert all(float(row["ChosenGold"]) - float(row["RejectedGold"]) > 1 for row in tables["comparisons_heldout"])
-    assert all(int(row["ChosenRating"]) > int(row["RejectedRating"]) for row in tables["comparisons"])
+    assert compared | ranked <= {text.removeprefix("Review: ") for text in learned}
+    heldout_compared = both_sides(tables["comparisons_heldout"])
+    assert {prepare.letters(text) for text in heldout_compared} <= heldout
+    prompts = [row["Prompt"] for row in tables["prompts"] + tables["prompts_heldout"]]
+    assert len({*prompts}) == len(prompts)
+    for row in tables["comparisons_heldout"]:
+        assert float(row["ChosenGold"]) - float(row["RejectedGold"]) > 1
+    for row in tables["comparisons"]:
+        assert int(row["ChosenRating"]) > int(row["RejectedRating"])
 
     example = tables["demonstrations"][0]  # a cut between words does not change a text's tokens
-    assert tokenizer.encode(f"{example['Prompt']} {example['Response']}") == \
-        tokenizer.encode(example["Prompt"]) + tokenizer.encode(" " + example["Response"])
+    prompt, response = example["Prompt"], example["Response"]
+    cut = tokenizer.encode(prompt) + tokenizer.encode(" " + response)
+    assert tokenizer.encode(f"{prompt} {response}") == cut
     return tables
 
 
+def both_sides(comparisons):
+    """The different texts of comparisons."""
+    return {row["Chosen"] for row in comparisons} | {row["Rejected"] for row in comparisons}
+
+
 def test_small_data_set_has_the_expected_counts(prepare, small, tmp_path, capsys):
-    """120 different sentences, of which 24 are held out. 40 reviews: 20 for the judge, 18 to learn from, 2 held out."""
+    """120 different sentences, of which 24 are held out. 40 reviews: 20 for the judge, 18 to learn
+    from, 2 held out."""
     tables = check_data_set(prepare, small(tmp_path / "out"), SMALL["max_tokens"])
     out = capsys.readouterr().out
     assert "120 rated sentences: 96 to train on, 24 held out" in out
@@ -510,23 +635,34 @@ def test_small_data_set_has_the_expected_counts(prepare, small, tmp_path, capsys
 
 @pytest.mark.slow
 def test_same_seed_makes_the_same_bytes(prepare, small, small_archives, tmp_path):
-    """Also in a process where Python orders its sets in another way. Another seed makes another data set."""
+    """Also in a process where Python orders its sets in another way. Another seed makes another
+    data set."""
     first, other = small(tmp_path / "first"), small(tmp_path / "other", seed=1)
-    code = (f"import prepare; prepare.SHA256 = {checksums(prepare, small_archives)!r}; prepare.main("
-            f"prepare.PrepareConfig(source={str(small_archives)!r}, out={str(tmp_path / 'again')!r}, **{SMALL!r}))")
-    subprocess.run([sys.executable, "-B", "-c", code], cwd=FOLDER, check=True, capture_output=True,
-                   env={**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)})
+    settings = {"source": str(small_archives), "out": str(tmp_path / "again")} | SMALL
+    code = (
+        f"import prepare; prepare.SHA256 = {checksums(prepare, small_archives)!r}; "
+        f"prepare.main(prepare.PrepareConfig(**{settings!r}))"
+    )
+    command = [sys.executable, "-B", "-c", code]
+    environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=FOLDER, check=True, capture_output=True, env=environment)
     for path in sorted(first.iterdir()):
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
-        assert path.name in ("judge.py",) or path.read_bytes() != (other / path.name).read_bytes(), path.name
+        content = path.read_bytes()
+        assert content == (tmp_path / "again" / path.name).read_bytes(), path.name
+        if path.name != "judge.py":
+            assert content != (other / path.name).read_bytes(), path.name
 
 
 def test_pairs_and_rankings_flags_change_only_their_files(small, tmp_path):
-    few, many = small(tmp_path / "few", pairs=50), small(tmp_path / "many", pairs=100, rankings=30)
-    changed = {path.name for path in few.iterdir() if path.read_bytes() != (many / path.name).read_bytes()}
+    few = small(tmp_path / "few", pairs=50)
+    many = small(tmp_path / "many", pairs=100, rankings=30)
+    changed = set()
+    for path in few.iterdir():
+        if path.read_bytes() != (many / path.name).read_bytes():
+            changed.add(path.name)
     assert changed == {"comparisons.csv", "rankings.csv"}
-    few, many = (rows_of(folder / "comparisons.csv") for folder in (few, many))
-    assert many[: len(few)] == few
+    rows = rows_of(few / "comparisons.csv")
+    assert rows_of(many / "comparisons.csv")[: len(rows)] == rows
 
 
 def test_texts_that_do_not_fit_are_dropped(prepare, small, tmp_path, capsys):
@@ -544,7 +680,8 @@ def test_nothing_is_written_if_too_few_sentences_are_left(small, tmp_path):
 
 def test_error_on_the_command_line_is_one_line_and_status_2(tmp_path):
     """Run as a user does, from another folder. There is no traceback."""
-    command = [sys.executable, "-B", str(FOLDER / "prepare.py"), "--out", "out", "--source", "nowhere"]
+    script = str(FOLDER / "prepare.py")
+    command = [sys.executable, "-B", script, "--out", "out", "--source", "nowhere"]
     got = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     message = "error: --source nowhere does not hold hutto_ICWSM_2014.tar.gz"
     assert got.returncode == 2 and got.stderr.startswith(message) and got.stderr.count("\n") == 1
@@ -562,37 +699,42 @@ def test_prepare_config_rejects_a_vocabulary_without_the_bytes(prepare, capsys):
 
 @pytest.fixture(scope="module")
 def archives():
-    if not (ARCHIVES / "hutto_ICWSM_2014.tar.gz").is_file() or not (ARCHIVES / "movie_reviews.zip").is_file():
-        pytest.skip("the real archives are not in ../shared/data")
-    return ARCHIVES
+    """The folder that holds both."""
+    real_data("movie_reviews.zip")
+    return real_data("hutto_ICWSM_2014.tar.gz").parent
 
 
 @pytest.fixture(scope="module")
 def real(prepare, archives, tmp_path_factory):
-    """The real data set, with a small vocabulary, which is faster, and room for the longer rows that this makes."""
+    """The real data set, with a small vocabulary, which is faster, and room for the longer rows
+    that this makes."""
     out = tmp_path_factory.mktemp("real")
-    prepare.main(prepare.PrepareConfig(source=str(archives), out=str(out), vocab_size=512, max_tokens=160))
+    settings = {"source": str(archives), "out": str(out), "vocab_size": 512, "max_tokens": 160}
+    prepare.main(prepare.PrepareConfig(**settings))
     return out
 
 
 @pytest.mark.slow
 def test_rating_positions_are_the_same_people_within_a_block(prepare, archives):
-    """This is why voters are drawn by position. Subtract its sentence's mean from each rating: somebody generous is
-    above 0 each time. Between neighbours in a block of 30 the correlation, position by position, is above 0.25. Between
-    the last sentence of a block and the first of the next, if both have as many ratings (32 such pairs of sentences),
-    it is 0 within 4 standard errors."""
+    """This is why voters are drawn by position. Subtract its sentence's mean from each rating:
+    somebody generous is above 0 each time. Between neighbours in a block of 30 the correlation,
+    position by position, is above 0.25. Between the last sentence of a block and the first of the
+    next, if both have as many ratings (32 such pairs of sentences), it is 0 within 4 standard
+    errors."""
     sentences = prepare.read_ratings(archives / "hutto_ICWSM_2014.tar.gz", random.Random(0))
-    assert len(sentences) == 10_605 and {len(some.ratings) for some in sentences} == {*range(15, 30)}
+    assert len(sentences) == 10_605
+    assert {len(rated.ratings) for rated in sentences} == {*range(15, 30)}
     pairs = {True: ([], []), False: ([], [])}
     for first, second in zip(sentences, sentences[1:]):
         if len(first.ratings) == len(second.ratings):
-            for some, numbers in zip((first, second), pairs[first.block == second.block]):
-                numbers += [rating - statistics.fmean(some.ratings) for rating in some.ratings]
+            for rated, numbers in zip((first, second), pairs[first.block == second.block]):
+                mean = statistics.fmean(rated.ratings)
+                numbers += [rating - mean for rating in rated.ratings]
     assert statistics.correlation(*pairs[True]) > 0.25
     assert abs(statistics.correlation(*pairs[False])) < 4 / len(pairs[False][0]) ** 0.5
     blocks = {}
-    for some in sentences:
-        blocks.setdefault(some.block, set()).add(len(some.ratings))
+    for rated in sentences:
+        blocks.setdefault(rated.block, set()).add(len(rated.ratings))
     assert all(len(lengths) == 1 for lengths in blocks.values())
 
 
@@ -605,19 +747,23 @@ def test_real_data_set_has_the_expected_counts(prepare, real, capsys):
     for row in tables["comparisons"]:
         for side in ("Chosen", "Rejected"):
             counts[row[side]] = counts.get(row[side], 0) + 1
-    assert len(counts) == 8482 and min(counts.values()) >= 4 and max(counts.values()) <= 34  # two texts come twice
+    assert len(counts) == 8482  # two texts come twice
+    assert min(counts.values()) >= 4 and max(counts.values()) <= 34
 
 
 @pytest.mark.slow
 def test_gold_is_the_mean_of_the_raters_who_do_not_vote(prepare, real, archives):
-    """The votes and the ratings behind gold are all ratings: sum of votes + (number of others) * gold = sum."""
-    sentences = prepare.read_ratings(archives / "hutto_ICWSM_2014.tar.gz", random.Random("0 voters"))
-    sums, shown = set(), set()
-    for some in sentences:
-        assert len(some.votes) == len(some.ratings) // 2
-        others = len(some.ratings) - len(some.votes)
-        assert math.isclose(sum(some.votes) + others * some.gold, sum(some.ratings), abs_tol=1e-9)
-        sums.add((some.text, f"{some.gold:.6g}", f"{statistics.fmean(some.votes):.6g}"))
+    """The votes and the ratings behind gold are all ratings: sum of votes + (number of others) *
+    gold = sum."""
+    path = archives / "hutto_ICWSM_2014.tar.gz"
+    sums = set()
+    for rated in prepare.read_ratings(path, random.Random("0 voters")):
+        assert len(rated.votes) == len(rated.ratings) // 2
+        others = len(rated.ratings) - len(rated.votes)
+        total = sum(rated.votes) + others * rated.gold
+        assert math.isclose(total, sum(rated.ratings), abs_tol=1e-9)
+        sums.add((rated.text, f"{rated.gold:.6g}", f"{statistics.fmean(rated.votes):.6g}"))
+    shown = set()
     for row in rows_of(real / "ratings_heldout.csv"):
         shown.add((row["Response"], row["Gold"], row["VotersMean"]))
     assert shown <= sums and len(shown) == 2122
@@ -625,17 +771,19 @@ def test_gold_is_the_mean_of_the_raters_who_do_not_vote(prepare, real, archives)
 
 @pytest.mark.slow
 def test_ratings_in_comparisons_are_votes_of_voters(prepare, real, archives):
+    path = archives / "hutto_ICWSM_2014.tar.gz"
     votes = {}
-    for some in prepare.read_ratings(archives / "hutto_ICWSM_2014.tar.gz", random.Random("0 voters")):
-        votes.setdefault(some.text, set()).update(some.votes)
+    for rated in prepare.read_ratings(path, random.Random("0 voters")):
+        votes.setdefault(rated.text, set()).update(rated.votes)
     for row in rows_of(real / "comparisons.csv"):
-        assert int(row["ChosenRating"]) in votes[row["Chosen"]] and int(row["RejectedRating"]) in votes[row["Rejected"]]
+        assert int(row["ChosenRating"]) in votes[row["Chosen"]]
+        assert int(row["RejectedRating"]) in votes[row["Rejected"]]
 
 
 @pytest.mark.slow
 def test_texts_of_both_sources_look_alike(real):
-    """They are in lower case, with one space between words, none before a comma, and no hyphen inside a word. No sign
-    is common in one source and missing in the other."""
+    """They are in lower case, with one space between words, none before a comma, and no hyphen
+    inside a word. No sign is common in one source and missing in the other."""
     rated = "\n".join(row["Response"] for row in rows_of(real / "ratings_heldout.csv"))
     learned = "\n".join(row["Response"] for row in rows_of(real / "demonstrations.csv"))
     for text in (rated, learned):
@@ -651,15 +799,16 @@ def test_judge_agrees_with_people_above_chance(real):
     """It orders 74 to 82 % of the held-out pairs as gold does (data/movie_ratings/README.md)."""
     judge = load_judge(str(real))
     rows = rows_of(real / "comparisons_heldout.csv")
-    chosen, rejected = (judge.score(["Review:"] * len(rows), [row[side] for row in rows])
-                        for side in ("Chosen", "Rejected"))
+    prompts = ["Review:"] * len(rows)
+    chosen = judge.score(prompts, [row["Chosen"] for row in rows])
+    rejected = judge.score(prompts, [row["Rejected"] for row in rows])
     assert 0.74 < statistics.fmean(a > b for a, b in zip(chosen, rejected)) < 0.82
 
 
 @pytest.mark.slow
 def test_readme_counts_are_those_of_the_files(real):
-    """The counts of demonstrations depend on the tokenizer, which is smaller here. The others do not: no rated sentence
-    is too long with either tokenizer."""
+    """The counts of demonstrations depend on the tokenizer, which is smaller here. The others do
+    not: no rated sentence is too long with either tokenizer."""
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     for name in FILES - {"demonstrations", "demonstrations_heldout"}:
         assert f"| `{name}.csv` | {len(rows_of(real / f'{name}.csv')):,} |" in readme, name
@@ -674,24 +823,30 @@ def linear(module_patch):
 
 
 def test_linear_features_match_hand_computation(linear):
-    """Each of "good", "film" and "good film" is in two of three texts: idf 1 + log 3/2. "bad" and "not" are in one only
-    and are left out. The first two texts have three features with the same idf, so each x is 1 / sqrt 3. The third text
-    has none."""
+    """Each of "good", "film" and "good film" is in two of three texts: idf 1 + log 3/2. "bad" and
+    "not" are in one only and are left out. The first two texts have three features with the same
+    idf, so each x is 1 / sqrt 3. The third text has none."""
     texts = ["good film not", "a good film", "bad"]
     idf = linear.count_features(texts)
-    assert idf == {name: pytest.approx(1 + math.log(3 / 2)) for name in ("film", "good", "good film")}
-    indices, begins, x = linear.count_words(texts, idf)
-    assert (indices.tolist(), begins.tolist()) == ([0, 1, 2, 0, 1, 2], [0, 3, 6])
-    assert x.tolist() == pytest.approx([3**-0.5] * 6)
+    expected = pytest.approx(1 + math.log(3 / 2))
+    assert idf == {"film": expected, "good": expected, "good film": expected}
+    words = linear.count_words(texts, idf)
+    assert words.indices.tolist() == [0, 1, 2, 0, 1, 2]
+    assert words.begins.tolist() == [0, 3, 6]
+    assert words.x.tolist() == pytest.approx([3**-0.5] * 6)
     weight = torch.tensor([[1.0], [2.0], [4.0]], dtype=torch.float64)
-    assert linear.score((indices, begins, x), weight).tolist() == pytest.approx([7 / 3**0.5, 7 / 3**0.5, 0])
+    scores = linear.score(words, weight).tolist()
+    assert scores == pytest.approx([7 / 3**0.5, 7 / 3**0.5, 0])
 
 
 def test_linear_fit_finds_the_minimum(linear):
-    """One feature has x = 1 in the chosen text and is not in the rejected one. f(w) = log(1 + exp(-w)) + decay w^2 has
-    its minimum where sigmoid(-w) = 2 decay w, so decay = 1 / (2 (1 + e)) puts it at w = 1."""
-    words = torch.tensor([0]), torch.tensor([0, 1]), torch.tensor([1.0], dtype=torch.float64)
-    weight = linear.fit(words, torch.tensor([0]), torch.tensor([1]), decay=1 / (2 * (1 + math.e)))
+    """One feature has x = 1 in the chosen text and is not in the rejected one. f(w) = log(1 +
+    exp(-w)) + decay w^2 has its minimum where sigmoid(-w) = 2 decay w, so decay = 1 / (2 (1 + e))
+    puts it at w = 1."""
+    x = torch.tensor([1.0], dtype=torch.float64)
+    words = linear.Words(torch.tensor([0]), torch.tensor([0, 1]), x)
+    decay = 1 / (2 * (1 + math.e))
+    weight = linear.fit(words, torch.tensor([0]), torch.tensor([1]), decay)
     assert weight.item() == pytest.approx(1, abs=1e-5)
 
 
@@ -717,25 +872,31 @@ def people(module_patch):
 
 def test_ridge_matches_hand_computation(people):
     """x = (1, -1), y = (3, -1): x y = 4 and x x = 2, so w = 4 / (2 + penalty)."""
-    x, y = torch.tensor([[1.0], [-1.0]], dtype=torch.float64), torch.tensor([3.0, -1.0], dtype=torch.float64)
-    assert [people.ridge(x, y, penalty).item() for penalty in (0, 2, 6)] == pytest.approx([2, 1, 0.5])
+    x = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    y = torch.tensor([3.0, -1.0], dtype=torch.float64)
+    weights = [people.ridge(x, y, penalty).item() for penalty in (0, 2, 6)]
+    assert weights == pytest.approx([2, 1, 0.5])
 
 
 def test_fit_finds_a_linear_function(people):
-    """y = 2 + 3 a - b without noise: the smallest penalty is chosen, and unseen rows get their y."""
+    """y = 2 + 3 a - b without noise: the smallest penalty is chosen, and unseen rows get their
+    y."""
     x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = 2 + 3 * x[:, 0] - x[:, 1]
-    assert people.fit(x, y)(torch.tensor([[1.0, 5.0], [0.0, 0.0]], dtype=torch.float64)).tolist() == pytest.approx(
-        [0, 2], abs=0.01)
+    unseen = torch.tensor([[1.0, 5.0], [0.0, 0.0]], dtype=torch.float64)
+    assert people.fit(x, y).predict(unseen).tolist() == pytest.approx([0, 2], abs=0.01)
 
 
 def test_features_are_last_and_mean_of_the_real_tokens(people):
-    """Hidden states (1, 0), (3, 2), (100, 100), of which the last belongs to a pad in the first row."""
-    gpt = SimpleNamespace(hidden=lambda tokens: torch.tensor([[[1.0, 0], [3, 2], [100, 100]]] * len(tokens)))
+    """Hidden states (1, 0), (3, 2), (100, 100), of which the last belongs to a pad in the first
+    row."""
+    hidden = torch.tensor([[1.0, 0], [3, 2], [100, 100]])  # (T, C)
+    gpt = SimpleNamespace(hidden=lambda tokens: torch.stack([hidden] * len(tokens)))
     x = people.features(gpt, torch.zeros(2, 3, dtype=torch.long), torch.tensor([2, 1]))
     assert x.tolist() == [[3, 2, 2, 1], [1, 0, 1, 0]]
 
 
 def test_batches_come_back_in_the_order_of_the_rows(people):
     rows = [[7] * length for length in (3, 1, 2) * 50]
-    assert people.in_batches(lambda tokens, lengths: lengths, rows, 0, "rows").tolist() == [len(row) for row in rows]
+    lengths = people.in_batches(lambda tokens, lengths: lengths, rows, 0, "rows")
+    assert lengths.tolist() == [len(row) for row in rows]

@@ -1,4 +1,5 @@
-"""The three scripts as a user runs them: in order, with tiny flags, twice, interrupted, and with bad input."""
+"""The three scripts as a user runs them: in order, with tiny flags, twice, interrupted, and with
+bad input."""
 
 import csv
 import math
@@ -13,36 +14,55 @@ import train_reward
 import train_sft
 from rlhf.data import load_demonstrations, pad_rows
 from rlhf.model import GPT, GPTConfig, RewardModel
-from rlhf.support import checkpoints
-from rlhf.support.cli import parse_cli
+from rlhf.run.flags import parse_cli
+from rlhf.run.training import RESULTS, Training
 from rlhf.tokenizer import find_tokenizer
-from tests.helpers import TINY, change_sft, process, rows, script, stopped_by_its_first_checkpoint, tiny
+from tests.helpers import (
+    TINY,
+    change_sft,
+    process,
+    rows,
+    script,
+    stopped_by_its_first_checkpoint,
+    tiny,
+)
 
 
 def test_three_stages_write_their_files(trained):
     """Checkpoints, one metrics CSV per stage, the evaluations."""
     data, out, printed = trained
     assert sorted(path.name for path in out.iterdir()) == [
-        ".lock", "evaluation.csv", "ppo.csv", "ppo.pt", "ppo_samples.csv", "reward.csv", "reward.pt",
-        "reward_evaluation.csv", "sft.csv", "sft.pt"]
+        ".lock",
+        "evaluation.csv",
+        "ppo.csv",
+        "ppo.pt",
+        "ppo_samples.csv",
+        "reward.csv",
+        "reward.pt",
+        "reward_evaluation.csv",
+        "sft.csv",
+        "sft.pt",
+    ]
     assert [len(rows(out / f"{name}.csv")) for name in TINY] == [8, 6, 4]
     table = rows(out / "evaluation.csv")
     assert [row["policy"] for row in table] == ["sft", "ppo"]
-    kl_coef = torch.load(out / "ppo.pt", weights_only=True)["kl_coef"]  # which --kl-target has moved
+    # --kl-target has moved it.
+    kl_coef = torch.load(out / "ppo.pt", weights_only=True)["kl_coef"]
     for row in table:
         objective = float(row["score"]) - kl_coef * float(row["kl_ref"])
         assert float(row["objective"]) == pytest.approx(objective, abs=1e-4)
     assert {"score", "gold", "kl_ref", "length", "eos_rate", "win_rate_vs_sft"} <= set(table[0])
     assert float(table[0]["kl_ref"]) == 0 and float(table[0]["win_rate_vs_sft"]) == 0.5
     evaluation = rows(out / "reward_evaluation.csv")[0]
-    assert {"accuracy", "bayes_accuracy"} <= set(evaluation) and 0.5 < float(evaluation["bayes_accuracy"]) < 1
+    assert {"accuracy", "bayes_accuracy"} <= set(evaluation)
+    assert 0.5 < float(evaluation["bayes_accuracy"]) < 1
     assert len(rows(out / "ppo_samples.csv")) == 10
     assert "before" in printed["ppo"] and "after" in printed["ppo"]
 
 
 def test_first_step_has_known_losses_and_no_kl(trained):
-    """SFT starts within 10 % of ln V, the reward loss at ln 2, and PPO with kl_ref 0, nothing clipped on its first
-    minibatch, and a policy loss near 0."""
+    """SFT starts within 10 % of ln V, the reward loss at ln 2, and PPO with kl_ref 0, nothing
+    clipped on its first minibatch, and a policy loss near 0."""
     data, out, _ = trained
     vocabulary = torch.load(out / "sft.pt", weights_only=True)["model_config"]["vocab_size"]
     assert float(rows(out / "sft.csv")[0]["loss"]) == pytest.approx(math.log(vocabulary), rel=0.1)
@@ -53,41 +73,51 @@ def test_first_step_has_known_losses_and_no_kl(trained):
 
 
 def test_scores_have_mean_0_and_std_1_on_the_demonstrations(trained):
-    """Mean 0 and standard deviation 1 over demonstrations.csv, from the constants in the checkpoint."""
+    """Mean 0 and standard deviation 1 over demonstrations.csv, from the constants in the
+    checkpoint."""
     data, out, _ = trained
     checkpoint = torch.load(out / "reward.pt", weights_only=True)
     model = RewardModel(GPT(GPTConfig(**checkpoint["model_config"])))
     model.load_state_dict(checkpoint["model"])
     tokenizer = find_tokenizer(str(data))
     demonstrations = load_demonstrations(str(data), tokenizer, 80)
+    ids = [row.tokens for row in demonstrations]
     with torch.no_grad():
-        scores = model(*pad_rows([row.tokens for row in demonstrations], tokenizer.pad_id, torch.device("cpu")))
+        scores = model(*pad_rows(ids, tokenizer.pad_id, torch.device("cpu")))
     assert scores.mean().item() == pytest.approx(0, abs=1e-3)
     assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-3)
 
 
 def inputs_of(name, data, out):
     """The flags that make a script read from the folders of `trained`."""
-    models = {"sft": [], "reward": ["--sft", out / "sft.pt"], "ppo": ["--sft", out / "sft.pt", "--reward",
-                                                                      out / "reward.pt"]}
+    models = {
+        "sft": [],
+        "reward": ["--sft", out / "sft.pt"],
+        "ppo": ["--sft", out / "sft.pt", "--reward", out / "reward.pt"],
+    }
     return ["--data", data, *models[name]]
 
 
 def check_interrupted_run(folder, name):
     """The checkpoint of the middle of the run is there, and nothing later."""
     checkpoint = torch.load(folder / f"{name}.pt", weights_only=True)
-    assert checkpoint["step"] == {"sft": 4, "reward": 3, "ppo": 2}[name] and "optimizer" in checkpoint
+    assert checkpoint["step"] == {"sft": 4, "reward": 3, "ppo": 2}[name]
+    assert "optimizer" in checkpoint
 
 
 def check_same_run(one, other, name):
-    """Two folders hold the same weights, bit for bit, and the same logged numbers but the clock's."""
-    whole, resumed = (torch.load(folder / f"{name}.pt", weights_only=True) for folder in (one, other))
+    """Two folders hold the same weights, bit for bit, and the same logged numbers but the
+    clock's."""
+    whole = torch.load(one / f"{name}.pt", weights_only=True)
+    resumed = torch.load(other / f"{name}.pt", weights_only=True)
     assert whole["step"] == resumed["step"] == {"sft": 8, "reward": 6, "ppo": 4}[name]
     for key, tensor in whole["model"].items():
         assert torch.equal(tensor, resumed["model"][key]), key
     clock = {"tokens_per_s", "seconds"}
     for row, same in zip(rows(one / f"{name}.csv"), rows(other / f"{name}.csv"), strict=True):
-        assert {k: v for k, v in row.items() if k not in clock} == {k: v for k, v in same.items() if k not in clock}
+        assert {k: v for k, v in row.items() if k not in clock} == {
+            k: v for k, v in same.items() if k not in clock
+        }
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -103,12 +133,12 @@ def test_resumed_run_equals_the_uninterrupted_run_bit_for_bit(trained, tmp_path,
 
 
 STOP_AFTER_SAVE = """import runpy
-from rlhf.support import checkpoints
-save = checkpoints.save
+from rlhf.run.training import Training
+save = Training.save
 def save_and_stop(*args, **state):
     save(*args, **state)
     raise KeyboardInterrupt
-checkpoints.save = save_and_stop
+Training.save = save_and_stop
 runpy.run_path("train_{}.py", run_name="__main__")
 """
 
@@ -120,25 +150,33 @@ def test_run_resumed_in_a_new_process_equals_the_uninterrupted_run(trained, tmp_
     data, out, _ = trained
     flags = tiny(name, *inputs_of(name, data, out), "--out", tmp_path)
     cut = process("-c", STOP_AFTER_SAVE.format(name), *flags)
-    assert cut.returncode == 130 and cut.stderr == f"\ninterrupted; --resume continues from {tmp_path}/{name}.pt\n"
+    assert cut.returncode == 130
+    assert cut.stderr == f"\ninterrupted; --resume continues from {tmp_path}/{name}.pt\n"
     check_interrupted_run(tmp_path, name)
     resumed = process(f"train_{name}.py", *flags, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     check_same_run(out, tmp_path, name)
 
 
-@pytest.mark.parametrize("flags", [["--amp", "bf16"], ["--amp", "fp16"], ["--value-network", "shared"],
-                                   ["--entropy-coef", "0.01", "--value-clip-eps", "0.2", "--ptx-coef", "1",
-                                    "--temperature", "0.7", "--max-kl-old", "1e-9"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--amp", "bf16"],
+        ["--amp", "fp16"],
+        ["--value-network", "shared"],
+        "--entropy-coef 0.01 --value-clip-eps 0.2 --ptx-coef 1 --temperature 0.7 "
+        "--max-kl-old 1e-9".split(),
+    ],
+)
 def test_ppo_runs_with_each_option(trained, tmp_path, flags):
     data, out, _ = trained
-    script("ppo", "--data", data, "--out", tmp_path, "--sft", out / "sft.pt", "--reward", out / "reward.pt",
-           "--steps", "2", *flags)
+    script("ppo", *inputs_of("ppo", data, out), "--out", tmp_path, "--steps", "2", *flags)
     assert all(math.isfinite(float(row["policy_loss"])) for row in rows(tmp_path / "ppo.csv"))
 
 
 def test_reward_model_learns_from_rankings(trained, tmp_path):
-    """rankings.csv made of the comparisons: the same pairs, so the first loss is ln 2 and an evaluation comes out."""
+    """rankings.csv made of the comparisons: the same pairs, so the first loss is ln 2 and an
+    evaluation comes out."""
     data, out, _ = trained
     copy = tmp_path / "data"
     copy.mkdir()
@@ -148,9 +186,10 @@ def test_reward_model_learns_from_rankings(trained, tmp_path):
         writer = csv.writer(file)
         writer.writerow(["Prompt", "Response", "Rank"])
         for row in rows(data / "comparisons.csv"):
-            writer.writerows([[row["Prompt"], row["Chosen"], 1], [row["Prompt"], row["Rejected"], 2]])
-    script("reward", "--data", copy, "--out", tmp_path, "--sft", out / "sft.pt", "--rankings",
-           "--micro-batch-size", "3")
+            writer.writerow([row["Prompt"], row["Chosen"], 1])
+            writer.writerow([row["Prompt"], row["Rejected"], 2])
+    flags = [*inputs_of("reward", copy, out), "--out", tmp_path, "--rankings"]
+    script("reward", *flags, "--micro-batch-size", "3")
     assert float(rows(tmp_path / "reward.csv")[0]["loss"]) == pytest.approx(math.log(2), abs=1e-5)
     assert float(rows(tmp_path / "reward_evaluation.csv")[0]["comparisons"]) == 40
 
@@ -185,7 +224,11 @@ def test_missing_checkpoint_names_the_script_to_run_first(trained, tmp_path):
         ("ppo", ["--advantage", "a2c"], "argument --advantage: invalid choice"),
         ("ppo", ["--advantage", "rloo"], "need --group-size 2 or more"),
         ("ppo", ["--advantage", "grpo", "--group-size", "1"], "need --group-size 2 or more"),
-        ("ppo", ["--advantage", "reinforce", "--batch-size", "1", "--minibatch-size", "1"], "needs --batch-size 2"),
+        (
+            "ppo",
+            ["--advantage", "reinforce", "--batch-size", "1", "--minibatch-size", "1"],
+            "needs --batch-size 2",
+        ),
         ("ppo", ["--advantage", "rloo", "--group-size", "3"], "must be a multiple of --group-size"),
         ("ppo", ["--group-size", "0"], "must be above 0"),
         ("sft", ["--data", ""], "must name a folder"),
@@ -201,15 +244,18 @@ def test_bad_input_gives_one_line_and_status_2(trained, name, flags, message):
     """No traceback, and not a byte of the output folder has changed."""
     data, out, _ = trained
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    done = script(name, "--data", data, "--out", out, *(flag.replace("OUT", str(out)) for flag in flags), ok=False)
+    flags = [flag.replace("OUT", str(out)) for flag in flags]
+    done = script(name, "--data", data, "--out", out, *flags, ok=False)
     assert done.returncode == 2 and message in done.stderr
     assert len([line for line in done.stderr.splitlines() if "error:" in line]) == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-DIVERGING = [  # in float16 the scaler skips steps whose gradient is NaN, so that the weights stay finite
+# in float16 the scaler skips steps whose gradient is NaN, so that the weights stay finite
+DIVERGING = [
     ("sft", ["--lr", "1e30"]),
-    ("sft", ["--lr", "1e10", "--steps", "1"]),  # the weights are finite, the loss on held-out rows is not
+    # The weights are finite, the loss on held-out rows is not.
+    ("sft", ["--lr", "1e10", "--steps", "1"]),
     ("sft", ["--amp", "fp16", "--lr", "60"]),
     ("reward", ["--lr", "1e30"]),
     ("reward", ["--lr", "1e20", "--steps", "1"]),
@@ -223,15 +269,18 @@ DIVERGING = [  # in float16 the scaler skips steps whose gradient is NaN, so tha
 @pytest.mark.parametrize(("name", "flags"), DIVERGING)
 def test_diverging_run_stops_with_one_line_and_saves_nothing(trained, tmp_path, name, flags):
     data, out, _ = trained
-    done = script(name, *inputs_of(name, data, out), "--out", tmp_path, "--warmup", "0", *flags, ok=False)
-    assert done.returncode == 2 and "the run has diverged" in done.stderr and "Traceback" not in done.stderr
+    inputs = inputs_of(name, data, out)
+    done = script(name, *inputs, "--out", tmp_path, "--warmup", "0", *flags, ok=False)
+    assert done.returncode == 2 and "the run has diverged" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / f"{name}.pt").exists()
 
 
 def test_reward_model_that_learned_nothing_is_not_scaled_up_in_silence(trained, tmp_path):
-    data, out, printed = trained
-    shown = script("reward", *inputs_of("reward", data, out), "--out", tmp_path, "--lr", "1e-9").stdout
-    assert "warning: the scores hardly differ" in shown
+    data, out, _ = trained
+    inputs = inputs_of("reward", data, out)
+    done = script("reward", *inputs, "--out", tmp_path, "--lr", "1e-9")
+    assert "warning: the scores hardly differ" in done.stdout
 
 
 # ---- one run, one folder ----
@@ -246,28 +295,30 @@ def test_ppo_refuses_a_reward_model_of_another_sft(trained, tmp_path):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_overwrite_keeps_the_old_run_until_the_new_one_has_a_checkpoint(trained, tmp_path, monkeypatch, name):
+def test_overwrite_keeps_the_old_run_until_the_new_one_has_a_checkpoint(
+    trained, tmp_path, monkeypatch, name
+):
     """Then nothing of the old run is left, until the new one writes its own tables."""
     data, out, _ = trained
     folder = tmp_path / "runs"
     flags = [*inputs_of(name, data, out), "--out", folder, "--overwrite", "--seed", "1"]
     shutil.copytree(out, folder)
-    results = [path for path in folder.iterdir() if path.name in (f"{name}.pt", *checkpoints.RESULTS[name])]
+    results = [path for path in folder.iterdir() if path.name in (f"{name}.pt", *RESULTS[name])]
     before = {path: path.read_bytes() for path in results}
 
     def stop(*args, **state):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoints, "save", stop)
+        patch.setattr(Training, "save", stop)
         script(name, *flags)
     assert {path: path.read_bytes() for path in results} == before
     assert len(before) == {"sft": 2, "reward": 3, "ppo": 4}[name]
     with stopped_by_its_first_checkpoint():
         script(name, *flags)
-    assert [path.name for path in results if path.exists()] == [path.name for path in results
-                                                                if path.name in (f"{name}.pt", f"{name}.csv")]
-    assert all(path.read_bytes() != before[path] for path in results if path.exists())
+    left = [path for path in results if path.exists()]
+    assert {path.name for path in left} == {f"{name}.pt", f"{name}.csv"}
+    assert all(path.read_bytes() != before[path] for path in left)
 
 
 def test_metrics_of_a_resumed_run_come_from_its_checkpoint(trained, tmp_path):
@@ -287,7 +338,8 @@ def test_unwritable_folder_gives_one_line(small_data, tmp_path):
     """In a process of its own."""
     (tmp_path / "file").write_text("not a folder")
     done = process("train_sft.py", *tiny("sft", "--data", small_data, "--out", tmp_path / "file"))
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_data_set_with_another_tokenizer_is_read_with_that_of_the_checkpoint(trained, tmp_path):
@@ -299,11 +351,14 @@ def test_data_set_with_another_tokenizer_is_read_with_that_of_the_checkpoint(tra
     ranks = (other / "tokenizer.tiktoken").read_text().splitlines(keepends=True)
     (other / "tokenizer.tiktoken").write_text("".join(ranks[:-1]))
     script("reward", "--data", other, "--out", tmp_path / "runs", "--sft", out / "sft.pt")
-    sft, reward = (torch.load(path, weights_only=True) for path in (out / "sft.pt", tmp_path / "runs" / "reward.pt"))
+    sft = torch.load(out / "sft.pt", weights_only=True)
+    reward = torch.load(tmp_path / "runs" / "reward.pt", weights_only=True)
     assert reward["tokenizer"] == sft["tokenizer"] != find_tokenizer(str(other)).fingerprint
 
 
-@pytest.mark.parametrize("config", [train_sft.SFTConfig, train_reward.RewardConfig, train_ppo.PPOConfig])
+@pytest.mark.parametrize(
+    "config", [train_sft.SFTConfig, train_reward.RewardConfig, train_ppo.PPOConfig]
+)
 def test_help_fits_a_screen_and_names_the_common_flags(config, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_cli(config, ["--help"])

@@ -1,88 +1,125 @@
-"""rlhf.tools.label: the file of answers, the keys, the judge as annotator; and training a reward model on the file."""
+"""rlhf.tools.label: the file of answers, the keys, the judge as annotator; and training a reward
+model on the file."""
 
+import dataclasses
 import io
 import random
+import re
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import train_reward
 from rlhf.data import load_comparisons
-from rlhf.support.cli import InputError, lock, parse_cli
-from rlhf.support.cli import run as cli_run
+from rlhf.run.errors import InputError
+from rlhf.run.flags import parse_cli
+from rlhf.run.program import lock
+from rlhf.run.program import run as cli_run
 from rlhf.tokenizer import load_tokenizer
 from rlhf.tools import label
-from rlhf.tools.label import COLUMNS, LabelConfig, agrees, append_answer, judge_answer, read_answers, write_answers
-from tests.helpers import BUNDLED, TINY, rows
+from rlhf.tools.label import (
+    COLUMNS,
+    Choice,
+    LabelConfig,
+    Pair,
+    Pairs,
+    agrees,
+    append_choice,
+    judge_answer,
+    read_choices,
+    write_choices,
+)
+from tests.helpers import BUNDLED, rows, tiny
 
 PROMPT = '\n\nHuman: say "hi", please\n\nAssistant:'
+
+
+def first(pair, chosen="a", rejected="b", prompt=PROMPT):
+    return Choice(pair, prompt, chosen, rejected, "first")
+
+
+def cells(choice):
+    """What a row of the file says, by column."""
+    return dict(zip(COLUMNS, map(str, dataclasses.astuple(choice))))
 
 
 # ---- the file ----
 
 
 def test_answer_file_writes_each_answer_at_once_and_reads_it_again(tmp_path):
-    path, row = tmp_path / "new" / "answers.csv", ["4", PROMPT, 'a, "b"\nc', "d", "first"]
-    assert read_answers(path) == []
-    append_answer(path, row)
-    assert rows(path) == [dict(zip(COLUMNS, row))]
-    assert read_answers(path) == [row]
+    path = tmp_path / "new" / "answers.csv"
+    choice = first(4, chosen='a, "b"\nc', rejected="d")
+    assert read_choices(path) == []
+    append_choice(path, choice)
+    assert rows(path) == [cells(choice)]
+    assert read_choices(path) == [choice]
 
 
 def test_answer_file_cut_at_any_byte_loses_at_most_the_last_answer(tmp_path):
-    """The file is cut after each byte of its last line. All earlier answers are read, and new ones can follow. The last
-    line is whole only if no more than its last quotation mark and its line break are missing."""
-    path, last = tmp_path / "answers.csv", ["1", PROMPT, "naïve", "d\n\ne", "second"]
-    read_answers(path)
-    append_answer(path, ["0", PROMPT, "a", "b", "first"])
+    """The file is cut after each byte of its last line. All earlier answers are read, and new ones
+    can follow. The last line is whole only if no more than its last quotation mark and its line
+    break are missing."""
+    path = tmp_path / "answers.csv"
+    last = Choice(1, PROMPT, "naïve", "d\n\ne", "second")
+    read_choices(path)
+    append_choice(path, first(0))
     before = len(path.read_bytes())
-    append_answer(path, last)
+    append_choice(path, last)
     whole = path.read_bytes()
     for end in range(before, len(whole) - 2):
         path.write_bytes(whole[:end])
-        assert [row[0] for row in read_answers(path)] == ["0"], end
-        append_answer(path, last)
+        assert read_choices(path) == [first(0)], end
+        append_choice(path, last)
         assert path.read_bytes() == whole
     for end in (-2, -1):  # all but the last quotation mark, all but the line break
         path.write_bytes(whole[:end])
-        assert [row[0] for row in read_answers(path)] == ["0", "1"] and path.read_bytes() == whole
+        assert read_choices(path) == [first(0), last] and path.read_bytes() == whole
 
 
 def test_answer_file_survives_an_editor(tmp_path, capsys):
-    """Without quotation marks, with a single one inside a cell, and without the last line break, all answers stay. If
-    the last line breaks off, the file is copied first. A faulty row in the middle is an error, and the file stays."""
+    """Without quotation marks, with a single one inside a cell, and without the last line break,
+    all answers stay. If the last line breaks off, the file is copied first. A faulty row in the
+    middle is an error, and the file stays."""
     path = tmp_path / "answers.csv"
     header = ",".join(COLUMNS)
     path.write_text(f'{header}\n1,p,12" nail,bad,first\n2,p,a,b,tie')
-    assert read_answers(path) == [["1", "p", '12" nail', "bad", "first"], ["2", "p", "a", "b", "tie"]]
+    assert read_choices(path) == [
+        Choice(1, "p", '12" nail', "bad", "first"),
+        Choice(2, "p", "a", "b", "tie"),
+    ]
     broken = f'{header}\n1,p,a,b,first\n2,p,"a,b,first\n3,p,a,b,tie\n'
     path.write_text(broken)
-    assert [row[0] for row in read_answers(path)] == ["1"]
-    assert "breaks off" in capsys.readouterr().out and (tmp_path / "answers.csv.cut").read_text() == broken
+    assert [choice.pair for choice in read_choices(path)] == [1]
+    assert "breaks off" in capsys.readouterr().out
+    assert (tmp_path / "answers.csv.cut").read_text() == broken
     for bad in ("x,p,a,b,first", "1,p,a,b,maybe", "1,p,a,b", "1,,a,b,first"):
         path.write_text(f"{header}\n{bad}\n2,p,a,b,first\n")
         with pytest.raises(InputError, match="row 1: expected a number"):
-            read_answers(path)
+            read_choices(path)
         assert path.read_text() == f"{header}\n{bad}\n2,p,a,b,first\n"
 
 
 def test_rewritten_file_is_the_same_as_one_that_was_appended_to(tmp_path):
     """After undo, the file is that of the answers before."""
-    path, answers = tmp_path / "answers.csv", [["0", "p", "a", "b", "first"], ["1", "p", "c", "d", "tie"]]
-    read_answers(path)
-    append_answer(path, answers[0])
+    path = tmp_path / "answers.csv"
+    choices = [first(0, prompt="p"), Choice(1, "p", "c", "d", "tie")]
+    read_choices(path)
+    append_choice(path, choices[0])
     one = path.read_bytes()
-    append_answer(path, answers[1])
-    write_answers(path, answers[:1])
-    assert path.read_bytes() == one and read_answers(path) == answers[:1]
+    append_choice(path, choices[1])
+    write_choices(path, choices[:1])
+    assert path.read_bytes() == one and read_choices(path) == choices[:1]
 
 
 def test_answer_file_rejects_a_field_too_long_to_read(tmp_path):
     path = tmp_path / "answers.csv"
-    path.write_text('"Pair","Prompt","Chosen","Rejected","Answer"\n"0","' + "p" * 140_000 + '","a","b","first"\n')
+    header = '"Pair","Prompt","Chosen","Rejected","Answer"'
+    prompt = "p" * 140_000
+    path.write_text(f'{header}\n"0","{prompt}","a","b","first"\n')
     with pytest.raises(InputError, match="cannot be read: field larger than"):
-        read_answers(path)
+        read_choices(path)
 
 
 @pytest.mark.parametrize("text", ["", "Prompt,Chosen,Rejected\na,b,c\n", '"Pair"\n'])
@@ -90,7 +127,7 @@ def test_answer_file_rejects_another_file_and_leaves_it_unchanged(tmp_path, text
     path = tmp_path / "answers.csv"
     path.write_text(text)
     with pytest.raises(InputError, match="not a file of this program"):
-        read_answers(path)
+        read_choices(path)
     assert path.read_text() == text
 
 
@@ -98,20 +135,21 @@ def test_answer_file_rejects_another_file_and_leaves_it_unchanged(tmp_path, text
 
 
 def run(trained, tmp_path, monkeypatch, keys, *flags):
-    """Run the program with these keys typed, and return the rows of its file. The model is hardly trained and seldom
-    ends a response, so here each response counts as ended."""
+    """Run the program with these keys typed, and return the rows of its file. The model is hardly
+    trained and seldom ends a response, so here each response counts as ended."""
     data, out, _ = trained
     monkeypatch.setattr(label, "has_ended", lambda tokens, *_: tokens[:, 0] == tokens[:, 0])
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{key}\n" for key in keys)))
-    label.main(parse_cli(LabelConfig, ["--device", "cpu", "--checkpoint", str(out / "sft.pt"), "--data", str(data),
-                                       "--out", str(tmp_path / "answers.csv"), "--max-new-tokens", "8",
-                                       *map(str, flags)]))
-    return rows(tmp_path / "answers.csv")
+    path = tmp_path / "answers.csv"
+    files = ["--checkpoint", out / "sft.pt", "--data", data, "--out", path]
+    settings = ["--device", "cpu", "--max-new-tokens", 8]
+    label.main(parse_cli(LabelConfig, [*map(str, [*files, *settings, *flags])]))
+    return rows(path)
 
 
 def test_keys_write_the_answers_they_stand_for(trained, tmp_path, monkeypatch, capsys):
-    """First, second, a wrong key, tie, skip, undo of the skip, first in its place, quit. A second call adds two more.
-    A run without wrong key, undo and break writes the same rows."""
+    """First, second, a wrong key, tie, skip, undo of the skip, first in its place, quit. A second
+    call adds two more. A run without wrong key, undo and break writes the same rows."""
     got = run(trained, tmp_path, monkeypatch, "12xtsu1q")
     shown = capsys.readouterr().out
     assert [row["Answer"] for row in got] == ["first", "second", "tie", "first"]
@@ -129,38 +167,47 @@ def test_keys_write_the_answers_they_stand_for(trained, tmp_path, monkeypatch, c
 
 
 def test_agreement_counts_a_pair_that_does_not_fit_as_disagreement(reward_model):
-    """The reward model reads 16 tokens, and the last two pairs take more. Of two short responses it agrees with one
-    order only."""
-    tokenizer = SimpleNamespace(encode=lambda text: [len(text) % 7 + 1] * len(text), eos_id=9, pad_id=10)
-    assert agrees(reward_model, tokenizer, "p", "aa", "a") != agrees(reward_model, tokenizer, "p", "a", "aa")
-    assert not agrees(reward_model, tokenizer, "p", "a" * 20, "a")
-    assert not agrees(reward_model, tokenizer, "p", "a", "a" * 20)
+    """The reward model reads 16 tokens, and the last two pairs take more. Of two short responses it
+    agrees with one order only."""
+
+    def encode(text):
+        return [len(text) % 7 + 1] * len(text)
+
+    tokenizer = SimpleNamespace(encode=encode, eos_id=9, pad_id=10)
+
+    def model_agrees(chosen, rejected):
+        return agrees(reward_model, tokenizer, first(0, chosen, rejected, prompt="p"))
+
+    assert model_agrees("aa", "a") != model_agrees("a", "aa")
+    assert not model_agrees("a" * 20, "a")
+    assert not model_agrees("a", "a" * 20)
 
 
 def test_agreement_after_undo_is_that_of_the_new_answer(trained, tmp_path, monkeypatch, capsys):
-    """One answer is undone and given the other way. The reward model agrees with exactly one of the two."""
+    """One answer is undone and given the other way. The reward model agrees with exactly one of the
+    two."""
     run(trained, tmp_path, monkeypatch, "1u2q")
-    shares = [line.split("agrees with ")[1].split("%")[0] for line in capsys.readouterr().out.splitlines()
-              if "agrees with" in line]
+    shares = re.findall(r"agrees with (\d+)%", capsys.readouterr().out)
     assert sorted(shares[:2]) == ["0", "100"]
 
 
 def test_pairs_with_cut_off_or_equal_responses_are_not_shown(trained, monkeypatch):
-    """Prompt i of a block has responses 2i and 2i + 1. In the first pair one was cut off. The second pair has two equal
-    responses. In the third, one does not fit when it is read again. The fourth is shown. Without it, nothing is left to
-    show, which is an error."""
+    """Prompt i of a block has responses 2i and 2i + 1. In the first pair one was cut off. The
+    second pair has two equal responses. In the third, one does not fit when it is read again. The
+    fourth is shown. Without it, nothing is left to show, which is an error."""
     cfg = LabelConfig(max_new_tokens=8)
     gpt, checkpoint = label.load_policy(trained[1] / "sft.pt", "sft")
     tokenizer = label.tokenizer_of(trained[1] / "sft.pt", checkpoint, str(trained[0]))
     texts = ["cut", "a", "same", "same", "x " * 90, "b", "good", "bad"] + ["same"] * 24
     monkeypatch.setattr(label, "decode_responses", lambda *_: list(texts))
-    monkeypatch.setattr(label, "has_ended", lambda tokens, *_: tokens.new_tensor([0] + [1] * 31) > 0)
+    ended = torch.tensor([False] + [True] * 31)
+    monkeypatch.setattr(label, "has_ended", lambda *_: ended)
     prompts = [label.Prompt("p", [1, 2])]
-    number, pair = next(label.pairs_from(0, gpt, prompts, tokenizer, cfg))
-    assert (number, pair) == (3, ("p", "good", "bad"))
+    pair = Pairs(gpt, prompts, tokenizer, cfg).first_from(0)
+    assert pair == Pair(3, "p", "good", "bad")
     texts[6] = "bad"
     with pytest.raises(InputError, match="left nothing to choose"):
-        next(label.pairs_from(0, gpt, prompts, tokenizer, cfg))
+        Pairs(gpt, prompts, tokenizer, cfg).first_from(0)
 
 
 def test_undo_without_an_answer_does_nothing(trained, tmp_path, monkeypatch):
@@ -171,9 +218,10 @@ def test_judge_as_annotator_stops_at_count(trained, tmp_path, monkeypatch, capsy
     """Two calls write the same rows as one."""
     run(trained, tmp_path, monkeypatch, "", "--annotator", "judge", "--count", 7)
     got = run(trained, tmp_path, monkeypatch, "", "--annotator", "judge", "--count", 20)
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    assert run(trained, whole, monkeypatch, "", "--annotator", "judge", "--count", 20) == got and len(got) == 20
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    whole = run(trained, folder, monkeypatch, "", "--annotator", "judge", "--count", 20)
+    assert whole == got and len(got) == 20
     assert "next: python train_reward.py --comparison-files" in capsys.readouterr().out
 
 
@@ -183,34 +231,47 @@ def test_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(label.os, "fsync", full)
     with pytest.raises(InputError, match="answers.csv cannot be written .*No space left on device"):
-        append_answer(tmp_path / "answers.csv", ["1", PROMPT, "c", "d", "first"])
+        append_choice(tmp_path / "answers.csv", first(1))
 
 
 def test_second_program_on_the_same_file_is_refused(tmp_path, monkeypatch, capsys):
     """While the first runs. Another file in the same folder is free."""
     path = tmp_path / "answers.csv"
+    lines = {
+        "answers.csv": "another program writes here",
+        "other.csv": "nowhere.pt does not exist",
+    }
     with lock(LabelConfig(out=str(path)).lock_file()):
-        for name, line in (("answers.csv", "another program writes here"), ("other.csv", "nowhere.pt does not exist")):
-            monkeypatch.setattr(sys, "argv", ["label", "--checkpoint", "nowhere.pt", "--out", str(tmp_path / name)])
+        for name, line in lines.items():
+            flags = ["--checkpoint", "nowhere.pt", "--out", str(tmp_path / name)]
+            monkeypatch.setattr(sys, "argv", ["label", *flags])
             with pytest.raises(SystemExit) as stop:
                 cli_run(label.main, LabelConfig)
             assert stop.value.code == 2 and line in capsys.readouterr().err
 
 
 def test_judge_votes_for_higher_gold_or_with_known_noise():
-    """Without preference_probability the higher gold wins, and equal golds tie. With it, the share of votes is that
-    probability."""
+    """Without preference_probability the higher gold wins, and equal golds tie. With it, the share
+    of votes is that probability."""
     golds = {"a": 1.0, "b": 0.0, "c": 0.0}
-    judge = SimpleNamespace(__file__="judge.py", score=lambda _, responses: [golds[r] for r in responses])
+
+    def score(prompts, responses):
+        return [golds[response] for response in responses]
+
+    judge = SimpleNamespace(__file__="judge.py", score=score)
     rng = random.Random(0)
-    assert [judge_answer(judge, "p", *pair, rng) for pair in ("ab", "ba", "bc")] == ["first", "second", "tie"]
+    votes = [judge_answer(judge, Pair(0, "p", *sides), rng) for sides in ("ab", "ba", "bc")]
+    assert votes == ["first", "second", "tie"]
     judge.preference_probability = lambda a, b: 0.8 if a > b else 0.2
-    votes = [judge_answer(judge, "p", "a", "b", rng) for _ in range(4000)]
-    assert votes.count("first") / 4000 == pytest.approx(0.8, abs=0.02)  # three standard deviations: 0.019
+    votes = [judge_answer(judge, Pair(0, "p", "a", "b"), rng) for _ in range(4000)]
+    share = votes.count("first") / 4000
+    assert share == pytest.approx(0.8, abs=0.02)  # three standard deviations: 0.019
     assert votes.count("tie") == 0
 
 
-@pytest.mark.parametrize("flags", [["--annotator", "judge"], ["--annotator", "cat"], ["--max-new-tokens", "0"]])
+@pytest.mark.parametrize(
+    "flags", [["--annotator", "judge"], ["--annotator", "cat"], ["--max-new-tokens", "0"]]
+)
 def test_label_config_rejects_impossible_values(flags):
     with pytest.raises(SystemExit) as stop:
         parse_cli(LabelConfig, flags)
@@ -222,9 +283,10 @@ def test_label_config_rejects_impossible_values(flags):
 
 def test_load_comparisons_drops_ties_and_skips(tmp_path, capsys):
     path = tmp_path / "answers.csv"
-    read_answers(path)
+    read_choices(path)
     for number, answer in enumerate(("first", "tie", "second", "skip")):
-        append_answer(path, [number, PROMPT, f"good {number}", f"bad {number}", answer])
+        choice = Choice(number, PROMPT, f"good {number}", f"bad {number}", answer)
+        append_choice(path, choice)
     tokenizer = load_tokenizer(str(BUNDLED / "tokenizer.tiktoken"))
     (tmp_path / "other.csv").write_text("Prompt,Chosen,Rejected\np,x,y\n")
     got = load_comparisons([path, tmp_path / "other.csv"], tokenizer, 80)
@@ -237,16 +299,21 @@ def test_load_comparisons_drops_ties_and_skips(tmp_path, capsys):
 
 
 def test_train_reward_learns_from_several_files(trained, tmp_path, capsys):
-    """The data set's 40 comparisons and 2 more. 6 steps of 8 are 48/42 = 1.1 epochs. A run does not resume with a
-    changed file or with one file fewer."""
+    """The data set's 40 comparisons and 2 more. 6 steps of 8 are 48/42 = 1.1 epochs. A run does not
+    resume with a changed file or with one file fewer."""
     data, out, _ = trained
     (tmp_path / "mine.csv").write_text("Prompt,Chosen,Rejected\np,x,y\nq,x,y\n")
-    flags = ["--device", "cpu", *TINY["reward"].split(), "--data", data, "--sft", out / "sft.pt", "--out", tmp_path,
-             "--comparison-files", data / "comparisons.csv", tmp_path / "mine.csv"]
-    train_reward.main(parse_cli(train_reward.RewardConfig, list(map(str, flags))))
+    folders = ["--data", data, "--sft", out / "sft.pt", "--out", tmp_path]
+    files = ["--comparison-files", data / "comparisons.csv", tmp_path / "mine.csv"]
+    flags = tiny("reward", *folders, *files)
+
+    def train(*flags):
+        train_reward.main(parse_cli(train_reward.RewardConfig, [*flags]))
+
+    train(*flags)
     assert "42 comparisons, 1.1 epochs" in capsys.readouterr().out
     (tmp_path / "mine.csv").write_text("Prompt,Chosen,Rejected\np,y,x\nq,x,y\n")
     with pytest.raises(InputError, match="another comparisons 2 file"):
-        train_reward.main(parse_cli(train_reward.RewardConfig, [*map(str, flags), "--resume"]))
+        train(*flags, "--resume")
     with pytest.raises(InputError, match="another comparisons 2 file"):  # one file fewer
-        train_reward.main(parse_cli(train_reward.RewardConfig, [*map(str, flags[:-1]), "--resume"]))
+        train(*flags[:-1], "--resume")

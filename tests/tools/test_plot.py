@@ -1,11 +1,14 @@
-"""rlhf.tools.plot reads what train_ppo.py writes, and says what is missing. --tensorboard writes the same metrics."""
+"""rlhf.tools.plot reads what train_ppo.py writes, and says what is missing. --tensorboard writes
+the same metrics."""
 
 import builtins
 
 import pytest
 
-from rlhf.support.cli import InputError, parse_cli
-from rlhf.support.tables import Progress
+import train_sft
+from rlhf.run.errors import InputError
+from rlhf.run.flags import parse_cli
+from rlhf.run.training import Training
 from rlhf.tools import plot
 from rlhf.tools.plot import PANELS, PlotConfig, main, read_metrics
 
@@ -24,7 +27,9 @@ def without(monkeypatch, package):
 
 def test_plot_takes_folders_without_a_flag():
     assert parse_cli(PlotConfig, []).runs == ("runs",)
-    assert parse_cli(PlotConfig, ["a", "b", "--out", "c.png"]) == PlotConfig(runs=("a", "b"), out="c.png")
+    assert parse_cli(PlotConfig, ["a", "b", "--out", "c.png"]) == PlotConfig(
+        runs=("a", "b"), out="c.png"
+    )
     with pytest.raises(ValueError, match="--panels gold,silver: give some of score,gold,kl_ref"):
         PlotConfig(panels="gold,silver")
 
@@ -34,16 +39,25 @@ def test_read_metrics_has_every_panel_and_leaves_out_empty_ones(trained, tmp_pat
     columns = ["step", "score", "gold", "kl_ref", "entropy", "clip_fraction"]
     assert list(metrics) == columns and metrics["step"] == [1, 2, 3, 4]
     assert list(PANELS) == [*columns[1:], "optimality"]
-    (tmp_path / "ppo.csv").write_text("step,score,gold,kl_ref,entropy,clip_fraction\n1,0.5,,0,2,0\n2,0.7,,1,2,0\n")
-    assert read_metrics(tmp_path / "ppo.csv") == {"step": [1, 2], "score": [0.5, 0.7], "kl_ref": [0, 1],
-                                                  "entropy": [2, 2], "clip_fraction": [0, 0]}
+    (tmp_path / "ppo.csv").write_text(
+        "step,score,gold,kl_ref,entropy,clip_fraction\n1,0.5,,0,2,0\n2,0.7,,1,2,0\n"
+    )
+    assert read_metrics(tmp_path / "ppo.csv") == {
+        "step": [1, 2],
+        "score": [0.5, 0.7],
+        "kl_ref": [0, 1],
+        "entropy": [2, 2],
+        "clip_fraction": [0, 0],
+    }
     with pytest.raises(InputError, match="run train_ppo.py first"):
         read_metrics(tmp_path / "nothing.csv")
 
 
 def test_optimality_is_the_mean_objective_of_fifteen_steps_on_the_scale_of_evaluation_csv(tmp_path):
-    """Objectives 0, 1, ... 29: the mean around step 15 is 14; on a scale from -1 to 24 that is 15/25."""
-    (tmp_path / "ppo.csv").write_text("step,objective\n" + "".join(f"{i + 1},{i}\n" for i in range(30)))
+    """Objectives 0, 1, ... 29: the mean around step 15 is 14; on a scale from -1 to 24 that is
+    15/25."""
+    lines = [f"{i + 1},{i}\n" for i in range(30)]
+    (tmp_path / "ppo.csv").write_text("step,objective\n" + "".join(lines))
     (tmp_path / "evaluation.csv").write_text("policy,objective\nsft,-1\nppo,20\n")
     assert read_metrics(tmp_path / "ppo.csv") == {"step": list(range(1, 31))}
     (tmp_path / "evaluation.csv").write_text("policy,objective\nsft,-1\nppo,20\noptimum,24\n")
@@ -53,17 +67,25 @@ def test_optimality_is_the_mean_objective_of_fifteen_steps_on_the_scale_of_evalu
 
 
 def test_folders_of_the_same_name_share_a_colour(tmp_path, monkeypatch):
-    pyplot = pytest.importorskip("matplotlib", reason="matplotlib is not installed") and plot.load_pyplot()
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pyplot = plot.load_pyplot()
     figures = []
-    monkeypatch.setattr(pyplot, "subplots", lambda *a, real=pyplot.subplots, **k: figures.append(real(*a, **k)) or
-                        figures[-1])
-    for name in ("0/rloo", "1/rloo", "0/gae"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "ppo.csv").write_text("step,score,gold\n1,0.5,1\n2,0.7,1\n")
-    main(PlotConfig(tuple(str(tmp_path / name) for name in ("0/rloo", "1/rloo", "0/gae")), "gold", str(tmp_path / "a")))
-    (ax,) = figures[0][1][0]
+    subplots = pyplot.subplots
+
+    def spy(*args, **kwargs):
+        figures.append(subplots(*args, **kwargs))
+        return figures[-1]
+
+    monkeypatch.setattr(pyplot, "subplots", spy)
+    folders = [tmp_path / name for name in ("0/rloo", "1/rloo", "0/gae")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "ppo.csv").write_text("step,score,gold\n1,0.5,1\n2,0.7,1\n")
+    main(PlotConfig(tuple(map(str, folders)), "gold", str(tmp_path / "a")))
+    _, axes = figures[0]
+    (ax,) = axes[0]
     assert ax.get_title() == "gold (judge)"
-    first, second, third = (line.get_color() for line in ax.get_lines())
+    first, second, third = [line.get_color() for line in ax.get_lines()]
     assert first == second != third
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["rloo", "gae"]
 
@@ -81,16 +103,23 @@ def test_missing_package_gives_one_line(monkeypatch, tmp_path):
         main(PlotConfig())
     without(monkeypatch, "tensorboard")
     with pytest.raises(InputError, match="pip install tensorboard"):
-        Progress(tmp_path / "x.csv", 4, {"step": 0, "metrics": []}, ("loss",), tensorboard=True)
+        begin_run(tmp_path)
+
+
+def begin_run(folder):
+    """A run with --tensorboard that has no model."""
+    cfg = train_sft.SFTConfig(out=str(folder), steps=4, tensorboard=True)
+    return Training(cfg, model=None, optimizer=None, compute=None, tokenizer=None, inputs={})
 
 
 def test_tensorboard_gets_the_metrics_of_the_csv(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    progress = Progress(tmp_path / "sft.csv", 4, {"step": 0, "metrics": []}, ("loss",), tensorboard=True)
+    run = begin_run(tmp_path)
     for step in (1, 2):
-        progress.log(step, loss=step / 4, valid=None)
+        run.log(step, {"loss": step / 4, "valid": None}, show=("loss",))
     events = EventAccumulator(str(tmp_path / "tensorboard" / "sft")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("sft/loss")] == [(1, 0.25), (2, 0.5)]
+    losses = [(event.step, event.value) for event in events.Scalars("sft/loss")]
+    assert losses == [(1, 0.25), (2, 0.5)]
     assert "sft/valid" not in events.Tags()["scalars"]

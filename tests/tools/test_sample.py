@@ -9,13 +9,14 @@ import torch
 from torch.testing import assert_close
 
 import train_sft
-from rlhf.extras.sampling import Sampler, filter_top_k_top_p
-from rlhf.rollout import generate
-from rlhf.support.checkpoints import load_policy
-from rlhf.support.cli import InputError, parse_cli
+from rlhf.methods.top_p import Sampler, filter_top_k_top_p
+from rlhf.run.errors import InputError
+from rlhf.run.flags import parse_cli
+from rlhf.run.loading import load_policy
+from rlhf.sampling import generate
 from rlhf.tools import sample
-from rlhf.tools.sample import SampleConfig, shorten
-from tests.helpers import TINY
+from rlhf.tools.sample import Response, SampleConfig, shorten
+from tests.helpers import tiny
 
 
 def kept(logits):
@@ -56,14 +57,16 @@ def test_filter_does_not_change_the_logits_it_keeps():
 
 
 def test_sampler_filters_and_divides_the_logits(gpt):
-    """top_k = 1 is greedy: at any temperature each token is the argmax of a forward pass without a cache. Temperature
-    1/2 doubles the logits."""
+    """top_k = 1 is greedy: at any temperature each token is the argmax of a forward pass without a
+    cache. Temperature 1/2 doubles the logits."""
     prompts, lens = torch.tensor([[1, 2, 3]]), torch.tensor([3])
     tokens, _ = generate(Sampler(gpt, 3.0, 1, 1.0), prompts, lens, 8, eos_id=99)
     for t in range(3, 11):
         assert tokens[0, t] == gpt(tokens[:, :t])[0, -1].argmax()
     hidden = gpt.hidden(prompts)[:, -1]
-    assert_close(Sampler(gpt, 0.5, 0, 1.0).logits(hidden), 2 * gpt.logits(hidden), atol=1e-12, rtol=0)
+    assert_close(
+        Sampler(gpt, 0.5, 0, 1.0).logits(hidden), 2 * gpt.logits(hidden), atol=1e-12, rtol=0
+    )
 
 
 class Letters:
@@ -75,10 +78,14 @@ class Letters:
 def test_shorten_leaves_out_whole_leading_turns():
     first, second = "\n\nHuman: a\n\nAssistant: b", "\n\nHuman: c\n\nAssistant:"
     both = first + second
-    assert shorten(both, Letters, 100)[0] == both
-    assert shorten(both, Letters, len(both) - 1)[0] == second
-    with pytest.raises(InputError, match=f"takes {len(second)} tokens and there is room for {len(second) - 1}"):
+    assert shorten(both, Letters, 100).text == both
+    assert shorten(both, Letters, len(both) - 1).text == second
+    message = f"takes {len(second)} tokens and there is room for {len(second) - 1}"
+    with pytest.raises(InputError, match=message):
         shorten(both, Letters, len(second) - 1)
+
+
+HELLO = ["--prompt", "Hello?", "--max-new-tokens", 5]
 
 
 def run(*flags):
@@ -88,23 +95,26 @@ def run(*flags):
 def test_two_checkpoints_respond_with_score_and_gold(trained, capsys):
     """Each gives two responses. The same seed gives the same responses again."""
     data, out, _ = trained
+    checkpoints = ["--checkpoint", out / "sft.pt", "--checkpoint", out / "ppo.pt"]
+    settings = ["--prompt", "Hello?", "--samples", 2, "--max-new-tokens", 5, "--data", data]
     shown = []
     for _ in range(2):
-        run("--checkpoint", out / "sft.pt", "--checkpoint", out / "ppo.pt", "--prompt", "Hello?", "--samples", 2,
-            "--max-new-tokens", 5, "--data", data)
+        run(*checkpoints, *settings)
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
     lines = [line for line in shown[0].splitlines() if "score" in line]
     assert len(lines) == 4 and all("gold" in line for line in lines)
-    assert shown[0].count(f"{out / 'sft.pt'}: ") == 2 and shown[0].count(f"{out / 'ppo.pt'}: ") == 2
+    assert shown[0].count(f"{out / 'sft.pt'}: ") == 2
+    assert shown[0].count(f"{out / 'ppo.pt'}: ") == 2
 
 
 def test_unusable_reward_model_gives_a_note_or_an_error(trained, tmp_path, capsys):
-    """If it was found beside the checkpoint, there is a note and no score. If a flag names it, that is an error."""
+    """If it was found beside the checkpoint, there is a note and no score. If a flag names it, that
+    is an error."""
     data, out, _ = trained
     (tmp_path / "sft.pt").write_bytes((out / "sft.pt").read_bytes())
     (tmp_path / "reward.pt").write_bytes(b"garbled")
-    flags = ["--checkpoint", tmp_path / "sft.pt", "--prompt", "Hello?", "--max-new-tokens", 5, "--data", data]
+    flags = ["--checkpoint", tmp_path / "sft.pt", *HELLO, "--data", data]
     with pytest.raises(InputError, match="is not a checkpoint of this project"):
         run(*flags, "--reward", tmp_path / "reward.pt")
     run(*flags)
@@ -125,33 +135,41 @@ def test_policy_is_sampled_at_its_training_temperature(trained, tmp_path):
 
 
 def test_tokenizer_is_the_one_that_the_checkpoint_names(trained, tmp_path, monkeypatch, capsys):
-    """The checkpoint of train_sft.py --tokenizer FILE names the file, and the data set's own tokenizer is not used."""
+    """The checkpoint of train_sft.py --tokenizer FILE names the file, and the data set's own
+    tokenizer is not used."""
     data, out, _ = trained
     ranks = (data / "tokenizer.tiktoken").read_text().splitlines(keepends=True)[:-1]
     (tmp_path / "mine.tiktoken").write_text("".join(ranks))
-    flags = ["--device", "cpu", *TINY["sft"].split(), "--steps", "1", "--data", str(data), "--out", str(tmp_path),
-             "--tokenizer", str(tmp_path / "mine.tiktoken")]
+    files = ["--data", data, "--out", tmp_path, "--tokenizer", tmp_path / "mine.tiktoken"]
+    flags = tiny("sft", "--steps", 1, *files)
     train_sft.main(parse_cli(train_sft.SFTConfig, flags))
     capsys.readouterr()
-    run("--checkpoint", out / "sft.pt", tmp_path / "sft.pt", "--prompt", "Hello?", "--max-new-tokens", 5)
+    run("--checkpoint", out / "sft.pt", tmp_path / "sft.pt", *HELLO)
     note, first, second = capsys.readouterr().out.splitlines()
     assert note.startswith("going on without gold: ")
-    assert "score" in first and "score" not in second  # the reward model knows the first tokenizer only
+    # The reward model knows only the first tokenizer.
+    assert "score" in first and "score" not in second
 
     def no_internet(name):
         raise AssertionError(f"{name} is asked for")
 
-    monkeypatch.setattr("tiktoken.get_encoding", no_internet)  # the folder has no ranks, which does not mean GPT-2's
+    # The folder has no ranks, which does not mean GPT-2's.
+    monkeypatch.setattr("tiktoken.get_encoding", no_internet)
     (tmp_path / "bare").mkdir()
-    run("--checkpoint", tmp_path / "sft.pt", "--prompt", "Hello?", "--max-new-tokens", 5, "--data", tmp_path / "bare")
+    run("--checkpoint", tmp_path / "sft.pt", *HELLO, "--data", tmp_path / "bare")
 
 
 def test_dialogue_goes_on_until_an_empty_line(trained, monkeypatch, capsys):
-    """The second prompt begins with the first one and its response. With --plain each prompt stands by itself."""
+    """The second prompt begins with the first one and its response. With --plain each prompt stands
+    by itself."""
     data, out, _ = trained
     seen = []
-    monkeypatch.setattr(sample, "reply", lambda gpt, prompt, *_: seen.append(prompt) or [
-        {"response": "fine", "score": None, "gold": None, "ended": True}])
+
+    def respond(policy, prompt, *_):
+        seen.append(prompt)
+        return [Response("fine", score=None, gold=None, ended=True)]
+
+    monkeypatch.setattr(sample, "respond", respond)
     for flags in ([], ["--plain"]):
         monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n\nthree\n"))
         run("--checkpoint", out / "sft.pt", "--data", data, *flags)
@@ -169,11 +187,16 @@ def test_too_long_question_does_not_end_the_dialogue(trained, monkeypatch, capsy
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--checkpoint", "OUT/reward.pt"], "a checkpoint of train_sft.py or train_ppo.py is needed"),
-     (["--checkpoint", "OUT/none.pt"], "does not exist"),
-     (["--checkpoint", "OUT/sft.pt", "--data", "nowhere"], "there is no such folder"),
-     (["--checkpoint", "OUT/sft.pt", "--prompt", "x " * 99], "shorten it"),
-     (["--checkpoint", "OUT/sft.pt", "--reward", "OUT/ppo.pt"], "written by train_ppo.py")],
+    [
+        (
+            ["--checkpoint", "OUT/reward.pt"],
+            "a checkpoint of train_sft.py or train_ppo.py is needed",
+        ),
+        (["--checkpoint", "OUT/none.pt"], "does not exist"),
+        (["--checkpoint", "OUT/sft.pt", "--data", "nowhere"], "there is no such folder"),
+        (["--checkpoint", "OUT/sft.pt", "--prompt", "x " * 99], "shorten it"),
+        (["--checkpoint", "OUT/sft.pt", "--reward", "OUT/ppo.pt"], "written by train_ppo.py"),
+    ],
 )
 def test_sample_rejects_bad_input(trained, flags, message):
     data, out, _ = trained
@@ -181,7 +204,9 @@ def test_sample_rejects_bad_input(trained, flags, message):
         run("--data", data, "--prompt", "Hi", *[flag.replace("OUT", str(out)) for flag in flags])
 
 
-@pytest.mark.parametrize("flags", [["--top-p", "0"], ["--top-p", "1.5"], ["--top-k", "-1"], ["--temperature", "0"]])
+@pytest.mark.parametrize(
+    "flags", [["--top-p", "0"], ["--top-p", "1.5"], ["--top-k", "-1"], ["--temperature", "0"]]
+)
 def test_sample_config_rejects_impossible_values(flags):
     with pytest.raises(SystemExit) as stop:
         parse_cli(SampleConfig, flags)

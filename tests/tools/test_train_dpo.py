@@ -1,4 +1,5 @@
-"""rlhf.tools.train_dpo: what it starts from and learns from, what it writes, and what reads that."""
+"""rlhf.tools.train_dpo: what it starts from and learns from, what it writes, and what reads
+that."""
 
 import math
 import re
@@ -7,22 +8,25 @@ import pytest
 import torch
 
 from rlhf.data import encode_response
-from rlhf.extras import alternatives
-from rlhf.support import runtime
-from rlhf.support.checkpoints import load_policy, load_reward_model
-from rlhf.support.cli import InputError, parse_cli
+from rlhf.methods import dpo
+from rlhf.run.errors import InputError
+from rlhf.run.flags import parse_cli
+from rlhf.run.loading import load_policy, load_reward_model
 from rlhf.tokenizer import find_tokenizer
 from rlhf.tools import export, optimality, sample, train_dpo, walk
 from rlhf.tools.train_dpo import DPOConfig
 from tests.helpers import ROOT, rows, stopped_by_its_first_checkpoint
 
-FLAGS = ["--device", "cpu", "--steps", "6", "--batch-size", "8", "--eval-every", "3", "--log-every", "1",
-         "--max-new-tokens", "8", "--eval-prompts", "10", "--warmup", "2", "--lr", "0.01", "--beta", "0.5"]
+FLAGS = (
+    "--device cpu --steps 6 --batch-size 8 --eval-every 3 --log-every 1 --max-new-tokens 8 "
+    "--eval-prompts 10 --warmup 2 --lr 0.01 --beta 0.5"
+).split()
 
 
 def run(trained, out, *more):
     data, models, _ = trained
-    flags = [*FLAGS, "--data", data, "--sft", models / "sft.pt", "--reward", models / "reward.pt", "--out", out, *more]
+    files = ["--data", data, "--sft", models / "sft.pt", "--reward", models / "reward.pt"]
+    flags = [*FLAGS, *files, "--out", out, *more]
     train_dpo.main(parse_cli(DPOConfig, list(map(str, flags))))
 
 
@@ -41,42 +45,70 @@ def test_train_dpo_writes_its_files(finished):
 
 
 def test_metrics_page_lists_the_columns_of_dpo_csv(finished):
-    section = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").split("\n## dpo.csv\n")[1].split("\n## ")[0]
+    section = (
+        (ROOT / "docs" / "metrics.md")
+        .read_text(encoding="utf-8")
+        .split("\n## dpo.csv\n")[1]
+        .split("\n## ")[0]
+    )
     assert re.findall(r"^\| `(\w+)` \|", section, flags=re.M) == list(rows(finished / "dpo.csv")[0])
 
 
 def test_first_loss_is_ln_2_and_the_loss_falls(finished):
-    """The policy starts as its reference: both log ratios are 0, and half of the pairs count as right."""
+    """The policy starts as its reference: both log ratios are 0, and half of the pairs count as
+    right."""
     first, *_, last = log = rows(finished / "dpo.csv")
     assert [int(row["step"]) for row in log] == [1, 2, 3, 4, 5, 6]
     assert float(first["loss"]) == pytest.approx(math.log(2), abs=1e-6)
     assert float(first["chosen_log_ratio"]) == float(first["rejected_log_ratio"]) == 0
     assert float(first["accuracy"]) == 0.5 and float(last["loss"]) < 0.6
     assert [row["heldout"] != "" for row in log] == [False, False, True, False, False, True]
-    factors = [0.5, 1, 1, 0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1 + 0.45 * (1 - 0.5**0.5)]  # up, then half a cosine
+    factors = [
+        0.5,
+        1,
+        1,
+        0.1 + 0.45 * (1 + 0.5**0.5),
+        0.55,
+        0.1 + 0.45 * (1 - 0.5**0.5),
+    ]  # up, then half a cosine
     assert [float(row["lr"]) for row in log] == pytest.approx([0.01 * factor for factor in factors])
 
 
-def test_train_dpo_learns_from_comparisons_against_a_frozen_reference(trained, tmp_path, monkeypatch):
+def test_train_dpo_learns_from_comparisons_against_a_frozen_reference(
+    trained, tmp_path, monkeypatch
+):
     """From comparisons.csv; the held-out file only for `heldout`, all of its 40 rows."""
     data, models, _ = trained
-    sft, tokenizer, batches, seen = load_policy(models / "sft.pt", "sft")[0], find_tokenizer(str(data)), [], []
-    pair_logprobs = alternatives.pair_logprobs
+    sft, _ = load_policy(models / "sft.pt", "sft")
+    tokenizer = find_tokenizer(str(data))
+    batches = []
+    seen = []
+    pair_logprobs = dpo.pair_logprobs
+
+    def is_sft(gpt):
+        pairs = zip(gpt.state_dict().values(), sft.state_dict().values())
+        return all(torch.equal(a, b) for a, b in pairs)
 
     def spy(part, policy, reference, *rest):
-        batches.append([tuple(row.prompt.tokens + row.chosen) + tuple(row.rejected) for row in part])
-        same = [all(torch.equal(a, b) for a, b in zip(gpt.state_dict().values(), sft.state_dict().values()))
-                for gpt in (policy, reference)]
-        seen.append(same)
+        batches.append(
+            [tuple(row.prompt.tokens + row.chosen) + tuple(row.rejected) for row in part]
+        )
+        seen.append([is_sft(policy), is_sft(reference)])
         return pair_logprobs(part, policy, reference, *rest)
 
     monkeypatch.setattr(train_dpo, "pair_logprobs", spy)
-    monkeypatch.setattr(alternatives, "pair_logprobs", spy)
+    monkeypatch.setattr(dpo, "pair_logprobs", spy)
     run(trained, tmp_path, "--steps", 3)
     known = {}
     for name in ("comparisons", "comparisons_heldout"):
-        known[name] = {tuple(tokenizer.encode(row["Prompt"]) + encode_response(tokenizer, row["Chosen"])
-                             + encode_response(tokenizer, row["Rejected"])) for row in rows(data / f"{name}.csv")}
+        known[name] = {
+            tuple(
+                tokenizer.encode(row["Prompt"])
+                + encode_response(tokenizer, row["Chosen"])
+                + encode_response(tokenizer, row["Rejected"])
+            )
+            for row in rows(data / f"{name}.csv")
+        }
     assert [len(batch) for batch in batches] == [8, 8, 8, 40]
     assert all(set(batch) <= known["comparisons"] for batch in batches[:3])
     assert set(batches[3]) == known["comparisons_heldout"]
@@ -91,7 +123,7 @@ def test_micro_batches_sum_to_the_batch(trained, tmp_path, monkeypatch, size):
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runtime, "optimizer_step", stop)
+    monkeypatch.setattr(train_dpo, "optimizer_step", stop)
     for micro_batch_size in (0, size):
         with pytest.raises(KeyboardInterrupt):
             run(trained, tmp_path, "--micro-batch-size", micro_batch_size)
@@ -99,12 +131,15 @@ def test_micro_batches_sum_to_the_batch(trained, tmp_path, monkeypatch, size):
 
 
 def test_default_beta_is_kl_coef_in_log_odds(trained, tmp_path, capsys):
-    """kl_coef times the scale of the reward model, which train_reward.py has divided the scores by."""
+    """kl_coef times the scale of the reward model, which train_reward.py has divided the scores
+    by."""
     scale = load_reward_model(trained[1] / "reward.pt")[0].scale.item()
     run(trained, tmp_path, "--steps", 1, "--beta", 0, "--kl-coef", 0.3)
     assert f"beta {0.3 * scale:.3g}," in capsys.readouterr().out
     for row in rows(tmp_path / "evaluation.csv"):
-        assert float(row["objective"]) == pytest.approx(float(row["score"]) - 0.3 * float(row["kl_ref"]), abs=1e-4)
+        assert float(row["objective"]) == pytest.approx(
+            float(row["score"]) - 0.3 * float(row["kl_ref"]), abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -114,22 +149,30 @@ def test_resumed_run_equals_the_uninterrupted_run(trained, tmp_path, monkeypatch
     with stopped_by_its_first_checkpoint():
         run(trained, cut, "--lora-rank", rank)
     assert torch.load(cut / "dpo.pt", weights_only=True)["step"] == 3
-    with pytest.raises(InputError, match="at step 3 of 6: finish it with `python -m rlhf.tools.train_dpo --resume`"):
+    with pytest.raises(
+        InputError, match="at step 3 of 6: finish it with `python -m rlhf.tools.train_dpo --resume`"
+    ):
         load_policy(cut / "dpo.pt", "sft", "ppo")
     run(trained, cut, "--lora-rank", rank, "--resume")
-    one, other = (torch.load(folder / "dpo.pt", weights_only=True)["model"] for folder in (whole, cut))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    one = torch.load(whole / "dpo.pt", weights_only=True)["model"]
+    other = torch.load(cut / "dpo.pt", weights_only=True)["model"]
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
     clock = {"tokens_per_s", "seconds"}
     for row, same in zip(rows(whole / "dpo.csv"), rows(cut / "dpo.csv"), strict=True):
-        assert {k: v for k, v in row.items() if k not in clock} == {k: v for k, v in same.items() if k not in clock}
+        assert {k: v for k, v in row.items() if k not in clock} == {
+            k: v for k, v in same.items() if k not in clock
+        }
 
 
 def test_tools_read_dpo_pt(finished, trained, tmp_path, capsys):
-    """optimality keeps the rows sft and dpo and adds two; walk has nothing to show; train_reward.py starts from sft.pt
-    only."""
+    """optimality keeps the rows sft and dpo and adds two; walk has nothing to show; train_reward.py
+    starts from sft.pt only."""
     path, before = str(finished / "dpo.pt"), rows(finished / "evaluation.csv")
     flags = ["--checkpoint", path, "--data", str(trained[0])]
-    optimality.main(parse_cli(optimality.OptimalityConfig, [*flags, "--prompts", "3", "--samples", "8"]))
+    optimality.main(
+        parse_cli(optimality.OptimalityConfig, [*flags, "--prompts", "3", "--samples", "8"])
+    )
     assert "DPO's optimality has a standard error" in capsys.readouterr().out
     after = rows(finished / "evaluation.csv")
     assert [row["policy"] for row in after] == ["sft", "dpo", "best_of_n", "optimum"]
@@ -137,11 +180,15 @@ def test_tools_read_dpo_pt(finished, trained, tmp_path, capsys):
         for name in ("score", "kl_ref", "objective", "distinct"):
             assert float(new[name]) == pytest.approx(float(old[name]), rel=1e-5, abs=1e-6)
     sample.main(parse_cli(sample.SampleConfig, ["--checkpoint", path, "--prompt", "Hello."]))
-    export.main(parse_cli(export.ExportConfig, ["--checkpoint", path, "--out", str(tmp_path / "exported")]))
+    export.main(
+        parse_cli(export.ExportConfig, ["--checkpoint", path, "--out", str(tmp_path / "exported")])
+    )
     assert (tmp_path / "exported" / "config.json").is_file()
     with pytest.raises(InputError, match="no value network to follow"):
         walk.main(parse_cli(walk.WalkConfig, flags))
-    with pytest.raises(InputError, match="was written by -m rlhf.tools.train_dpo; a checkpoint of train_sft.py"):
+    with pytest.raises(
+        InputError, match="was written by -m rlhf.tools.train_dpo; a checkpoint of train_sft.py"
+    ):
         load_policy(finished / "dpo.pt", "sft")
 
 

@@ -1,0 +1,120 @@
+"""An option of train_reward.py: rankings of K responses to a prompt, in place of comparisons of
+two.
+
+    rankings.csv   Prompt, Response, Rank   the rows of one prompt are one ranking; lower is better
+                   Group                    optional: separates rankings of the same prompt
+
+Annotators who rank K responses give K(K-1)/2 comparisons for little more work. Those are not
+independent, so a prompt's pairs are one element of the loss, and its responses go through the model
+once rather than once per pair (Ouyang et al. 2022, section 3.5).
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.data import encode_response, pad_rows
+from rlhf.losses import ranking_loss
+from rlhf.model import RewardModel
+from rlhf.run.device import Compute
+from rlhf.run.errors import InputError
+from rlhf.run.files import check_lengths, read_csv
+from rlhf.tokenizer import Tokenizer
+
+# ---- reading ----
+
+
+class Ranking(NamedTuple):
+    responses: list[list[int]]  # prompt, response and end-of-text of each
+    ranks: list[int]
+
+    @property
+    def size(self) -> int:
+        """Tokens that the model reads."""
+        return sum(map(len, self.responses))
+
+
+def load_rankings(path: Path, tokenizer: Tokenizer, limit: int) -> list[Ranking]:
+    """One Ranking per prompt (and group), in the order in which they first come.
+
+    A response that comes again in its ranking counts once, where it stands first: against itself it
+    can teach nothing. A ranking without a pair (a single response, or all tied) is dropped. Both
+    counts are printed.
+    """
+    frame = read_csv(path, ("Prompt", "Response", "Rank"), optional=("Group",))
+    rankings = {}
+    lengths = []
+    repeated = 0
+    for row, (prompt, response, rank, *group) in enumerate(frame.itertuples(index=False), start=1):
+        check_rank(path, row, rank)
+        ranking = rankings.setdefault((prompt, *group), Ranking([], []))
+        tokens = tokenizer.encode(prompt) + encode_response(tokenizer, response)
+        lengths.append(len(tokens))
+        if tokens in ranking.responses:
+            repeated += 1
+            continue
+        ranking.responses.append(tokens)
+        ranking.ranks.append(int(rank))
+    check_lengths(path, lengths, limit, "the prompt with its response")
+    if repeated:
+        print(f"{path}: {repeated} responses left out, which come twice in their ranking")
+    return drop_without_pair(path, list(rankings.values()))
+
+
+def check_rank(path: Path, row: int, rank: str) -> None:
+    """Raise InputError if a rank is not a whole number from 0 to 2**31 - 1."""
+    is_number = rank.strip().isdecimal() and len(rank) < 11
+    if not is_number or int(rank) >= 2**31:
+        raise InputError(
+            f"{path}, row {row}: Rank is {rank[:40]!r}; it must be a whole number below 2**31"
+        )
+
+
+def drop_without_pair(path: Path, rankings: list[Ranking]) -> list[Ranking]:
+    """The rankings with two different ranks. Raises InputError if there is none."""
+    kept = [ranking for ranking in rankings if len(set(ranking.ranks)) > 1]
+    dropped = len(rankings) - len(kept)
+    if dropped:
+        print(f"{path}: {dropped} of {len(rankings)} rankings dropped, they have no two ranks")
+    if not kept:
+        raise InputError(
+            f"{path}: no ranking has two responses of different rank; there is nothing to learn"
+        )
+    return kept
+
+
+# ---- the loss ----
+
+
+def ranking_batch(rows: list[Ranking], pad_id: int, device) -> tuple[Tensor, Tensor, Tensor]:
+    """-> tokens (R, T) and lengths (R,) of all responses of all rows; ranks (N, K), -1 where a row
+    has fewer than K."""
+    responses = []
+    for row in rows:
+        responses += row.responses
+    tokens, lengths = pad_rows(responses, pad_id, device)  # (R, T), (R,)
+    K = max(len(row.ranks) for row in rows)
+    padded = [row.ranks + [-1] * (K - len(row.ranks)) for row in rows]
+    return tokens, lengths, torch.tensor(padded, device=device)
+
+
+def score_rankings(
+    model: RewardModel, rows: list[Ranking], pad_id: int, compute: Compute
+) -> tuple[Tensor, Tensor]:
+    """The loss of a batch of rankings, and the margins of all its pairs, better minus worse."""
+    tokens, lengths, ranks = ranking_batch(rows, pad_id, compute.device)  # (R, T), (R,), (N, K)
+    with compute.autocast():
+        flat = model(tokens, lengths)  # (R,)
+    scores = flat.new_zeros(ranks.shape).masked_scatter(ranks >= 0, flat)  # (N, K)
+    return ranking_loss(scores, ranks), pair_margins(scores, ranks).detach()
+
+
+def pair_margins(scores: Tensor, ranks: Tensor) -> Tensor:
+    """The score of the better minus that of the worse, of all pairs: (N, K), (N, K) -> (pairs,)."""
+    first = ranks.unsqueeze(2)  # (N, K, 1)
+    second = ranks.unsqueeze(1)  # (N, 1, K)
+    better = (first < second) & (first >= 0)  # (N, K, K): True where i beats j
+    margins = scores.unsqueeze(2) - scores.unsqueeze(1)  # (N, K, K)
+    return margins[better]

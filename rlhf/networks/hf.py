@@ -1,0 +1,416 @@
+"""Any causal language model of Hugging Face's transformers in the place of the GPT:
+`train_sft.py --init`.
+
+    pip install .[hf]     # transformers, and what it needs for GGUF files and 4 bits
+    python train_sft.py --init FOLDER_OR_NAME_OR_GGUF --lora-rank 16
+                          # then the other two scripts, with the same rank
+
+HF has the interface of GPT (hidden, logits, make_cache, config, temperature), so everything else
+works on it unchanged. With --lora-rank a checkpoint holds adapters and heads, and names the model
+under them. Then all networks of a run share that model's weights, and each has its own adapters.
+Those of the policy and of the reward model start as copies of sft.pt's, those of the value network
+as copies of the reward model's, and the reference keeps sft.pt's.
+
+The model brings its own tokenizer. If it expects a begin-of-text token, HF puts that before each
+row, so the rest of the project does not see it.
+"""
+
+import copy
+import functools
+import hashlib
+import importlib
+import inspect
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf.networks.gpt2 import PRETRAINED
+from rlhf.networks.lora import add_adapters
+from rlhf.run.errors import InputError
+from rlhf.run.files import csv_path, digests, read_csv
+
+ATTENTION = {"full_attention", "sliding_attention"}  # layers whose memory is keys and values
+
+
+@dataclass(frozen=True)
+class HFConfig:
+    init: str  # what transformers loads: a folder, a GGUF file, or a name on the Hugging Face hub
+    rank: int  # of the adapters; 0: none, all weights are in the checkpoint
+    four_bit: bool
+    kept: tuple[int, ...]  # the model's ids of the tokens that are kept; empty: all
+    block_size: int = 0  # this and n_embd are the model's
+    n_embd: int = 0
+
+
+# ---- the tokenizer ----
+
+
+class HFTokenizer:
+    """A model's own tokenizer, with the interface of rlhf.tokenizer.Tokenizer.
+
+    With `kept`, token i is the model's token kept[i]. A token that is not kept is spelled in bytes.
+    """
+
+    def __init__(self, init: str, kept: tuple[int, ...] = ()):
+        self.name = init
+        self.original = load_tokenizer(init)
+        self.vocab = self.original.get_vocab()
+        self.kept = kept or range(max(self.vocab.values()) + 1)
+        self.new_ids = {old: new for new, old in enumerate(self.kept)}
+        self.vocab_size = len(self.kept)
+        if self.original.eos_token_id is None:
+            raise InputError(
+                f"--init {init}: the tokenizer names no end-of-text token; give it one (eos_token)"
+            )
+        self.eos_id = self.new_ids[self.original.eos_token_id]
+        # Any token but end-of-text can be the pad. The model's own may be end-of-text, or have no
+        # row in the embedding.
+        self.pad_id = int(self.eos_id == 0)
+        self.begin = None  # begin-of-text, if the model expects it before each text
+        bos = self.original.bos_token_id
+        if bos is not None and self.original("")["input_ids"][:1] == [bos]:
+            self.begin = self.new_ids[bos]
+        contents = f"{self.original.backend_tokenizer.to_str()}{kept}"
+        self.fingerprint = hashlib.sha256(contents.encode()).hexdigest()[:16]
+
+    def __deepcopy__(self, memo):
+        return self  # nothing changes it
+
+    def encode(self, text: str) -> list[int]:
+        ids = []
+        for old in self.original_ids(text):
+            if old in self.new_ids:
+                ids.append(self.new_ids[old])
+            else:
+                ids += [self.new_ids[byte] for byte in self.spell(old)]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        # A model may have logits of more than its tokens.
+        old = [self.kept[i] for i in ids if i < len(self.kept)]
+        return self.original.decode(old, clean_up_tokenization_spaces=False)
+
+    def original_ids(self, text: str | list[str]) -> list:
+        """The model's ids of a text, or of each of several texts."""
+        encoded = self.original(text, add_special_tokens=False, split_special_tokens=True)
+        return encoded["input_ids"]
+
+    def spell(self, old: int) -> list[int]:
+        """The model's ids of the bytes of one of its tokens."""
+        text = self.original.convert_ids_to_tokens(old).replace("\u2581", " ")
+        if self.has_byte_names():
+            names = [f"<0x{byte:02X}>" for byte in text.encode()]
+        else:  # a letter for each byte; but a token that was added later holds spaces as they are
+            names = text.translate({32: "Ġ", 9: "ĉ", 10: "Ċ"})
+        return [self.vocab[name] for name in names]
+
+    def has_byte_names(self) -> bool:
+        """Whether bytes are called <0x41>, as in SentencePiece, and not by letters, as in GPT-2."""
+        return "<0x41>" in self.vocab
+
+
+@functools.lru_cache(maxsize=2)  # loading takes up to a minute
+def load_tokenizer(init: str):
+    return from_pretrained("AutoTokenizer", init)
+
+
+# ---- the network ----
+
+
+class Cache:
+    """The keys and values of the tokens read so far, as transformers keeps them: all of them, also
+    in layers with a sliding window, because some of the last ones may be pads."""
+
+    def __init__(self):
+        self.past = package("transformers").DynamicCache()
+        self.moved = False
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these."""
+        self.past.batch_select_indices(rows)
+
+    def pads_first(self, real: Tensor) -> Tensor:
+        """real (B, columns), which is 0 at a pad, with each row's pads before its tokens.
+
+        The first call moves the keys and values in the same way, because a sliding window counts
+        columns.
+        """
+        if not self.moved:
+            order = real[:, :-1].argsort(dim=1, stable=True)  # (B, columns so far)
+            order = order[:, None, :, None]  # (B, 1, columns so far, 1)
+            for layer in self.past.layers:
+                layer.keys = layer.keys.take_along_dim(order, dim=2)
+                layer.values = layer.values.take_along_dim(order, dim=2)
+            self.moved = True
+        return real.sort(dim=1).values
+
+
+class HF(nn.Module):
+    """A causal language model of transformers with the interface of rlhf.model.GPT.
+
+    trunk: the model without its output matrix, from tokens to hidden states.
+    lm_head: the output matrix; None if it is the token embedding.
+    """
+
+    temperature = 1.0
+
+    def __init__(self, config: HFConfig):
+        super().__init__()
+        base, self.tokenizer = load_base(config.init, config.kept, config.four_bit)
+        # With adapters, all networks share the weights of the base. Without, each has its own.
+        shared = {}
+        if config.rank:
+            shared = {id(parameter): parameter for parameter in base.parameters()}
+        model = copy.deepcopy(base, shared)
+        self.trunk = model.base_model
+        output = model.get_output_embeddings()
+        tied = output.weight is model.get_input_embeddings().weight
+        self.lm_head = None if tied else output
+
+        begin_columns = int(self.tokenizer.begin is not None)
+        context = self.trunk.config.max_position_embeddings - begin_columns
+        self.config = replace(config, block_size=context, n_embd=output.weight.size(1))
+        # Releases of transformers differ in the name of this argument.
+        arguments = inspect.signature(self.trunk.forward).parameters
+        self.cache_argument = "cache" if "cache" in arguments else "past_key_values"
+        if config.rank:
+            add_adapters(self, config.rank, None)
+            self.register_state_dict_post_hook(HF.leave_out_base)
+            self.register_load_state_dict_post_hook(HF.allow_missing_base)
+        else:
+            self.requires_grad_(True)
+
+    def leave_out_base(self, state: dict, prefix: str, _) -> None:
+        """Of a network with adapters, the state dict holds nothing else."""
+        for name in list(state):
+            if name.startswith(prefix) and not name.endswith((".A", ".B", ".scale")):
+                del state[name]
+
+    def allow_missing_base(self, incompatible) -> None:
+        frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
+        missing = incompatible.missing_keys
+        missing[:] = [name for name in missing if not name.endswith(tuple(frozen))]
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: Cache | None = None,
+        positions: Tensor | None = None,
+        readable: Tensor | None = None,
+    ) -> Tensor:
+        """As GPT.hidden: tokens (B, T) -> (B, T, C)."""
+        begin = self.tokenizer.begin
+        shift = int(begin is not None)  # begin-of-text takes a column
+        past = None if cache is None else cache.past
+        continues = past is not None and past.get_seq_length() > 0
+        first = 0 if continues else shift
+        if first:
+            tokens = F.pad(tokens, (first, 0), value=begin)  # (B, first + T)
+        if positions is not None:
+            positions = positions + shift
+        mask = None
+        if readable is not None:
+            real = F.pad(readable[:, 0, 0].int(), (shift, 0), value=1)  # (B, shift + columns)
+            mask = cache.pads_first(real)
+        output = self.trunk(
+            tokens,
+            attention_mask=mask,
+            use_cache=cache is not None,
+            position_ids=positions,
+            **{self.cache_argument: past},
+        )
+        return output.last_hidden_state[:, first:]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, V)"""
+        if self.lm_head is None:
+            logits = F.linear(hidden, self.trunk.get_input_embeddings().weight)
+        else:
+            logits = self.lm_head(hidden)
+        return logits / self.temperature
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) -> logits (B, T, V); logits[:, t] are of token t+1."""
+        return self.logits(self.hidden(tokens))
+
+    def make_cache(self, batch_size: int, max_length: int) -> Cache:
+        return Cache()
+
+
+# ---- the model under it, loaded once ----
+
+
+@functools.lru_cache(maxsize=1)
+def load_base(init: str, kept: tuple[int, ...], four_bit: bool) -> tuple[nn.Module, HFTokenizer]:
+    """A model of transformers, in float32 or with linear layers in 4 bits, and its tokenizer.
+
+    Raises InputError if it cannot be loaded or used.
+    """
+    model = from_pretrained("AutoModelForCausalLM", init, dtype=torch.float32).eval()
+    check_usable(init, model)
+    if kept:
+        keep_tokens(model, list(kept))
+    if four_bit:
+        hold_in_four_bits(model.base_model)
+    return model, HFTokenizer(init, kept)
+
+
+def package(name: str):
+    """The imported package. Raises InputError if the extra is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(
+            f"--init of this kind needs the package {name}: pip install .[hf] ({error})"
+        ) from error
+
+
+def from_pretrained(kind: str, init: str, **options):
+    """transformers.KIND.from_pretrained(init). Raises InputError if that fails."""
+    where = init
+    if init.endswith(".gguf"):
+        where = Path(init).parent
+        options["gguf_file"] = Path(init).name
+    load = getattr(package("transformers"), kind).from_pretrained
+    try:
+        return load(where, **options)
+    except Exception as error:  # no such folder, no connection, a damaged file, ...
+        raise InputError(
+            f"--init {init} cannot be loaded: {type(error).__name__}: {error}; give a model's "
+            f"folder, a GGUF file, or a name on the Hugging Face hub and an internet connection"
+        ) from error
+
+
+def check_usable(init: str, model: nn.Module) -> None:
+    """Raise InputError if HF cannot use a model of transformers.
+
+    It can if the model is no GPT-2, all layers are attention, no weight is quantised, the context
+    is known, and the logits are the output matrix times the last hidden state.
+    """
+    config = model.base_model.config
+    if config.model_type == "gpt2":
+        raise InputError(
+            f"--init {init} is a GPT-2: give a folder with its config.json and weights, or one of "
+            f"{', '.join(PRETRAINED)}"
+        )
+    layers = set(getattr(config, "layer_types", None) or ())
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    context = getattr(config, "max_position_embeddings", None)
+    plain = layers <= ATTENTION and dtypes == {torch.float32}
+    if not (plain and context and has_plain_logits(model)):
+        raise InputError(
+            f"--init {init}: cannot use this {type(model).__name__}; needed: only attention, "
+            f"weights not quantised, max_position_embeddings, and logits = a matrix times the "
+            f"hidden states"
+        )
+
+
+@torch.no_grad()
+def has_plain_logits(model: nn.Module) -> bool:
+    """Whether the logits are just the output matrix times the last hidden state."""
+    tokens = torch.arange(8).unsqueeze(0)  # (1, 8): any will do
+    hidden = model.base_model(tokens)[0]  # (1, 8, C)
+    product = model.get_output_embeddings()(hidden)  # (1, 8, V)
+    return torch.allclose(model(tokens).logits, product, atol=1e-3)
+
+
+def keep_tokens(model: nn.Module, kept: list[int]) -> None:
+    """Keep only these tokens in the embedding and in the output matrix."""
+    embedding = model.get_input_embeddings()
+    output = model.get_output_embeddings()
+    tied = output.weight is embedding.weight
+    embedding.padding_idx = None
+    embedding.weight = nn.Parameter(embedding.weight[kept].detach())
+    output.weight = embedding.weight if tied else nn.Parameter(output.weight[kept].detach())
+    if output.bias is not None:
+        output.bias = nn.Parameter(output.bias[kept].detach())
+
+
+def hold_in_four_bits(trunk: nn.Module) -> None:
+    """Replace linear layers by ones in 4 bits: NF4 with double quantisation (Dettmers et al. 2023).
+
+    bitsandbytes quantises blocks of 64 weights of a row. A row of another length goes wrong in its
+    release 0.50 on AVX-512, so such layers stay in float32.
+    """
+    for module in list(trunk.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and child.in_features % 64 == 0:
+                setattr(module, name, four_bit_layer(child))
+
+
+def four_bit_layer(linear: nn.Linear) -> nn.Module:
+    # Left in training mode: in eval mode bitsandbytes passes no gradient to its input on CPUs with
+    # AVX-512.
+    layer = package("bitsandbytes").nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=torch.float32,
+        compress_statistics=True,
+        quant_type="nf4",
+    )
+    layer.load_state_dict(linear.state_dict())
+    return layer.to(linear.weight.device)  # this quantises it
+
+
+# ---- train_sft.py --init ----
+
+
+def init_from(cfg) -> tuple[HF, HFTokenizer, dict[str, str]]:
+    """What `train_sft.py --init` starts from: the network, its tokenizer, and the digests of a
+    local folder's files."""
+    if cfg.tokenizer != "auto":
+        raise InputError(
+            f"--init {cfg.init} brings its own tokenizer; leave out --tokenizer {cfg.tokenizer}"
+        )
+    kept = ()
+    if cfg.cut_vocab:
+        kept = used_ids(HFTokenizer(cfg.init), cfg.data)
+    gpt = HF(HFConfig(cfg.init, cfg.lora_rank, cfg.load_in_4bit, kept))
+    print_trained(cfg.init, gpt)
+    files = [Path(cfg.init), *sorted(Path(cfg.init).glob("*.[bjs]*"))]
+    inputs = {f"init {file.name}": file for file in files if file.is_file()}
+    return gpt, gpt.tokenizer, digests(**inputs)
+
+
+def print_trained(init: str, gpt: HF) -> None:
+    """Print how many numbers are trained, and the names of their layers."""
+    count = 0
+    layers = set()
+    for name, parameter in gpt.named_parameters():
+        if parameter.requires_grad:
+            count += parameter.numel()
+            layers.add(name.split(".")[-2])
+    print(f"{init}: trains {count:,} numbers: {', '.join(sorted(layers))}")
+
+
+def used_ids(tokenizer: HFTokenizer, data: str) -> tuple[int, ...]:
+    """Sorted: the tokens of the data set's training files, those that spell bytes, and those that
+    bound a text."""
+    byte_name = "<0x..>" if tokenizer.has_byte_names() else "."
+    ids = {i for token, i in tokenizer.vocab.items() if re.fullmatch(byte_name, token)}
+    ids.add(tokenizer.eos_id)
+    if tokenizer.begin is not None:
+        ids.add(tokenizer.begin)
+    texts = training_texts(data)
+    if texts:
+        for row in tokenizer.original_ids(texts):
+            ids.update(row)
+    return tuple(sorted(ids))
+
+
+def training_texts(data: str) -> list[str]:
+    """The different texts of a data set's training files, as they are and as rlhf/data.py encodes
+    them."""
+    texts = set()
+    for name in ("prompts", "demonstrations", "comparisons", "rankings"):
+        path = csv_path(data, name)
+        if path.is_file():
+            cells = read_csv(path, ("Prompt",), ("Response", "Chosen", "Rejected")).stack()
+            texts.update(cells)
+            texts.update(" " + cell.strip() for cell in cells)
+    return list(texts)

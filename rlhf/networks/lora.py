@@ -1,0 +1,69 @@
+"""LoRA (Hu et al. 2021), --lora-rank of all three scripts: train two thin matrices per linear
+layer, freeze the rest.
+
+    y = W x + b + scale * B A x
+
+    W (out, in) and b (out,)               frozen
+    A (rank, in) and B (out, rank)         trained
+    scale = ALPHA / rank
+
+B starts at zero, so training starts at the frozen network itself. This saves memory: only A and B
+need gradients and AdamW's two moments. The reference policy costs almost nothing: it has its own
+adapters, which stay as they were, on the same frozen weights.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf.model import GPT
+from rlhf.run.errors import InputError
+
+ALPHA = 16.0  # one learning rate then serves several ranks (Hu et al., section 4.1)
+
+
+class LoRALinear(nn.Module):
+    """A frozen nn.Linear and its adapter. rlhf/run/checkpoints.py merges the adapters of a
+    checkpoint."""
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator | None):
+        super().__init__()
+        self.linear = linear
+        self.register_buffer("scale", torch.tensor(ALPHA / rank))
+        noise = torch.randn(rank, linear.in_features, generator=generator)
+        self.A = nn.Parameter(noise * linear.in_features**-0.5)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)"""
+        frozen = self.linear(x)  # (..., out)
+        narrow = self.scale * F.linear(x, self.A)  # (..., rank)
+        return frozen + F.linear(narrow, self.B)
+
+
+def add_adapters(gpt: GPT, rank: int, generator: torch.Generator | None) -> GPT:
+    """Freeze the GPT and give an adapter to each linear layer of its blocks, in place. rank 0:
+    leave it as it is.
+
+    A network of rlhf/networks/hf.py that has adapters already keeps them.
+    Raises InputError if their rank is another one, or if there is no linear layer.
+    """
+    if any(isinstance(module, LoRALinear) for module in gpt.modules()):
+        if gpt.config.rank != rank:
+            raise InputError(
+                f"--lora-rank {rank}, and sft.pt has adapters of rank {gpt.config.rank}; give that "
+                f"rank"
+            )
+        return gpt
+    if rank == 0:
+        return gpt
+    gpt.requires_grad_(False)
+    for module in list(gpt.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and name != "lm_head":  # not the output matrix
+                setattr(module, name, LoRALinear(child, rank, generator))
+    if not any(parameter.requires_grad for parameter in gpt.parameters()):
+        raise InputError(
+            f"--lora-rank {rank}: the network has no linear layers of torch; use --lora-rank 0"
+        )
+    return gpt

@@ -1,0 +1,52 @@
+"""Facts that hold in every training run. If one fails, the run ends, or says so."""
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.run.errors import InputError
+
+
+def check_finite(model: nn.Module, step: int, *numbers: Tensor | float | None) -> None:
+    """Raise InputError if a trained weight, a buffer, or one of the numbers (losses, scores) is NaN
+    or infinite.
+
+    In float16 the scaler skips a step whose gradient is not finite. So the weights stay finite even
+    if every loss is NaN.
+    """
+    tensors = [p for p in model.parameters() if p.requires_grad]
+    tensors += model.buffers()
+    device = tensors[0].device
+    tensors += [torch.as_tensor(x, device=device) for x in numbers if x is not None]
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors])
+    if not finite.all():
+        raise InputError(
+            f"step {step}: weights, losses or scores are not finite: the run has diverged; "
+            f"lower --lr"
+        )
+
+
+def check_first_step(
+    step: int, kl_ref: float, first_log_ratio: float, amp: torch.dtype | None
+) -> None:
+    """Facts that hold whatever the data: kl_ref is 0 at step 0, and the ratio is 1 in the first
+    minibatch of each step. If one fails, two of the forward passes disagree.
+
+    Raises RuntimeError in float32. In half precision an unlikely token may be off by this much, so
+    it is a warning. A kl_ref below -1 is a warning too.
+    """
+    tolerance = 1e-4 if amp is None else 0.1
+    kl_start = kl_ref if step == 0 else 0.0
+    agrees = abs(kl_start) <= tolerance and first_log_ratio <= tolerance  # False if one is NaN
+    if not agrees:
+        fault = (
+            f"kl_ref is {kl_start} before the first update, and the log ratio {first_log_ratio} in "
+            f"the first minibatch; both must be 0: two of the forward passes disagree"
+        )
+        if amp is None:
+            raise RuntimeError(fault)
+        print(f"warning: {fault}")
+    if kl_ref < -1:
+        print(
+            f"warning: kl_ref is {kl_ref:.2f} nats; a KL this negative means that sampler and "
+            f"scorer disagree"
+        )

@@ -1,0 +1,158 @@
+"""Flags: each field of a frozen dataclass becomes one flag, with its default and one line of
+help."""
+
+import argparse
+import dataclasses
+import functools
+import math
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from rlhf.run.errors import fail
+
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "off", "bf16", "fp16")
+SEVERAL = tuple[str, ...]  # the type of a flag that takes several values
+
+
+def arg(
+    default,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    group: str | None = None,
+    flag: bool = True,
+):
+    """A field of a config: `lr: float = arg(1e-3, "peak learning rate")` becomes the flag --lr.
+
+    A field of type tuple[str, ...] takes several values.
+
+    Args: choices: the allowed values; group: the heading in --help from this field on; flag: False
+        for positional arguments.
+    """
+    about = {"help": help, "choices": choices, "group": group, "flag": flag}
+    return dataclasses.field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The flags that all training programs share. A script changes a default by naming a field
+    again."""
+
+    kind: ClassVar[str] = ""  # the name of the run's checkpoint: "sft", "reward", "ppo" or "dpo"
+
+    data: str = arg("data/tiny_assistant", "data set folder", group="run")
+    out: str = arg("runs", "folder for checkpoints and metrics")
+    resume: bool = arg(False, "resume from the checkpoint in --out")
+    overwrite: bool = arg(False, "replace the results of another run in --out")
+    tensorboard: bool = arg(False, "also write the metrics for TensorBoard")
+    device: str = arg("auto", "auto: a CUDA GPU if there is one", DEVICES)
+    amp: str = arg("off", "mixed precision; auto: bf16 on a GPU that has it", PRECISIONS)
+    seed: int = arg(0, "random seed")
+    steps: int = arg(1, "number of steps", group="optimisation")
+    batch_size: int = arg(1, "rows per step")
+    micro_batch_size: int = arg(0, "micro-batch size for gradient accumulation (0: off)")
+    lr: float = arg(1e-3, "peak learning rate")
+    warmup: int = arg(0, "steps of linear warm-up")
+    max_grad_norm: float = arg(1.0, "gradient clipping norm")
+    lora_rank: int = arg(0, "LoRA rank (0: train all weights)")
+    eval_every: int = arg(1, "steps between evaluations and checkpoints")
+
+    def __post_init__(self):
+        check_positive(self, "steps", "batch_size", "lr", "max_grad_norm", "eval_every")
+        check_not_negative(self, "micro_batch_size", "warmup", "lora_rank")
+        if not self.data or not self.out:
+            raise ValueError("--data and --out must name a folder")
+        if self.resume and self.overwrite:
+            raise ValueError(
+                "--resume continues a run and --overwrite replaces it; give one of them"
+            )
+
+    def lock_file(self) -> Path:
+        return Path(self.out) / ".lock"
+
+    def checkpoint(self, name: str) -> Path:
+        """The file named by the flag --sft or --reward or, without such a flag, OUT/name.pt."""
+        named = getattr(self, name, "")
+        return Path(named) if named else Path(self.out) / f"{name}.pt"
+
+
+def described(cls: type) -> Iterator[tuple[dataclasses.Field, dict]]:
+    """Each field of a config with its metadata. A field that only changes the default has the
+    metadata of its base class."""
+    for field in dataclasses.fields(cls):
+        for base in cls.__mro__:
+            inherited = getattr(base, "__dataclass_fields__", {}).get(field.name)
+            if inherited is not None and inherited.metadata:
+                yield field, inherited.metadata
+                break
+
+
+def parse_cli(cls: type, argv: list[str] | None = None):
+    """Read the flags into a config of this class.
+
+    --help shows every default. A bad flag or value is printed as one line, with exit status 2.
+    """
+    parser = make_parser(cls)
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(value)
+    try:
+        return cls(**given)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def make_parser(cls: type) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=cls.__doc__,
+        usage="%(prog)s [flags]",
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
+    )
+    # argparse's own error prints the usage first, which would hide the message.
+    parser.error = lambda message: fail(f"{message} (--help shows all flags)")
+    types = typing.get_type_hints(cls)
+    group = parser
+    for field, about in described(cls):
+        if about["group"]:
+            group = parser.add_argument_group(about["group"])
+        add_flag(group, field, types[field.name], about)
+    group.add_argument("-h", "--help", action="help", help="show this page")
+    return parser
+
+
+def add_flag(group, field: dataclasses.Field, value_type: type, about: dict) -> None:
+    """Add one field of a config to a group of the parser."""
+    name = "--" + field.name.replace("_", "-") if about["flag"] else field.name
+    default = " ".join(field.default) if value_type == SEVERAL else str(field.default)
+    text = f"{about['help']} (default: {default})" if default else about["help"]
+    options = {"help": text, "default": argparse.SUPPRESS}
+    if value_type == SEVERAL:
+        count = "+" if about["flag"] else "*"
+        group.add_argument(name, nargs=count, action="extend", metavar="FILE", **options)
+    elif value_type is bool:
+        group.add_argument(name, action=argparse.BooleanOptionalAction, **options)
+    elif about["choices"]:
+        group.add_argument(name, type=value_type, choices=about["choices"], **options)
+    else:
+        metavar = {float: "X", int: "N"}.get(value_type, "S")
+        group.add_argument(name, type=value_type, metavar=metavar, **options)
+
+
+def check_positive(config, *names: str, zero: bool = False) -> None:
+    """Raise ValueError unless these fields are finite and above 0; zero: 0 is allowed as well."""
+    for name in names:
+        value = getattr(config, name)
+        if 0 < value < math.inf or (zero and value == 0):
+            continue
+        least = "0 or more" if zero else "above 0"
+        flag = "--" + name.replace("_", "-")
+        raise ValueError(f"{flag} is {value}: it must be {least}, and finite")
+
+
+check_not_negative = functools.partial(check_positive, zero=True)

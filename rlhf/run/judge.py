@@ -1,0 +1,104 @@
+"""A data set's judge.py: a gold score, from which no training step learns.
+
+    score(prompts, responses)               one number per response; higher is better
+    preference_probability(first, second)   optional: P(an annotator prefers the first), given two
+                                            gold scores
+
+judge.py is code of the data set and runs as such. An error inside it keeps its traceback.
+"""
+
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rlhf.run.errors import InputError
+
+
+def load_judge(folder: str) -> ModuleType | None:
+    """The data set's judge.py, or None if it has none.
+
+    Its score() is tried on two responses, so that an error shows before a run and not at its end.
+    Raises InputError if that gives anything but one finite number per response.
+    """
+    path = Path(folder) / "judge.py"
+    if not path.is_file():
+        return None
+    judge = ModuleType("judge")
+    judge.__file__ = str(path)
+    sys.modules["judge"] = judge  # dataclasses look their module up there
+    code = compile(path.read_bytes(), path, "exec")
+    exec(code, judge.__dict__)  # an import would leave a __pycache__ in the data
+    prompts = ["\n\nHuman: Hello.\n\nAssistant:"] * 2
+    gold_scores(judge, prompts, ["Hello.", ""])
+    return judge
+
+
+def gold_scores(
+    judge: ModuleType | None, prompts: list[str], responses: list[str]
+) -> list[float] | list[None]:
+    """judge.score, checked: one finite number per response. Without a judge, one None each."""
+    if judge is None:
+        return [None] * len(responses)
+    scores = [float(score) for score in judge.score(prompts, responses)]
+    if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
+        raise InputError(
+            f"score() in {judge.__file__} must return one finite number for each of "
+            f"{len(responses)} responses, got {len(scores)}: {str(scores)[:60]}"
+        )
+    return scores
+
+
+def vote_probabilities(
+    judge: ModuleType, first: list[float], second: list[float]
+) -> list[float] | None:
+    """P(an annotator prefers the first) for each pair of gold scores.
+
+    None if the judge has no preference_probability. Raises InputError if that is no probability.
+    """
+    if not hasattr(judge, "preference_probability"):
+        return None
+    probabilities = []
+    for gold_first, gold_second in zip(first, second):
+        p = float(judge.preference_probability(gold_first, gold_second))
+        if not 0 <= p <= 1:
+            raise InputError(
+                f"{judge.__file__}: preference_probability() gave {p}, not a number from 0 to 1"
+            )
+        probabilities.append(p)
+    return probabilities
+
+
+def share_positive(margins: Tensor) -> float:
+    """Share of pairs whose chosen side scores higher; equal scores count half.
+
+    margins: (N,) score of the chosen side minus that of the rejected one.
+    """
+    wins = (margins > 0).float() + 0.5 * (margins == 0).float()
+    return wins.mean().item()
+
+
+def judge_accuracies(judge: ModuleType | None, rows: list, tokenizer) -> dict[str, float]:
+    """Accuracies on these rlhf.data.Comparison of a reward model that equals the judge.
+
+    judge_accuracy: on the votes as they were drawn, which lie a little off their expectation.
+    bayes_accuracy: its expectation, the mean of max(p, 1 - p) with p the annotator's probability;
+        only if the judge knows p. If the judge made the votes, no model can do better.
+    """
+    if judge is None:
+        return {}
+    prompts = [row.prompt.text for row in rows]
+    chosen = [tokenizer.decode(row.chosen[:-1]).strip() for row in rows]  # without end-of-text
+    rejected = [tokenizer.decode(row.rejected[:-1]).strip() for row in rows]
+    chosen_golds = gold_scores(judge, prompts, chosen)
+    rejected_golds = gold_scores(judge, prompts, rejected)
+    margins = torch.tensor(chosen_golds) - torch.tensor(rejected_golds)
+    accuracies = {"judge_accuracy": share_positive(margins)}
+    probabilities = vote_probabilities(judge, chosen_golds, rejected_golds)
+    if probabilities is not None:
+        best = [max(p, 1 - p) for p in probabilities]
+        accuracies["bayes_accuracy"] = sum(best) / len(best)
+    return accuracies

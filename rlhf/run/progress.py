@@ -1,0 +1,109 @@
+"""Lines printed while a program runs."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import pandas
+
+
+def format_seconds(seconds: float) -> str:
+    """59 s, 1.5 min."""
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def ticker(items: Sequence, what: str, seconds: float = 10.0) -> Iterator:
+    """Yield the items, and print every so many seconds how many are done and the time left."""
+    began = time.perf_counter()
+    last_line = began
+    for done, item in enumerate(items):
+        now = time.perf_counter()
+        if now - last_line > seconds:
+            left = format_seconds((now - began) / done * (len(items) - done))
+            print(f"    {what}: {done} of {len(items)}, {left} left", flush=True)
+            last_line = now
+        yield item
+
+
+def print_table(rows: list[dict]) -> None:
+    """Print rows of the same columns, aligned, such as those of evaluation.csv. None is empty."""
+    frame = pandas.DataFrame(rows)
+    print(frame.to_string(index=False, na_rep="", float_format="%.3f"))
+
+
+# ---- responses ----
+
+
+def sample_rows(before: list, after: list) -> list[dict]:
+    """Rows of ppo_samples.csv: an rlhf.evaluate.Response to each prompt before and after."""
+    rows = []
+    for old, new in zip(before, after):
+        row = {"Prompt": old.prompt, "Before": old.text, "After": new.text}
+        row |= {"score_before": round(old.score, 4), "score_after": round(new.score, 4)}
+        row |= {"gold_before": old.gold, "gold_after": new.gold}
+        rows.append(row)
+    return rows
+
+
+def print_responses(**policies: list) -> None:
+    """Each prompt, and under it what the policies, of these names, say to it."""
+    for responses in zip(*policies.values()):
+        print(f"    {responses[0].prompt.strip().splitlines()[0]}")
+        for name, response in zip(policies, responses):
+            gold = "" if response.gold is None else f", gold {response.gold:+.1f}"
+            print(f"        {name} -> {response.text}   (score {response.score:+.2f}{gold})")
+
+
+# ---- training ----
+
+
+class Progress:
+    """One aligned line on the screen for each logged step, with tokens per second and time left.
+
+    Whoever trains adds to `tokens`.
+
+    Args: start: the steps done before a resume; steps: of the whole run; seconds_before: what the
+        steps before the resume took.
+    """
+
+    def __init__(self, start: int, steps: int, seconds_before: float = 0.0):
+        self.start = start
+        self.steps = steps
+        self.seconds_before = seconds_before
+        self.start_clock()
+        self.elapsed = 0.0  # seconds, at the last row
+        self.tokens = 0  # processed so far
+        self.lines = 0
+
+    def start_clock(self) -> None:
+        self.began = time.perf_counter()
+
+    def row(self, step: int, metrics: dict[str, float | None]) -> dict:
+        """The metrics with the columns step, tokens_per_s and seconds. step: how many are done."""
+        self.elapsed = time.perf_counter() - self.began
+        return {
+            "step": step,
+            **metrics,
+            "tokens_per_s": round(self.tokens / self.elapsed),
+            "seconds": round(self.seconds_before + self.elapsed, 1),
+        }
+
+    def show(self, row: dict, columns: Sequence[str]) -> None:
+        """Print a row's step, these columns, tokens per second and time left. None is empty."""
+        seconds_per_step = self.elapsed / max(1, row["step"] - self.start)
+        seconds_left = seconds_per_step * (self.steps - row["step"])
+        cells = {"step": f"{row['step']}/{self.steps}"}
+        for name in columns:
+            cells[name] = format_cell(name, row[name])
+        cells["tokens/s"] = f"{row['tokens_per_s']:,}"
+        cells["left"] = format_seconds(seconds_left)
+        if self.lines % 25 == 0:
+            print("  ".join(name.rjust(8) for name in cells))
+        line = [cell.rjust(max(8, len(name))) for name, cell in cells.items()]
+        print("  ".join(line), flush=True)
+        self.lines += 1
+
+
+def format_cell(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1e}" if name == "lr" else f"{value:.3f}"

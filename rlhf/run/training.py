@@ -1,0 +1,222 @@
+"""A training run: begin or resume it, log its metrics, save its checkpoints.
+
+All training programs use it in the same way:
+
+    run = Training(cfg, model, optimizer, compute, tokenizer, inputs)  # --resume loads the state
+    run.announce("12,000 comparisons")
+    for step in range(run.step, cfg.steps):
+        ...                                                            # one step
+        run.log(step + 1, metrics, show=("loss", ...))
+        run.save(step + 1)                                             # every --eval-every steps
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rlhf.run.checkpoints import (
+    FORMAT,
+    check_tokenizer,
+    load_checkpoint,
+    load_trained,
+    trained_state,
+)
+from rlhf.run.device import Compute
+from rlhf.run.errors import InputError
+from rlhf.run.files import check_file, replacing, write_csv
+from rlhf.run.flags import TrainConfig
+from rlhf.run.processes import is_first
+from rlhf.run.progress import Progress
+from rlhf.tokenizer import Tokenizer
+
+# What a run of each kind writes beside its checkpoint.
+RESULTS = {
+    "sft": ("sft.csv",),
+    "reward": ("reward.csv", "reward_evaluation.csv"),
+    "ppo": ("ppo.csv", "evaluation.csv", "ppo_samples.csv", "optimality.csv"),
+    "dpo": ("dpo.csv", "evaluation.csv", "dpo_samples.csv", "optimality.csv"),
+}
+# Settings that may change on --resume: they change no training step, or name files whose contents
+# are compared.
+MAY_CHANGE = {
+    "resume",
+    "overwrite",
+    "tensorboard",
+    "device",
+    "out",
+    "data",
+    "sft",
+    "reward",
+    "comparison_files",
+    "log_every",
+    "eval_every",
+    "eval_prompts",
+}
+
+
+@dataclasses.dataclass
+class Training:
+    """A run of the kind cfg.kind, new or resumed.
+
+    With --resume, model, optimizer and gradient scaler get the state of the checkpoint.
+
+    Args: inputs: `digests` of the files that the run is made from.
+    Raises: InputError if a new run would replace the results of another one without --overwrite, or
+        if the checkpoint to resume is of another run.
+
+    step: how many steps are done; rows: of the metrics CSV; path: of the checkpoint; progress: the
+    lines on the screen; state: the checkpoint's contents, such as PPO's kl_coef, if resumed.
+    """
+
+    cfg: TrainConfig
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    compute: Compute
+    tokenizer: Tokenizer
+    inputs: dict[str, str]
+
+    def __post_init__(self):
+        self.path = self.cfg.checkpoint(self.cfg.kind)
+        self.csv = self.path.with_suffix(".csv")
+        self.state = {"step": 0, "metrics": []}
+        self.old_results = []  # files of another run, which stay until this one has a checkpoint
+        if self.cfg.resume:
+            self.state = self.resume()
+        else:
+            self.old_results = self.find_old_results()
+        self.step = self.state["step"]
+        self.rows = list(self.state["metrics"])
+        seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
+        self.progress = Progress(self.step, self.cfg.steps, seconds_before)
+        self.writer = self.open_tensorboard() if self.cfg.tensorboard and is_first() else None
+        if self.rows:
+            self.write_metrics()
+
+    # ---- begin, or resume ----
+
+    def find_old_results(self) -> list[Path]:
+        """The results of another run in this folder, without its checkpoint.
+
+        Raises InputError if there are any, or a checkpoint, and no --overwrite.
+        """
+        csvs = [self.path.with_name(name) for name in RESULTS[self.cfg.kind]]
+        old = [file for file in (self.path, *csvs) if file.exists()]
+        if old and not self.cfg.overwrite:
+            raise InputError(
+                f"{old[0]} is of another run; give --resume to go on, --overwrite or another --out"
+            )
+        return [file for file in old if file != self.path]
+
+    def resume(self) -> dict:
+        """Load the checkpoint into model, optimizer and scaler, and return its contents."""
+        path = self.path
+        check_file(path, "so there is nothing to resume from; drop --resume")
+        checkpoint = load_checkpoint(path, self.cfg.kind, unfinished=True)
+        check_tokenizer(path, checkpoint, self.tokenizer)
+        self.check_settings(checkpoint)
+        load_trained(path, self.model, checkpoint["model"])
+        if "optimizer" in checkpoint:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.compute.scaler.load_state_dict(checkpoint["scaler"])
+        return checkpoint
+
+    def check_settings(self, checkpoint: dict) -> None:
+        """Raise InputError if the checkpoint was begun with other settings or other files."""
+        before = settings(checkpoint["config"], checkpoint["inputs"])
+        now = settings(dataclasses.asdict(self.cfg), self.inputs)
+        for name in sorted((before.keys() | now.keys()) - MAY_CHANGE):
+            if before.get(name) != now.get(name):
+                raise InputError(
+                    f"--resume: {self.path} was begun with another {name} ({before.get(name)}, now "
+                    f"{now.get(name)}); give the same, or --overwrite to start afresh"
+                )
+
+    # ---- metrics ----
+
+    def announce(self, text: str) -> None:
+        """Print what is trained on, and where and how. The first step begins after it."""
+        where = f"on {self.compute.device}, amp {self.cfg.amp}, seed {self.cfg.seed}"
+        print(f"{text}, {where}")
+        self.progress.start_clock()
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due after so many steps: every --eval-every, and at the end."""
+        return step % self.cfg.eval_every == 0 or step == self.cfg.steps
+
+    def logs(self, step: int) -> bool:
+        """Whether a line is due: after the first step, every --log-every, and at evaluations."""
+        return step == 1 or step % self.cfg.log_every == 0 or self.evaluates(step)
+
+    def count_tokens(self, tokens: int) -> None:
+        """For tokens per second."""
+        self.progress.tokens += tokens
+
+    def log(self, step: int, metrics: dict[str, float | None], show: Sequence[str]) -> None:
+        """Write a row of the CSV, and print a line with the metrics named in show.
+
+        step: how many are done. A metric is None if it is not measured at this step.
+        """
+        row = self.progress.row(step, metrics)
+        self.progress.show(row, show)
+        self.rows.append(row)
+        if self.csv not in self.old_results:
+            self.write_metrics()
+        if self.writer:
+            for name, value in row.items():
+                if value is not None:
+                    self.writer.add_scalar(f"{self.cfg.kind}/{name}", value, step)
+            self.writer.flush()
+
+    def write_metrics(self) -> None:
+        write_csv(self.csv, self.rows)
+
+    def open_tensorboard(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            message = "--tensorboard needs the package: pip install tensorboard"
+            raise InputError(message) from error
+        folder = self.path.parent / "tensorboard" / self.cfg.kind
+        return SummaryWriter(folder, purge_step=self.step + 1)
+
+    # ---- checkpoints ----
+
+    def save(self, step: int, **state) -> None:
+        """Write a checkpoint, and after it the metrics that belong to it.
+
+        step: how many are done; state: what else the run needs to resume.
+        """
+        finished = step == self.cfg.steps
+        network = getattr(self.model, "gpt", self.model)
+        contents = {
+            "format": FORMAT,
+            "kind": self.cfg.kind,
+            "model": self.model.state_dict() if finished else trained_state(self.model),
+            "model_config": dataclasses.asdict(network.config),
+            "config": dataclasses.asdict(self.cfg),
+            "step": step,
+            "metrics": self.rows,
+            "tokenizer": self.tokenizer.fingerprint,
+            "tokenizer_name": self.tokenizer.name,
+            "inputs": self.inputs,
+            **state,
+        }
+        if not finished:
+            contents["optimizer"] = self.optimizer.state_dict()
+            contents["scaler"] = self.compute.scaler.state_dict()
+        with replacing(self.path, "wb") as file:
+            torch.save(contents, file)
+        if is_first():
+            for file in self.old_results:
+                file.unlink(missing_ok=True)
+        self.old_results = []
+        self.write_metrics()
+
+
+def settings(config: dict, inputs: dict[str, str]) -> dict:
+    """{name: value} of all that determines a run: its flags, and the digests of its files."""
+    files = {f"{name} file": digest for name, digest in inputs.items()}
+    return {**config, **files}

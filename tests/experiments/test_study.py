@@ -1,0 +1,223 @@
+"""docs.experiments.study: the points, the fits, on curves whose coefficients are known, and bad
+input."""
+
+import math
+import os
+import subprocess
+import sys
+import time
+
+import numpy
+import pytest
+from pandas import DataFrame, read_csv
+from pandas.testing import assert_frame_equal
+
+from docs.experiments import study
+from docs.experiments.study import (
+    POINT,
+    StudyConfig,
+    fit,
+    fits,
+    main,
+    one_reward_model,
+    script,
+    spread,
+)
+from rlhf.run.errors import InputError
+from tests.helpers import ROOT
+
+
+def test_fit_finds_the_coefficients_of_both_forms():
+    """Gains in gold of d (2 - d/2) and d (1 - 0.3 log d) give the coefficients (2, 1/2) and (1,
+    0.3)."""
+    d = numpy.array([0.3, 0.9, 1.7, 2.6, 4.0])
+    assert fit(d, d * (2 - 0.5 * d), "best_of_n") == pytest.approx((2, 0.5))
+    assert fit(d, d * (1 - 0.3 * numpy.log(d)), "ppo") == pytest.approx((1, 0.3))
+
+
+def point(method, kl_ref, gold, kl_coef=0.0, seed=0):
+    return {
+        "method": method,
+        "seed": seed,
+        "comparisons": 100,
+        "kl_coef": kl_coef,
+        "step_or_n": 1,
+        "kl_ref": kl_ref,
+        "score": 10 * kl_ref,
+        "gold": gold,
+    }
+
+
+def test_fits_measure_gold_from_the_start_of_the_curve():
+    """Gold is -1 + d (1 - 0.3 log d) at KL 0, 1, 4, 9, 16. It is highest at d = 4, where it is 3 -
+    1.2 log 4. The run with a KL penalty does not count."""
+    curve = [point("ppo", 0, -1)]
+    curve += [point("ppo", d * d, -1 + d * (1 - 0.3 * math.log(d))) for d in (1, 2, 3, 4)]
+    table = fits(DataFrame([*curve, point("ppo", 1.0, 99.0, kl_coef=0.2)]))
+    (row,) = table.to_dict("records")
+    assert (row["alpha"], row["beta"]) == pytest.approx((1, 0.3))
+    assert row["highest_gold"] == row["last_gold"] == pytest.approx(3 - 1.2 * math.log(4))
+    assert row["at_sqrt_kl"] == 4 and row["last_score"] == 160
+
+
+def test_fits_leave_out_short_curves_and_runs_with_kl_penalty():
+    assert fits(DataFrame([point("ppo", 0.0, 0.0), point("ppo", 1.0, 1.0)])).empty
+    assert fits(DataFrame([point("ppo", d, d, kl_coef=0.1) for d in (0.0, 1.0, 2.0, 3.0)])).empty
+
+
+def test_fits_of_the_recorded_points_are_the_recorded_fits():
+    recorded = ROOT / "docs" / "results" / "study"
+    table = fits(read_csv(recorded / "study.csv"))
+    assert_frame_equal(table, read_csv(recorded / "fits.csv"), rtol=1e-3)
+
+
+def test_spread_over_seeds_matches_hand_computation():
+    """1, 2, 6 have mean 3 and standard deviation sqrt((4 + 1 + 9) / 2) = 2.65. The other size has
+    one seed only."""
+    rows = DataFrame(
+        [(0, 2000, 1.0), (1, 2000, 2.0), (0, 50, 5.0), (2, 2000, 6.0)],
+        columns=["seed", "comparisons", "alpha"],
+    )
+    rows = rows.assign(method="ppo", beta=1.0, highest_gold=1.0, at_sqrt_kl=1.0, last_gold=1.0)
+    table = spread(rows.assign(last_score=0, last_sqrt_kl=0))
+    assert list(table.index) == [("ppo", 50), ("ppo", 2000)]
+    assert table.loc[("ppo", 2000), "alpha"].tolist() == pytest.approx([3, 7**0.5])
+    mean, std = table.loc[("ppo", 50), "alpha"].tolist()
+    assert mean == 5 and math.isnan(std)
+
+
+def test_points_are_the_steps_of_ppo_and_best_of_n(tmp_path, monkeypatch):
+    """A stand-in writes what train_ppo.py would. The smaller of two sizes is run without a KL
+    penalty only."""
+
+    def fake_script(cfg, name, seed, out, *flags):
+        if name == "ppo":
+            out.mkdir(parents=True)
+            header = "step,score,gold,kl_ref,kl_coef,lr\n"
+            (out / "ppo.csv").write_text(f"{header}1,0.5,-1,0,0.3,9\n2,0.75,2,1.5,0.3,9\n")
+
+    def fake_points(cfg, seed, sft, reward):
+        row = {"method": "best_of_n", "step_or_n": 4, "kl_ref": 0.6, "score": 1.0, "gold": 1.25}
+        return DataFrame([row])
+
+    monkeypatch.setattr(study, "script", fake_script)
+    monkeypatch.setattr(study, "best_of_n_points", fake_points)
+    cfg = StudyConfig(out=str(tmp_path), kl_coefs="0,0.2")
+    small = one_reward_model(cfg, 7, 30, whole=False)
+    whole = one_reward_model(cfg, 7, 60, whole=True)
+    assert list(whole) == POINT and len(small) == 3 and set(small["comparisons"]) == {30}
+    assert whole.fillna(-1).to_numpy().tolist() == [
+        ["best_of_n", 7, 60, -1, 4, 0.6, 1.0, 1.25],
+        ["ppo", 7, 60, 0, 1, 0, 0.5, -1],
+        ["ppo", 7, 60, 0, 2, 1.5, 0.75, 2],
+        ["ppo", 7, 60, 0.2, 1, 0, 0.5, -1],
+        ["ppo", 7, 60, 0.2, 2, 1.5, 0.75, 2],
+    ]
+
+
+def test_plot_has_a_panel_for_each_method_and_score(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    points = read_csv(ROOT / "docs" / "results" / "study" / "study.csv")
+    study.plot(points, tmp_path / "study.png")
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"seeds": "1,x"},
+        {"comparisons": ""},
+        {"kl_coefs": "-1"},
+        {"jobs": 0},
+        {"largest_n": 4},
+        {"comparisons": "0"},
+        {"kl_coefs": "nan"},
+        {"seeds": "0.5"},
+        {"kl_coefs": "0,,1"},
+    ],
+)
+def test_study_config_rejects_impossible_values(flag):
+    with pytest.raises(ValueError):
+        StudyConfig(**flag)
+
+
+def test_study_rejects_bad_input(tmp_path, small_data, monkeypatch):
+    """A script that shows its flags and stops with status 2 takes the place of train_sft.py, which
+    imports torch."""
+    with pytest.raises(InputError, match="--comparisons 4000: .* has 40"):
+        main(StudyConfig(data=str(small_data), out=str(tmp_path / "out"), comparisons="20,4000"))
+    assert (study.ROOT / "train_sft.py").is_file()
+    (tmp_path / "train_sft.py").write_text("import sys\nprint(*sys.argv[1:])\nsys.exit(2)\n")
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    with pytest.raises(InputError, match="stopped with status 2; see .*sft.log"):
+        script(StudyConfig(data=str(tmp_path / "nowhere")), "sft", 0, tmp_path / "out")
+    flags = (tmp_path / "out" / "sft.log").read_text()
+    data = f"--data {tmp_path / 'nowhere'}"
+    out = f"--out {tmp_path / 'out'}"
+    assert flags == f"{data} --device auto --seed 0 {out} --overwrite\n"
+    (tmp_path / "out" / "sft.done").write_text("train_sft.py --steps 5")
+    with pytest.raises(InputError, match="holds another run, train_sft.py --steps 5"):
+        script(StudyConfig(data=str(small_data)), "sft", 0, tmp_path / "out")
+    (small_data / "judge.py").unlink()
+    with pytest.raises(InputError, match="no judge.py"):
+        main(StudyConfig(data=str(small_data), out=str(tmp_path / "out"), comparisons="20"))
+
+
+def test_killed_study_leaves_no_script_running(tmp_path):
+    """A script that prints its number and then goes on for a minute takes the place of
+    train_sft.py. kill -9 of the study closes the pipe that it prints into."""
+    (tmp_path / "train_sft.py").write_text(
+        "import os, time\nprint(os.getpid(), flush=True)\n"
+        "for _ in range(600):\n    time.sleep(0.1)\n    print('step', flush=True)\n"
+    )
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from docs.experiments import study\n"
+        "study.ROOT = Path(sys.argv[1])\n"
+        "study.script(study.StudyConfig(), 'sft', 0, study.ROOT / 'out')"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    log = tmp_path / "out" / "sft.log"
+    while not (log.is_file() and "step" in log.read_text()):
+        assert running.poll() is None
+        time.sleep(0.1)
+    number = int(log.read_text().split()[0])
+    os.kill(number, 0)  # it runs
+    running.kill()
+    running.wait()
+    for _ in range(100):
+        time.sleep(0.1)
+        command = ["ps", "-o", "stat=", "-p", str(number)]
+        state = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        if state in ("", "Z"):  # gone, or dead and not yet collected
+            return
+    raise AssertionError(f"{number} still runs: {state}")
+
+
+def test_interrupted_study_begins_no_other_run(tmp_path, monkeypatch, small_data):
+    """One run at a time, and the first one fails: the other two seeds are not begun."""
+    started = []
+
+    def fail(cfg, name, seed, out, *flags):
+        started.append(seed)
+        time.sleep(0.2)
+        raise InputError("stopped")
+
+    monkeypatch.setattr(study, "script", fail)
+    with pytest.raises(InputError, match="stopped"):
+        main(StudyConfig(data=str(small_data), out=str(tmp_path / "out"), comparisons="20"))
+    time.sleep(0.5)
+    # The second may have started before the first was seen to fail.
+    assert started in ([0], [0, 1])
+
+
+def test_study_resumes_a_run_that_was_cut_off(tmp_path, monkeypatch):
+    (tmp_path / "train_sft.py").write_text("import sys\nprint(*sys.argv[1:])\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sft.pt").touch()
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    script(StudyConfig(), "sft", 0, tmp_path / "out")
+    assert (tmp_path / "out" / "sft.log").read_text().rstrip().endswith("--resume")
+    assert not (tmp_path / "out" / "sft.done").read_text().endswith("--resume")

@@ -1,0 +1,122 @@
+"""The lines printed while a program runs."""
+
+import pytest
+
+from rlhf.run.progress import Progress, format_seconds, print_table, ticker
+
+# ---- Progress ----
+
+
+def log(progress, step, metrics, show):
+    """A row, shown. step: how many are done."""
+    row = progress.row(step, metrics)
+    progress.show(row, show)
+    return row
+
+
+def test_row_has_the_metrics_and_the_clocks_columns(clock):
+    """200 tokens in 10 seconds, after 100 seconds before a resume."""
+    progress = Progress(start=0, steps=4, seconds_before=100.0)
+    progress.tokens += 200
+    clock.now += 10
+    row = progress.row(1, {"loss": 0.5, "valid": None})
+    clock_columns = {"tokens_per_s": 20, "seconds": 110.0}
+    assert row == {"step": 1, "loss": 0.5, "valid": None, **clock_columns}
+    assert list(row) == ["step", "loss", "valid", "tokens_per_s", "seconds"]
+
+
+def test_show_prints_only_the_columns_that_it_is_given(clock, capsys):
+    progress = Progress(start=0, steps=4)
+    clock.now += 10
+    metrics = {"loss": 0.125, "valid": None, "lr": 0.0005, "grad_norm": 2.0}
+    log(progress, 1, metrics, ("loss", "lr", "valid"))
+    header, line = capsys.readouterr().out.splitlines()
+    assert header.split() == ["step", "loss", "lr", "valid", "tokens/s", "left"]
+    assert line.split() == ["1/4", "0.125", "5.0e-04", "0", "30", "s"]  # valid was not measured
+
+
+def test_lines_are_aligned_with_the_header(clock, capsys):
+    progress = Progress(start=0, steps=999)
+    for step in (1, 999):
+        clock.now += 5
+        metrics = {"loss": 0.5, "clip_fraction": 0.25}
+        log(progress, step, metrics, ("loss", "clip_fraction"))
+    header, *lines = capsys.readouterr().out.splitlines()
+    for line in lines:
+        assert len(line) == len(header)
+        for name, cell in (("loss", "0.500"), ("clip_fraction", "0.250")):
+            assert line[: header.index(name) + len(name)].endswith(cell)
+
+
+def test_header_is_repeated_every_25_lines(clock, capsys):
+    progress = Progress(start=0, steps=60)
+    for step in range(1, 52):
+        clock.now += 1
+        log(progress, step, {"loss": 0.5}, ("loss",))
+    lines = capsys.readouterr().out.splitlines()
+    assert [at for at, line in enumerate(lines) if "step" in line] == [0, 26, 52]
+
+
+def test_progress_says_tokens_per_second_and_the_time_left(clock, capsys):
+    """200 tokens in 10 seconds are 20 a second, and 3 more steps take 30 seconds. After 150 seconds
+    and 2 steps, 2 more take 150 seconds."""
+    progress = Progress(start=0, steps=4)
+    progress.tokens += 200
+    clock.now += 10
+    log(progress, 1, {}, ())
+    clock.now += 140
+    log(progress, 2, {}, ())
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["1/4", "20", "30", "s"],
+        ["2/4", "1", "2.5", "min"],
+    ]
+
+
+def test_progress_after_resume_estimates_the_time_left_from_its_own_steps(clock, capsys):
+    """Steps 11 and 12 took 20 seconds. 8 more take 80."""
+    progress = Progress(start=10, steps=20)
+    clock.now += 20
+    log(progress, 12, {}, ())
+    assert capsys.readouterr().out.splitlines()[1].split()[-2:] == ["1.3", "min"]
+
+
+# ---- ticker, format_seconds, print_table ----
+
+
+def test_ticker_prints_a_line_after_every_ten_seconds(clock, capsys):
+    """Five items of 6 seconds each. At 12 seconds two are done, and three more take 18. At 24
+    seconds four are done."""
+    seen = []
+    for item in ticker("abcde", "letters", seconds=10):
+        seen.append(item)
+        clock.now += 6
+    assert seen == list("abcde")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["    letters: 2 of 5, 18 s left", "    letters: 4 of 5, 6 s left"]
+
+
+def test_ticker_prints_nothing_if_the_loop_is_short(clock, capsys):
+    for _ in ticker(range(5), "numbers", seconds=10):
+        clock.now += 1
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (60, "1.0 min"), (90, "1.5 min")]
+)
+def test_format_seconds(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def test_print_table_is_aligned_and_leaves_missing_numbers_empty(capsys):
+    print_table(
+        [
+            {"policy": "sft", "score": 0.25, "prompts": 500},
+            {"policy": "optimum", "score": None, "prompts": 3},
+        ]
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        " policy  score  prompts",
+        "    sft  0.250      500",
+        "optimum               3",
+    ]

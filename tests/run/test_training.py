@@ -1,0 +1,369 @@
+"""A training run: begin or resume, log, save; and what --overwrite replaces."""
+
+import dataclasses
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import train_ppo
+import train_reward
+import train_sft
+from rlhf.model import GPT, GPTConfig
+from rlhf.run import processes
+from rlhf.run.checkpoints import load_checkpoint
+from rlhf.run.errors import InputError
+from rlhf.run.flags import TrainConfig
+from rlhf.run.training import MAY_CHANGE
+from tests.helpers import rows
+from tests.run.small_run import (
+    INPUTS,
+    TOKENS,
+    PPOConfig,
+    RewardConfig,
+    saved,
+    small_run,
+    step,
+)
+
+# ---- save: what a checkpoint holds ----
+
+
+def test_checkpoint_holds_weights_and_what_the_run_was_made_from(run):
+    checkpoint = load_checkpoint(saved(run, 7, kl_coef=0.25), "sft", unfinished=True)
+    gpt = GPT(GPTConfig(**checkpoint["model_config"]))
+    gpt.load_state_dict(checkpoint["model"])
+    assert torch.equal(gpt(TOKENS), run.model(TOKENS))
+    assert (checkpoint["kind"], checkpoint["step"], checkpoint["kl_coef"]) == ("sft", 7, 0.25)
+    assert checkpoint["inputs"] == INPUTS
+    defaults = dataclasses.asdict(TrainConfig())
+    folder = str(run.path.parent)
+    assert checkpoint["config"] == {**defaults, "lr": 0.5, "steps": 9, "out": folder}
+    assert (checkpoint["tokenizer"], checkpoint["tokenizer_name"]) == ("abc", "digits")
+    assert checkpoint["metrics"] == [{"step": 7, "loss": 0.5, "seconds": 7.0}]
+    assert sorted(file.name for file in run.path.parent.iterdir()) == ["sft.csv", "sft.pt"]
+
+
+def test_unfinished_checkpoint_holds_optimizer_and_scaler_state(run):
+    checkpoint = torch.load(saved(run, 8), weights_only=True)
+    expected = run.optimizer.state_dict()["state"]
+    assert_close(checkpoint["optimizer"]["state"], expected, atol=0, rtol=0)
+    assert len(checkpoint["optimizer"]["state"]) > 0
+    assert checkpoint["scaler"] == run.compute.scaler.state_dict()
+
+
+def test_finished_checkpoint_holds_no_optimizer_state(run):
+    unfinished = saved(run, 8).stat().st_size
+    checkpoint = torch.load(saved(run, 9), weights_only=True)
+    assert not checkpoint.keys() & {"optimizer", "scaler"}
+    assert run.path.stat().st_size < unfinished / 2  # AdamW keeps two numbers for each weight
+
+
+def test_unfinished_checkpoint_holds_only_trained_parameters(run):
+    run.model.wte.requires_grad_(False)
+    names = dict(run.model.named_parameters()).keys() - {"wte.weight"}
+    assert torch.load(saved(run, 8), weights_only=True)["model"].keys() == names
+
+
+def test_finished_checkpoint_holds_the_whole_state_dict(run):
+    run.model.wte.requires_grad_(False)
+    weights = torch.load(saved(run, 9), weights_only=True)["model"]
+    assert_close(weights, dict(run.model.state_dict()), atol=0, rtol=0)
+
+
+def test_failed_save_leaves_the_old_checkpoint_and_the_metrics_that_belong_to_it(run, monkeypatch):
+    before = saved(run, 7).read_bytes(), run.path.with_suffix(".csv").read_bytes()
+
+    def write_half(content, file):
+        file.write(b"half")
+        raise RuntimeError("unexpected pos 57792 vs 57744")  # what torch makes of a full disk
+
+    monkeypatch.setattr(torch, "save", write_half)
+    with pytest.raises(InputError, match="sft.pt cannot be written"):
+        saved(run, 8)
+    assert (run.path.read_bytes(), run.path.with_suffix(".csv").read_bytes()) == before
+    assert len(list(run.path.parent.iterdir())) == 2
+
+
+# ---- begin ----
+
+
+def test_new_run_begins_at_step_0(tmp_path):
+    run = small_run(tmp_path)
+    assert run.state == {"step": 0, "metrics": []}
+    assert (run.step, run.rows, run.old_results) == (0, [], [])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["sft.pt", "sft.csv"])
+def test_new_run_refuses_to_replace_another(tmp_path, name):
+    """The checkpoint or the metrics are there."""
+    (tmp_path / name).write_text("old")
+    message = f"{name} is of another run; give --resume .*, --overwrite .* another --out"
+    with pytest.raises(InputError, match=message):
+        small_run(tmp_path)
+
+
+def test_overwrite_finds_what_goes_when_the_run_is_first_saved(tmp_path):
+    """Not the checkpoint, which is renamed over the old one."""
+    for name in ("ppo.pt", "ppo.csv", "optimality.csv", "sft.csv"):
+        (tmp_path / name).write_text("old")
+    run = small_run(tmp_path, cls=PPOConfig, overwrite=True)
+    assert run.state == {"step": 0, "metrics": []}
+    assert run.old_results == [tmp_path / "ppo.csv", tmp_path / "optimality.csv"]
+
+
+def test_overwrite_without_the_old_checkpoint_finds_what_it_left(tmp_path):
+    (tmp_path / "sft.csv").write_text("old")
+    run = small_run(tmp_path, overwrite=True)
+    assert run.old_results == [tmp_path / "sft.csv"]
+
+
+def test_overwrite_leaves_the_results_of_the_old_run_until_its_own_are_saved(tmp_path):
+    names = ["reward.pt", "reward.csv", "reward_evaluation.csv"]
+    checkpoint, csv, evaluation = [tmp_path / name for name in names]
+    for path in (checkpoint, csv, evaluation):
+        path.write_text("old")
+    run = small_run(tmp_path, cls=RewardConfig, overwrite=True)
+    run.log(1, {"loss": 0.5}, ())
+    assert [path.read_text() for path in (checkpoint, csv, evaluation)] == ["old"] * 3
+    run.save(1)
+    assert load_checkpoint(checkpoint, "reward", unfinished=True)["step"] == 1
+    assert [row["loss"] for row in rows(csv)] == ["0.5"] and not evaluation.exists()
+    evaluation.write_text("of the new run")
+    run.log(2, {"loss": 0.25}, ())
+    run.save(2)
+    assert [row["loss"] for row in rows(csv)] == ["0.5", "0.25"] and evaluation.exists()
+
+
+def test_overwrite_writes_metrics_at_once_if_none_are_there(tmp_path):
+    """Only the evaluation of an old run is left, which is not the metrics."""
+    (tmp_path / "reward_evaluation.csv").write_text("old")
+    run = small_run(tmp_path, cls=RewardConfig, overwrite=True)
+    run.log(1, {"loss": 0.5}, ())
+    assert [row["loss"] for row in rows(tmp_path / "reward.csv")] == ["0.5"]
+    assert (tmp_path / "reward_evaluation.csv").read_text() == "old"
+
+
+# ---- resume ----
+
+
+@pytest.mark.parametrize("run", ["off", "fp16"], indirect=True)
+def test_resume_continues_as_the_uninterrupted_run(run, tmp_path):
+    """Two more steps from the checkpoint give the weights and the loss scale of two more steps
+    without it."""
+    amp = "fp16" if run.compute.scaler.is_enabled() else "off"
+    if amp == "fp16":
+        run.compute.scaler.update(128.0)  # another scale than that of a new scaler
+    saved(run, 7)
+    resumed = small_run(tmp_path, amp=amp, resume=True)
+    assert resumed.step == 7 and len(resumed.rows) == 1
+    assert resumed.compute.scaler.get_scale() == run.compute.scaler.get_scale()
+    for _ in range(2):
+        step(run)
+        step(resumed)
+    got = dict(resumed.model.state_dict())
+    assert_close(got, dict(run.model.state_dict()), atol=0, rtol=0)
+
+
+def test_resume_of_a_finished_run_loads_the_weights(run, tmp_path):
+    saved(run, 9)
+    resumed = small_run(tmp_path, resume=True)
+    assert resumed.step == 9
+    assert torch.equal(resumed.model(TOKENS), run.model(TOKENS))
+
+
+def test_resume_gives_back_the_state_that_was_saved(run, tmp_path):
+    saved(run, 7, kl_coef=0.25)
+    assert small_run(tmp_path, resume=True).state["kl_coef"] == 0.25
+
+
+def test_resume_allows_settings_that_change_no_training_step(run, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    saved(run, 7).rename(tmp_path / "elsewhere" / "sft.pt")
+    resumed = small_run(tmp_path / "elsewhere", resume=True, data="elsewhere", eval_every=3)
+    assert resumed.step == 7
+
+
+def test_settings_that_may_change_are_flags_of_a_script():
+    """A name that no script has would be a typing error."""
+    flags = set()
+    for cls in (train_sft.SFTConfig, train_reward.RewardConfig, train_ppo.PPOConfig):
+        flags |= {field.name for field in dataclasses.fields(cls)}
+    assert flags >= MAY_CHANGE
+
+
+def test_resume_rejects_another_setting(run, tmp_path):
+    saved(run, 7)
+    with pytest.raises(InputError, match=r"begun with another lr \(0.5, now 0.1\)"):
+        small_run(tmp_path, resume=True, lr=0.1)
+
+
+@pytest.mark.parametrize("inputs", [{"demonstrations": "456"}, {}, {**INPUTS, "weights": "789"}])
+def test_resume_rejects_another_input_file(run, tmp_path, inputs):
+    saved(run, 7)
+    with pytest.raises(InputError, match="begun with another (demonstrations|weights) file"):
+        small_run(tmp_path, inputs=inputs, resume=True)
+
+
+def test_resume_rejects_another_tokenizer(run, tmp_path):
+    saved(run, 7)
+    with pytest.raises(InputError, match="another tokenizer"):
+        small_run(tmp_path, tokenizer=SimpleNamespace(fingerprint="xyz"), resume=True)
+
+
+def test_resume_rejects_missing_checkpoint(tmp_path):
+    with pytest.raises(InputError, match="nothing to resume from; drop --resume"):
+        small_run(tmp_path, resume=True)
+
+
+def test_resume_rejects_the_checkpoint_of_another_script(run, tmp_path):
+    """The name of the file says whose it should be."""
+    saved(run, 7).rename(tmp_path / "reward.pt")
+    message = "written by train_sft.py; a checkpoint of train_reward.py is needed"
+    with pytest.raises(InputError, match=message):
+        small_run(tmp_path, cls=RewardConfig, resume=True)
+
+
+# ---- log ----
+
+METRICS = {"loss": 0.125, "valid": None, "lr": 0.0005, "grad_norm": 2.0}
+
+
+def test_log_shows_only_the_metrics_of_show_and_writes_all(tmp_path, clock, capsys):
+    run = small_run(tmp_path, steps=4)
+    clock.now += 10
+    run.log(1, METRICS, show=("loss", "lr", "valid"))
+    header, line = capsys.readouterr().out.splitlines()
+    assert header.split() == ["step", "loss", "lr", "valid", "tokens/s", "left"]
+    assert line.split() == ["1/4", "0.125", "5.0e-04", "0", "30", "s"]  # valid was not measured
+    assert rows(tmp_path / "sft.csv") == [
+        {
+            "step": "1",
+            "loss": "0.125",
+            "valid": "",
+            "lr": "0.0005",
+            "grad_norm": "2",
+            "tokens_per_s": "0",
+            "seconds": "10",
+        }
+    ]
+
+
+def test_log_after_resume_keeps_the_rows_of_the_checkpoint(tmp_path):
+    """The checkpoint is of step 2, so the row of step 3 is written again, whatever the file holds
+    by now."""
+    csv = tmp_path / "sft.csv"
+    run = small_run(tmp_path, steps=4)
+    for number in (1, 2):
+        run.log(number, {"loss": number / 8, "valid": None}, ())
+    run.save(2)
+    run.log(3, {"loss": 3 / 8, "valid": None}, ())
+    for text in ("of another run", None):
+        if text:
+            csv.write_text(text)
+        resumed = small_run(tmp_path, steps=4, resume=True)
+        assert len(rows(csv)) == 2
+        resumed.log(3, {"loss": 9.0, "valid": 1.0}, ())
+        got = [(row["step"], row["loss"], row["valid"]) for row in rows(csv)]
+        assert got == [("1", "0.125", ""), ("2", "0.25", ""), ("3", "9", "1")]
+
+
+def test_log_after_resume_adds_the_seconds_before(tmp_path, clock):
+    """200 seconds up to step 2, then 15."""
+    run = small_run(tmp_path, steps=4)
+    run.rows = [{"step": n, "tokens_per_s": 9, "seconds": 100.0 * n} for n in (1, 2)]
+    run.save(2)
+    resumed = small_run(tmp_path, steps=4, resume=True)
+    clock.now += 15
+    resumed.log(3, {}, ())
+    assert resumed.rows[-1]["seconds"] == 215
+
+
+def test_log_writes_measured_metrics_for_tensorboard(tmp_path, monkeypatch):
+    """A resumed run removes what was written after its checkpoint: purge_step is the next step."""
+    written = []
+    opened = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            opened.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def flush(self):
+            pass
+
+    module = SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run = small_run(tmp_path, tensorboard=True)
+    run.log(1, METRICS, ())
+    run.save(1)
+    small_run(tmp_path, tensorboard=True, resume=True)
+    assert opened == [(tmp_path / "tensorboard" / "sft", 1), (tmp_path / "tensorboard" / "sft", 2)]
+    assert ("sft/loss", 0.125, 1) in written
+    assert "sft/valid" not in [name for name, _, _ in written]  # not measured
+
+
+def test_missing_tensorboard_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="--tensorboard needs the package: pip install tensorb"):
+        small_run(tmp_path, tensorboard=True)
+
+
+# ---- what is due, and what is counted ----
+
+
+def test_announce_says_where_and_how(tmp_path, capsys):
+    small_run(tmp_path, seed=3, amp="bf16").announce("12 rows")
+    assert capsys.readouterr().out == "12 rows, on cpu, amp bf16, seed 3\n"
+
+
+def test_announce_starts_the_clock(tmp_path, clock):
+    """What comes before the first step, such as the judge's scores, does not count as training."""
+    run = small_run(tmp_path)
+    clock.now += 100
+    run.announce("12 rows")
+    clock.now += 10
+    run.log(1, {}, ())
+    assert run.rows[-1]["seconds"] == 10
+
+
+def test_evaluations_are_due_every_eval_every_steps_and_at_the_end(tmp_path):
+    run = small_run(tmp_path, steps=10, eval_every=4)
+    assert [step for step in range(1, 11) if run.evaluates(step)] == [4, 8, 10]
+
+
+def test_lines_are_due_at_the_first_step_every_log_every_and_at_evaluations(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Logged(PPOConfig):
+        log_every: int = 3
+
+    run = small_run(tmp_path, cls=Logged, steps=10, eval_every=4)
+    assert [step for step in range(1, 11) if run.logs(step)] == [1, 3, 4, 6, 8, 9, 10]
+
+
+def test_count_tokens_adds_up(tmp_path):
+    run = small_run(tmp_path)
+    run.count_tokens(7)
+    run.count_tokens(5)
+    assert run.progress.tokens == 12
+
+
+# ---- several processes ----
+
+
+def test_process_that_does_not_write_changes_no_file(tmp_path, monkeypatch):
+    """As all but one of several processes: neither a CSV of this run nor one of an earlier run."""
+    monkeypatch.setattr(processes, "RANK", 1)
+    for name in ("reward.csv", "reward_evaluation.csv"):
+        (tmp_path / name).write_text("step\n1\n")
+    before = {path: (path.read_text(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    run = small_run(tmp_path, cls=RewardConfig, steps=2, overwrite=True, tensorboard=True)
+    run.log(1, {"loss": 0.5}, ("loss",))
+    run.save(1)
+    after = {path: (path.read_text(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    assert after == before

@@ -1,0 +1,34 @@
+"""rlhf.tools.export: the folder has the logits of the checkpoint."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlhf.networks.gpt2 import load_gpt2
+from rlhf.run.errors import InputError
+from rlhf.run.flags import parse_cli
+from rlhf.run.loading import load_policy
+from rlhf.tools import export
+
+TOKENS = torch.randint(800, (3, 12), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_export_writes_the_weights_of_a_checkpoint(trained, tmp_path, capsys, name):
+    _, runs, _ = trained
+    path = runs / f"{name}.pt"
+    export.main(parse_cli(export.ExportConfig, ["--checkpoint", str(path), "--out", str(tmp_path)]))
+    gpt, _ = load_policy(path, name)
+    assert torch.equal(load_gpt2(str(tmp_path))(TOKENS), gpt(TOKENS))
+    parameters = sum(parameter.numel() for parameter in gpt.parameters())
+    assert f"pytorch_model.bin: {parameters:,} parameters" in capsys.readouterr().out
+
+
+def test_export_rejects_a_model_of_transformers(monkeypatch, tmp_path):
+    checkpoint = {"model_config": {"init": "gemma"}}
+    monkeypatch.setattr(export, "load_policy", lambda *_: (None, checkpoint))
+    with pytest.raises(InputError, match="ppo.pt is no GPT-2: this program writes GPT-2's format"):
+        export.main(SimpleNamespace(checkpoint=Path("ppo.pt"), out=tmp_path, data=""))
