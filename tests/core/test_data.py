@@ -27,8 +27,7 @@ from rlhf.data import (
 )
 from rlhf.run.errors import InputError
 from rlhf.run.files import csv_path, read_csv
-from rlhf.run.judge import load_judge, vote_probabilities
-from rlhf.run.micro_batches import chunks
+from rlhf.run.judge import load_judge
 from rlhf.tokenizer import load_tokenizer
 from tests.helpers import rows
 
@@ -177,13 +176,6 @@ def test_batch_indices_allow_a_batch_larger_than_the_set():
     assert sorted(batch_indices(2, 5, 0, 0)) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])
 
 
-def test_chunks_sort_rows_by_length_and_leave_the_batch_unchanged():
-    batch = [Demonstration([0] * size, 1) for size in (3, 7, 4, 9, 4)]
-    assert [[row.size for row in part] for part in chunks(batch, 2)] == [[3, 4], [4, 7], [9]]
-    assert [row.size for row in batch] == [3, 7, 4, 9, 4]
-    assert chunks(batch, 0) == [batch]
-
-
 def test_size_of_a_comparison_counts_the_prompt_twice():
     """The model reads the prompt with each side: 3 + 2 + 3 + 4."""
     assert Comparison(Prompt("", [1, 2, 3]), [4, 9], [5, 6, 7, 9]).size == 12
@@ -263,65 +255,6 @@ def test_judge_reads_only_the_last_question(bundled):
     assert judge.score(
         ["\n\nHuman: Tell me a joke.\n\nAssistant:"], ["Drink tea for the throat."]
     ) == [-1.0]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            "def score(prompts, responses): return [1.0]",
-            "one finite number for each of 2 responses, got 1",
-        ),
-        (
-            "def score(prompts, responses): return [float('nan')] * len(prompts)",
-            "one finite number",
-        ),
-    ],
-)
-def test_load_judge_rejects_scores_that_are_none(tmp_path, text, message):
-    (tmp_path / "judge.py").write_text(text)
-    with pytest.raises(InputError, match=message):
-        load_judge(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [("1/0", ZeroDivisionError), ("def score(prompts, responses): return prompts[9]", IndexError)],
-)
-def test_load_judge_keeps_the_traceback_of_an_error_inside_the_judge(tmp_path, text, error):
-    (tmp_path / "judge.py").write_text(text)
-    with pytest.raises(error):
-        load_judge(str(tmp_path))
-
-
-def test_load_judge_of_a_folder_without_judge_is_none(tmp_path):
-    assert load_judge(str(tmp_path)) is None
-
-
-def test_load_judge_allows_dataclasses(tmp_path):
-    """With postponed annotations, dataclasses look up the module that they are defined in."""
-    (tmp_path / "judge.py").write_text(
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n"
-        "@dataclass\nclass A:\n    x: int\n"
-        "\n\ndef score(prompts, responses):\n    return [A(len(r)).x for r in responses]\n"
-    )
-    assert load_judge(str(tmp_path)).score(["?"], ["four"]) == [4]
-
-
-def test_vote_probabilities_of_a_judge_without_noise_are_none():
-    assert vote_probabilities(SimpleNamespace(__file__="judge.py"), [1.0], [2.0]) is None
-
-
-def test_vote_probabilities_come_from_the_judge():
-    judge = SimpleNamespace(__file__="judge.py", preference_probability=lambda a, b: a / b)
-    assert vote_probabilities(judge, [1.0, 0.0], [2.0, 3.0]) == [0.5, 0.0]
-
-
-@pytest.mark.parametrize("p", [1.5, -0.5, math.nan])
-def test_vote_probabilities_reject_what_is_no_probability(p):
-    judge = SimpleNamespace(__file__="judge.py", preference_probability=lambda a, b: a)
-    with pytest.raises(InputError, match="a number from 0 to 1"):
-        vote_probabilities(judge, [0.5, p], [2.0, 2.0])
 
 
 def test_bundled_votes_follow_the_stated_noise(bundled):

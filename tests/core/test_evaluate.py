@@ -17,7 +17,6 @@ from rlhf.evaluate import (
 )
 from rlhf.model import GPT, GPTConfig
 from rlhf.rollout import Frozen
-from rlhf.run.progress import print_responses, print_table, sample_rows
 from tests.helpers import Digits, noisy
 
 LENGTH_JUDGE = SimpleNamespace(
@@ -121,50 +120,3 @@ def test_mean_gold_is_the_mean_over_the_rollout():
     )
     assert mean_gold(LENGTH_JUDGE, PROMPTS[:2], rollout, Digits()) == 1.5
     assert mean_gold(None, PROMPTS[:2], rollout, Digits()) is None
-
-
-# ---- what train_ppo.py shows of its policies ----
-
-
-BEFORE = Response("\n\nHuman: Hi.\n\nAssistant:", "Go away.", -0.123456, -1.0, 0.0, 3, True)
-AFTER = dataclasses.replace(BEFORE, text="Hello.", score=1.5, gold=2.0)
-
-
-def test_print_table_is_aligned_and_leaves_missing_numbers_empty(capsys):
-    print_table(
-        [
-            {"policy": "sft", "score": 0.25, "prompts": 500},
-            {"policy": "optimum", "score": None, "prompts": 3},
-        ]
-    )
-    assert capsys.readouterr().out.splitlines() == [
-        " policy  score  prompts",
-        "    sft  0.250      500",
-        "optimum               3",
-    ]
-
-
-def test_sample_rows_put_both_responses_side_by_side():
-    assert sample_rows([BEFORE], [AFTER]) == [
-        {
-            "Prompt": BEFORE.prompt,
-            "Before": "Go away.",
-            "After": "Hello.",
-            "score_before": -0.1235,
-            "score_after": 1.5,
-            "gold_before": -1.0,
-            "gold_after": 2.0,
-        }
-    ]
-
-
-def test_print_responses_shows_each_prompt_with_what_the_policies_say(capsys):
-    print_responses(before=[BEFORE, BEFORE], after=[AFTER, dataclasses.replace(AFTER, gold=None)])
-    assert capsys.readouterr().out.splitlines() == [
-        "    Human: Hi.",
-        "        before -> Go away.   (score -0.12, gold -1.0)",
-        "        after -> Hello.   (score +1.50, gold +2.0)",
-        "    Human: Hi.",
-        "        before -> Go away.   (score -0.12, gold -1.0)",
-        "        after -> Hello.   (score +1.50)",
-    ]

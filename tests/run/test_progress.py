@@ -1,8 +1,18 @@
 """The lines printed while a program runs."""
 
+import dataclasses
+
 import pytest
 
-from rlhf.run.progress import Progress, format_seconds, print_table, ticker
+from rlhf.evaluate import Response
+from rlhf.run.progress import (
+    Progress,
+    format_seconds,
+    print_responses,
+    print_table,
+    sample_rows,
+    ticker,
+)
 
 # ---- Progress ----
 
@@ -119,4 +129,37 @@ def test_print_table_is_aligned_and_leaves_missing_numbers_empty(capsys):
         " policy  score  prompts",
         "    sft  0.250      500",
         "optimum               3",
+    ]
+
+
+# ---- responses ----
+
+
+BEFORE = Response("\n\nHuman: Hi.\n\nAssistant:", "Go away.", -0.123456, -1.0, 0.0, 3, True)
+AFTER = dataclasses.replace(BEFORE, text="Hello.", score=1.5, gold=2.0)
+
+
+def test_sample_rows_put_both_responses_side_by_side():
+    assert sample_rows([BEFORE], [AFTER]) == [
+        {
+            "Prompt": BEFORE.prompt,
+            "Before": "Go away.",
+            "After": "Hello.",
+            "score_before": -0.1235,
+            "score_after": 1.5,
+            "gold_before": -1.0,
+            "gold_after": 2.0,
+        }
+    ]
+
+
+def test_print_responses_shows_each_prompt_with_what_the_policies_say(capsys):
+    print_responses(before=[BEFORE, BEFORE], after=[AFTER, dataclasses.replace(AFTER, gold=None)])
+    assert capsys.readouterr().out.splitlines() == [
+        "    Human: Hi.",
+        "        before -> Go away.   (score -0.12, gold -1.0)",
+        "        after -> Hello.   (score +1.50, gold +2.0)",
+        "    Human: Hi.",
+        "        before -> Go away.   (score -0.12, gold -1.0)",
+        "        after -> Hello.   (score +1.50)",
     ]
