@@ -1,4 +1,4 @@
-"""A second yardstick: what the other half of the raters would say, by a pretrained model's
+"""A second judge: what the other half of the raters would say, by a pretrained model's
 features.
 
     python data/movie_ratings/people.py --model gemma-3-270m --reward runs/gemma/reward.pt \\
@@ -44,7 +44,7 @@ BATCH = 64  # texts read at once
 
 @dataclass(frozen=True)
 class PeopleConfig:
-    """Fit the second yardstick, test it on held-out sentences, and judge PPO's responses with
+    """Fit the second judge, test it on held-out sentences, and judge PPO's responses with
     it."""
 
     model: str = arg("gemma-3-270m", "what train_sft.py --init was given: a folder or a name")

@@ -4,8 +4,8 @@
     python train_reward.py --comparison-files my_comparisons.csv
 
 Shows a prompt and two sampled answers in random order and takes one key. Each choice is written to
-the file at once: a kill loses at most the choice that is being typed, and a second call continues
-where the first stopped.
+the file at once: if the process is killed, at most the choice that is being typed is lost, and a
+second call continues where the first stopped.
 
     my_comparisons.csv    Pair, Prompt, Chosen, Rejected, Answer
 
@@ -117,8 +117,8 @@ def choose(pair: Pair, answer: str) -> Choice:
 def read_choices(path: Path) -> list[Choice]:
     """The rows of the file, which is created if it does not exist.
 
-    A last row that breaks off, after a kill, is left out, and the file is copied before. Raises
-    InputError if another row is faulty, or if it is a file of another program.
+    A last row that breaks off, after the process was killed, is left out, and the file is copied
+    before. Raises InputError if another row is faulty, or if it is a file of another program.
     """
     if not path.is_file():
         write_choices(path, [])
