@@ -17,8 +17,8 @@ all slots of a rollout the same weight. So `update` takes the gradient of
 In a rollout of 64 rows with 640 actions, D = 640 * 4 / 64 = 40 in every minibatch of 4 rows. In the
 code, the mean is multiplied by a weight:
 
-    this minibatch      mean = sum / 21      weight = 21 / 40
-    the one with 60     mean = sum / 60      weight = 60 / 40
+    these 21 actions     mean = sum / 21      weight = 21 / 40
+    another 60 actions   mean = sum / 60      weight = 60 / 40
 
 With fixed parameters, the mean of an epoch's gradients is then the gradient of the whole rollout.
 A rollout (64 rows) has several minibatches (an optimizer step each). Micro-batches are parts of a

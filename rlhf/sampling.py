@@ -154,7 +154,7 @@ def fill_with_cache(model: GPT, batch: Batch, rows: Tensor) -> None:
         row 1       p0   .   .  a0  a1     positions 0 - - 1 2; readable is False at the dots
 
     Only the cache has these gaps: batch.tokens holds a response right after its prompt. A row that
-    has ended is sampled on until enough have ended to drop them; nobody reads what it says.
+    has ended is sampled on until enough have ended to drop them; nothing reads what it samples.
     """
     prompt_lens = batch.lengths[rows]  # (n,)
     P = int(prompt_lens.max())
