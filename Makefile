@@ -15,7 +15,7 @@ run: .venv/installed
 	$(PYTHON) train_sft.py --overwrite
 	$(PYTHON) train_reward.py --overwrite
 	$(PYTHON) train_ppo.py --overwrite
-	@if $(PYTHON) -c "import matplotlib" 2> /dev/null; then $(PYTHON) -m rlhf.tools.plot runs; fi
+	@if $(PYTHON) -c "import matplotlib" 2> /dev/null; then $(PYTHON) -m docs.experiments.plot runs; fi
 	$(PYTHON) -m rlhf.tools.optimality
 
 test: .venv/installed

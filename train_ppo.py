@@ -44,11 +44,11 @@ from rlhf.model import GPT, PolicyWithoutValue, PolicyWithValue, RewardModel
 from rlhf.ppo import Experience, make_experience, update
 from rlhf.rewards import adapt_kl_coef, kl_k1, shape_rewards
 from rlhf.rollout import Frozen, Rollout, collect
-from rlhf.run import loading, program
+from rlhf.run import loading, program, warnings
 from rlhf.run.checks import check_finite, check_first_step
 from rlhf.run.device import Compute, make_generator, setup
 from rlhf.run.files import csv_path, digests, write_csv
-from rlhf.run.flags import TrainConfig, arg, check_not_negative, check_positive
+from rlhf.run.flags import TrainConfig, arg, check_positive
 from rlhf.run.judge import load_judge
 from rlhf.run.optimizer import linear_schedule, make_optimizer, set_lr
 from rlhf.run.progress import print_responses, print_table, sample_rows
@@ -79,7 +79,9 @@ class PPOConfig(TrainConfig):
     )
     max_new_tokens: int = arg(40, "longest response, end-of-text included")
     sample_rows: int = arg(0, "responses sampled at once (0: the whole batch)")
-    missing_eos_score: float = arg(-3.0, "score of a response without end-of-text")
+    missing_eos_score: float = arg(
+        -3.0, "score of a response without end-of-text", allow="negative"
+    )
     temperature: float = arg(1.0, "sampling temperature of policy and reference")
     eval_prompts: int = arg(500, "held-out prompts of the closing evaluation")
     advantage: str = arg(
@@ -91,11 +93,13 @@ class PPOConfig(TrainConfig):
     kl_horizon: float = arg(10_000, "responses over which kl_coef adapts")
     minibatch_size: int = arg(16, "minibatch size")
     inner_epochs: int = arg(2, "epochs over each rollout")
-    max_kl_old: float = arg(float("inf"), "stop the inner epochs when KL(old, new) exceeds this")
+    max_kl_old: float = arg(
+        float("inf"), "stop the inner epochs when KL(old, new) exceeds this", allow="inf"
+    )
     gamma: float = arg(1.0, "discount")
     lam: float = arg(0.95, "GAE lambda")
     clip_eps: float = arg(0.2, "PPO clip range")
-    value_clip_eps: float = arg(float("inf"), "value clip range (inf: off)")
+    value_clip_eps: float = arg(float("inf"), "value clip range (inf: off)", allow="inf")
     value_coef: float = arg(0.5, "value loss coefficient")
     entropy_coef: float = arg(0.0, "entropy bonus coefficient")
     ptx_coef: float = arg(0.0, "coefficient of the loss on demonstrations (0: off)")
@@ -104,8 +108,6 @@ class PPOConfig(TrainConfig):
         super().__post_init__()
         positive = ("max_new_tokens", "temperature", "eval_prompts", "group_size", "kl_horizon")
         check_positive(self, *positive, "minibatch_size", "inner_epochs", "clip_eps")
-        coefficients = ("kl_coef", "kl_target", "value_coef", "entropy_coef", "ptx_coef")
-        check_not_negative(self, "sample_rows", *coefficients)
         for size in ("minibatch_size", "group_size"):
             if self.batch_size % getattr(self, size):
                 raise ValueError(f"--batch-size must be a multiple of --{size.replace('_', '-')}")
@@ -113,8 +115,6 @@ class PPOConfig(TrainConfig):
             raise ValueError("rloo and grpo need --group-size 2 or more")
         if self.advantage == "reinforce" and self.batch_size < 2:
             raise ValueError("reinforce needs --batch-size 2 or more")
-        if not (self.value_clip_eps > 0 and self.max_kl_old > 0):
-            raise ValueError("--value-clip-eps and --max-kl-old must be above 0")
         if self.kl_target and self.kl_horizon < self.batch_size:
             raise ValueError("--kl-horizon must be --batch-size or more")
         if self.kl_target and not self.kl_coef:
@@ -131,7 +131,10 @@ def main(cfg: PPOConfig) -> None:
     prompts, heldout = load_both_prompts(cfg, frozen, policy.gpt.config.block_size)
     pretraining_mix = load_pretraining_mix(cfg, policy.gpt, tokenizer, compute)
 
-    # No decay: it would pull the policy away from its reference. eps is that of OpenAI's baselines.
+    # No decay: it would pull the policy away from its reference. eps is that of OpenAI's baselines,
+    # whose gradients have another scale; others were not tried. Policy and value network share one
+    # rate and one gradient clip, so large value gradients shorten the policy's step too. Separating
+    # them gained nothing (docs/results.md).
     optimizer = make_optimizer(policy, cfg.lr, weight_decay=0.0, eps=1e-5)
     run = Training(cfg, policy, optimizer, compute, tokenizer, inputs)
     kl_coef = run.state.get("kl_coef", cfg.kl_coef)  # a resumed run goes on with its own
@@ -164,6 +167,7 @@ def main(cfg: PPOConfig) -> None:
         check_first_step(step, metrics["kl_ref"], metrics["first_log_ratio"], compute.amp)
         run.count_tokens(int(rollout.mask.sum()))
         run.log(done, metrics, SHOWN)
+        run.warnings.add(warnings.equal_scores(run.rows, cfg.steps))
         if cfg.kl_target:
             kl_ref = metrics["kl_ref"]
             kl_coef = adapt_kl_coef(kl_coef, kl_ref, cfg.kl_target, cfg.kl_horizon, cfg.batch_size)
@@ -175,7 +179,9 @@ def main(cfg: PPOConfig) -> None:
             run.save(done, kl_coef=kl_coef)
     # The closing evaluation has no first ratio to keep at 1, so it scores more rows at once.
     frozen = frozen._replace(rows=cfg.micro_batch_size or 128)
-    write_evaluation(run.path, policy.gpt, heldout, frozen, judge, kl_coef, cfg.seed)
+    run.warnings.close(
+        write_evaluation(run.path, policy.gpt, heldout, frozen, judge, kl_coef, cfg.seed)
+    )
 
 
 # ---- what a run is made from ----
@@ -286,10 +292,13 @@ def step_metrics(
 ) -> dict[str, float | None]:
     """The columns of ppo.csv but eos_rate, lr and the clock's; docs/metrics.md explains them."""
     score = rollout.scores.mean().item()
+    group_size = cfg.group_size if cfg.advantage in ("rloo", "grpo") else cfg.batch_size
+    compared = rollout.scores.view(-1, group_size)  # with each other, row by row
     kl_ref = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1).mean().item()
     explained = explained_variance(experience.old_values, experience.returns, experience.mask)
     metrics = {
         "score": score,
+        "score_std": compared.std(dim=1, correction=0).mean().item(),
         "gold": gold,
         "kl_ref": kl_ref,  # nats per response
         "objective": score - kl_coef * kl_ref,
@@ -311,8 +320,11 @@ def write_evaluation(
     judge: ModuleType | None,
     kl_coef: float,
     seed: int,
-) -> None:
-    """evaluation.csv and ppo_samples.csv beside the checkpoint at path: before and after."""
+) -> list[str]:
+    """evaluation.csv and ppo_samples.csv beside the checkpoint at path: before and after.
+
+    Returns: warnings.
+    """
     print("\nbefore and after, on held-out prompts:")
     rows, before, after = evaluate.compare(policy, heldout, frozen, judge, kl_coef, seed)
     write_csv(path.with_name("evaluation.csv"), rows)
@@ -320,6 +332,7 @@ def write_evaluation(
     print_responses(before=before[:3], after=after[:3])
     print(f"\nwrote {path}, evaluation.csv and ppo_samples.csv; next: {NEXT}\n")
     print_table(rows)
+    return warnings.of_policy("PPO", before, after)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,12 @@ from rlhf.evaluate import decode_responses
 from rlhf.losses import sft_loss
 from rlhf.masked import action_slots
 from rlhf.model import GPT, GPTConfig
-from rlhf.run import loading, program
+from rlhf.run import loading, program, warnings
 from rlhf.run.checks import check_finite
 from rlhf.run.device import Compute, make_generator, setup
+from rlhf.run.errors import printable
 from rlhf.run.files import csv_path, digests
-from rlhf.run.flags import TrainConfig, arg, check_not_negative, check_positive
+from rlhf.run.flags import TrainConfig, arg, check_positive
 from rlhf.run.micro_batches import micro_batches
 from rlhf.run.optimizer import (
     cosine_schedule,
@@ -78,7 +79,6 @@ class SFTConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "log_every")
-        check_not_negative(self, "weight_decay", "eval_rows")
         if (self.lora_rank or self.cut_vocab) and not self.init:
             raise ValueError("--lora-rank and --cut-vocab need --init")
         if self.load_in_4bit and not self.lora_rank:
@@ -106,7 +106,9 @@ def main(cfg: SFTConfig) -> None:
 
     optimizer = make_optimizer(gpt, cfg.lr, cfg.weight_decay)
     run = Training(cfg, gpt, optimizer, compute, tokenizer, inputs)
-    run.announce(describe(gpt, tokenizer, len(train_rows), len(valid_rows)))
+    heldout = f"{len(valid_rows):,}"
+    epochs = run.warnings.count_epochs(cfg, len(train_rows), "demonstrations", heldout)
+    run.announce(f"{describe(gpt, tokenizer)}, {epochs}")
     show_row(train_rows[0], tokenizer)
     for step in range(run.step, cfg.steps):
         rows = choose_batch(train_rows, cfg.batch_size, step, cfg.seed)
@@ -132,6 +134,7 @@ def main(cfg: SFTConfig) -> None:
             print_samples(gpt, valid_rows, tokenizer, compute, cfg.seed)
             run.save(done)
     print(f"wrote {run.path}; next: python train_reward.py")
+    run.warnings.close(warnings.of_sft(run.rows))
 
 
 def make_model(cfg: SFTConfig) -> tuple[GPT, Tokenizer, dict[str, str]]:
@@ -147,10 +150,9 @@ def make_model(cfg: SFTConfig) -> tuple[GPT, Tokenizer, dict[str, str]]:
     return loading.with_adapters(gpt, cfg.lora_rank, generator), tokenizer, inputs
 
 
-def describe(gpt: GPT, tokenizer: Tokenizer, train_rows: int, valid_rows: int) -> str:
+def describe(gpt: GPT, tokenizer: Tokenizer) -> str:
     parameters = sum(parameter.numel() for parameter in gpt.parameters())
-    rows = f"{train_rows:,} demonstrations ({valid_rows:,} held out)"
-    return f"{parameters:,} parameters, {tokenizer.vocab_size} tokens, {rows}"
+    return f"{parameters:,} parameters, {tokenizer.vocab_size} tokens"
 
 
 def show_row(row: Demonstration, tokenizer: Tokenizer) -> None:
@@ -197,7 +199,7 @@ def print_samples(
         tokens, mask = generate(gpt, tokens, prompt_lens, room, tokenizer.eos_id, generator)
     responses = decode_responses(tokenizer, tokens, mask)
     for prompt, response in zip(prompts, responses):
-        print(f"    {tokenizer.decode(prompt).strip()!r}\n        -> {response}")
+        print(f"    {tokenizer.decode(prompt).strip()!r}\n        -> {printable(response)}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from rlhf.run.files import replacing
+
 # rlhf.tokenizer.PATTERN without \p, which Python's own `re` does not know. The two differ only in
 # rare signs (a superscript two is a letter here), and a merge that is never met does no harm.
 WORDS = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
@@ -100,4 +102,5 @@ def write_ranks(tokens: list[bytes], path: Path) -> None:
     lines = []
     for rank, token in enumerate(tokens):
         lines.append(f"{base64.b64encode(token).decode()} {rank}\n")
-    path.write_text("".join(lines))
+    with replacing(path) as file:
+        file.writelines(lines)

@@ -13,7 +13,7 @@ difference from what was expected is left.
 import torch
 from torch import Tensor
 
-from rlhf.masked import check_same_shape, masked_mean
+from rlhf.masked import at_least_float32, centred, check_same_shape, masked_mean
 
 
 def gae(
@@ -57,14 +57,14 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """How well V predicts the returns: 1 - Var(returns - values) / Var(returns) over the True
     slots.
 
-    1: perfectly; 0: no better than a constant.
+    1: perfectly; 0: no better than a constant. Unless lambda is 1, the returns of GAE contain later
+    values of V, so this is partly V against itself.
 
     Args: all (B, T-1).  Returns: scalar; -inf or NaN if all returns are equal.
     """
     check_same_shape(values=values, returns=returns, mask=mask)
-    errors = returns - values
-    error_variance = masked_mean((errors - masked_mean(errors, mask)) ** 2, mask)
-    return_variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    error_variance = masked_mean(centred(returns - values, mask) ** 2, mask)
+    return_variance = masked_mean(centred(returns, mask) ** 2, mask)
     return 1 - error_variance / return_variance
 
 
@@ -97,15 +97,20 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 # average. The sum is what Ahmadian et al. use.
 
 
-def grouped(scores: Tensor, group_size: int) -> Tensor:
-    """(B,) -> (groups, G): groups are consecutive rows. Raises ValueError if they do not come out
-    even."""
+def centred_groups(scores: Tensor, group_size: int) -> Tensor:
+    """(B,) -> (groups, G): the scores of consecutive rows minus their mean, in float32 at least.
+
+    Exactly 0 if they are equal, see masked.centred. Raises ValueError if the groups do not come out
+    even.
+    """
     if scores.dim() != 1 or group_size < 2 or len(scores) == 0 or len(scores) % group_size:
         raise ValueError(
             f"scores must be (B,) with B a multiple of group_size, and group_size 2 or more: got "
             f"{tuple(scores.shape)} and {group_size}"
         )
-    return scores.view(-1, group_size)
+    groups = at_least_float32(scores).view(-1, group_size)  # (groups, G)
+    groups = groups - groups.amin(dim=1, keepdim=True)
+    return groups - groups.mean(dim=1, keepdim=True)
 
 
 def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
@@ -128,9 +133,8 @@ def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
     >>> rloo_advantages(torch.tensor([1., 2., 6.]), 3)
     tensor([-3.0000, -1.5000,  4.5000])
     """
-    groups = grouped(scores, group_size)
-    centred = groups - groups.mean(dim=1, keepdim=True)
-    return (centred * (group_size / (group_size - 1))).flatten()
+    groups = centred_groups(scores, group_size)
+    return (groups * (group_size / (group_size - 1))).flatten()
 
 
 def grpo_advantages(scores: Tensor, group_size: int, divide: bool = True) -> Tensor:
@@ -161,12 +165,11 @@ def grpo_advantages(scores: Tensor, group_size: int, divide: bool = True) -> Ten
     >>> grpo_advantages(torch.tensor([1., 3., 5., 5.]), 2)
     tensor([-1.,  1.,  0.,  0.])
     """
-    groups = grouped(scores, group_size)
-    centred = groups - groups.mean(dim=1, keepdim=True)
-    var = (centred**2).mean(dim=1, keepdim=True)
+    groups = centred_groups(scores, group_size)
+    var = (groups**2).mean(dim=1, keepdim=True)
     if divide:
-        centred = centred * torch.rsqrt(var + 1e-8)
-    return centred.flatten()
+        groups = groups * torch.rsqrt(var + 1e-8)
+    return groups.flatten()
 
 
 def response_advantages(

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rlhf.run.device import make_generator
 from rlhf.run.errors import InputError
-from rlhf.run.files import check_lengths, csv_path, read_csv
+from rlhf.run.files import csv_path
+from rlhf.run.tables import check_lengths, read_csv
 from rlhf.tokenizer import Tokenizer
 
 
@@ -146,13 +147,18 @@ def is_decided(path: Path, frame: DataFrame) -> list[bool]:
 
 def swap_prompts(rows: list[Comparison], seed: int, limit: int) -> list[Comparison]:
     """Give every comparison the prompt of another row: what is left can be judged without reading
-    the question. Rows that no longer fit the context are left out."""
+    the question. Rows are left out if that is the same prompt, or if they no longer fit the
+    context."""
     generator = make_generator("cpu", seed, "swap")
     order = torch.randperm(len(rows), generator=generator).tolist()
-    swapped = list(rows)
-    for row, donor in zip(order, order[1:] + order[:1]):
-        swapped[row] = rows[row]._replace(prompt=rows[donor].prompt)
-    return [row for row in swapped if row.longest <= limit]
+    donors = dict(zip(order, order[1:] + order[:1]))
+    swapped = []
+    for number, row in enumerate(rows):
+        prompt = rows[donors[number]].prompt
+        row_with_other = row._replace(prompt=prompt)
+        if prompt.text != row.prompt.text and row_with_other.longest <= limit:
+            swapped.append(row_with_other)
+    return swapped
 
 
 # ---- batches ----

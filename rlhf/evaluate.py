@@ -5,9 +5,11 @@ of the data set's judge, from which no training step learns, is the honest colum
 the win rate goes by the score.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from rlhf.data import Prompt, pad_prompts
@@ -15,7 +17,7 @@ from rlhf.model import GPT, PolicyWithoutValue
 from rlhf.rewards import kl_k1
 from rlhf.rollout import Frozen, Rollout, collect
 from rlhf.run.device import make_generator
-from rlhf.run.judge import gold_scores
+from rlhf.run.judge import gold_scores, share_positive
 from rlhf.run.progress import ticker
 from rlhf.tokenizer import Tokenizer
 
@@ -50,16 +52,23 @@ def respond(
 
     frozen.rows prompts go at once. Random numbers follow from the seed and the number of the first.
     """
+    responses = []
+    for batch, rollout in rollouts(gpt, prompts, frozen, seed):
+        responses += describe(batch, rollout, frozen.tokenizer, judge)
+    return responses
+
+
+def rollouts(
+    gpt: GPT, prompts: list[Prompt], frozen: Frozen, seed: int
+) -> Iterator[tuple[list[Prompt], Rollout]]:
+    """respond, before the responses are decoded: some of the prompts and their rollout, at once."""
     policy = PolicyWithoutValue(gpt)  # nothing here needs values, and collect asks for them
     device = next(gpt.parameters()).device
-    responses = []
     for at in ticker(range(0, len(prompts), frozen.rows), "batches of responses"):
         batch = prompts[at : at + frozen.rows]
         tokens, prompt_lens = pad_prompts(batch, frozen.tokenizer.pad_id, device)  # (B, P), (B,)
         generator = make_generator(device, seed, "evaluate", at)
-        rollout = collect(policy, frozen, tokens, prompt_lens, generator)
-        responses += describe(batch, rollout, frozen.tokenizer, judge)
-    return responses
+        yield batch, collect(policy, frozen, tokens, prompt_lens, generator)
 
 
 def describe(
@@ -144,11 +153,7 @@ def win_rate(responses: list[Response], baseline: list[Response]) -> float:
     """Share of prompts with a better response than the baseline's, by gold if there is a judge,
     else by score. A tie counts half."""
     by = "score" if responses[0].gold is None else "gold"
-    wins = 0.0
+    margins = []
     for response, other in zip(responses, baseline):
-        difference = getattr(response, by) - getattr(other, by)
-        if difference > 0:
-            wins += 1
-        elif difference == 0:
-            wins += 0.5
-    return wins / len(responses)
+        margins.append(getattr(response, by) - getattr(other, by))
+    return share_positive(torch.tensor(margins))

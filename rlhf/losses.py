@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf.masked import action_logprobs, check_same_shape, masked_mean, token_logprobs
+from rlhf.masked import (
+    action_logprobs,
+    at_least_float32,
+    check_same_shape,
+    masked_mean,
+    token_logprobs,
+    zero_outside,
+)
 
 # ---- stage one: supervised fine-tuning ----
 
@@ -46,7 +53,8 @@ def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor
     if chosen_scores.dim() != 1 or len(chosen_scores) == 0:
         raise ValueError(f"scores must be (N,) with N at least 1, got {tuple(chosen_scores.shape)}")
     check_same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
-    return -F.logsigmoid(chosen_scores - rejected_scores).mean()
+    margins = at_least_float32(chosen_scores) - at_least_float32(rejected_scores)
+    return -F.logsigmoid(margins).mean()
 
 
 def ranking_loss(scores: Tensor, ranks: Tensor) -> Tensor:
@@ -69,6 +77,7 @@ def ranking_loss(scores: Tensor, ranks: Tensor) -> Tensor:
     if scores.dim() != 2:
         raise ValueError(f"scores must be (N, K), got {tuple(scores.shape)}")
     check_same_shape(scores=scores, ranks=ranks)
+    scores = at_least_float32(scores)
     better = ranks.unsqueeze(2)  # (N, K, 1)
     worse = ranks.unsqueeze(1)  # (N, 1, K)
     pairs = (better < worse) & (better >= 0)  # (N, K, K): True where i beats j; then j >= 0 too
@@ -118,8 +127,12 @@ def policy_loss(
     check_same_shape(
         new_logprobs=new_logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask
     )
-    ratio = torch.exp(torch.where(mask, new_logprobs - old_logprobs, 0.0))  # (B, T-1)
-    advantages = torch.where(mask, advantages, 0.0)
+    log_ratio = zero_outside(new_logprobs - old_logprobs, mask)  # (B, T-1)
+    advantages = zero_outside(advantages, mask)
+    # For A >= 0, any ratio above 1 + eps counts as 1 + eps. If exp made it infinite, its gradient
+    # would be 0 * inf, which is NaN and not 0. So limit it before, to more than 1 + eps.
+    limited = log_ratio.clamp(max=1 + clip_eps)
+    ratio = torch.exp(torch.where(advantages >= 0, limited, log_ratio))
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
     loss = masked_mean(torch.maximum(unclipped, clipped), mask)
@@ -143,9 +156,9 @@ def value_loss(
         is the larger loss.
     """
     check_same_shape(new_values=new_values, old_values=old_values, returns=returns, mask=mask)
-    new_values = torch.where(mask, new_values, 0.0)
-    old_values = torch.where(mask, old_values, 0.0)
-    returns = torch.where(mask, returns, 0.0)
+    new_values = zero_outside(new_values, mask)
+    old_values = zero_outside(old_values, mask)
+    returns = zero_outside(returns, mask)
     clipped_values = old_values + (new_values - old_values).clamp(-clip_eps, clip_eps)
     unclipped = (new_values - returns) ** 2
     clipped = (clipped_values - returns) ** 2
@@ -167,4 +180,6 @@ def mean_entropy(logprobs: Tensor) -> Tensor:
     """The same, from the log-probabilities (S, V) of the True slots."""
     if len(logprobs) == 0:
         raise ValueError("the mask has no True entry: there is nothing to take the mean of")
-    return -(logprobs.exp() * logprobs).sum(dim=1).mean()
+    # A token of probability 0 adds 0: the limit of p log p, where 0 * -inf would be NaN.
+    finite = torch.where(logprobs == -torch.inf, 0.0, logprobs)  # (S, V)
+    return -(logprobs.exp() * finite).sum(dim=1).mean()

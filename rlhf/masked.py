@@ -19,6 +19,16 @@ def check_same_shape(**tensors: Tensor) -> None:
         raise TypeError(f"mask must be bool (True counts), got {mask.dtype}")
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or unchanged if it is in float64. In float16 a sum overflows at 65,504."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def zero_outside(x: Tensor, mask: Tensor) -> Tensor:
+    """x where the mask is True, 0 elsewhere; in float32 at least."""
+    return torch.where(mask, at_least_float32(x), 0.0)
+
+
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over ALL True entries of the batch: sum(x where mask) / count(mask).
 
@@ -26,8 +36,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     more.)
 
     Args: x, mask: the same shape, any.
-    Returns: scalar. Raises ValueError if no entry is True. (On a GPU it is NaN then: to ask would
-        make the host wait for everything that is queued there.)
+    Returns: scalar, in float32 at least. Raises ValueError if no entry is True. (On a GPU it is NaN
+        then: to ask would make the host wait for everything that is queued there.)
 
     >>> masked_mean(torch.tensor([[1., 1., 1.], [5., 0., 0.]]),
     ...             torch.tensor([[True, True, True], [True, False, False]]))
@@ -36,7 +46,21 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     check_same_shape(x=x, mask=mask)
     if mask.device.type == "cpu" and not mask.any():
         raise ValueError("the mask has no True entry: there is nothing to take the mean of")
-    return torch.where(mask, x, 0.0).sum() / mask.sum()
+    return zero_outside(x, mask).sum() / mask.sum()
+
+
+def centred(x: Tensor, mask: Tensor) -> Tensor:
+    """x minus its mean over the True entries; elsewhere it means nothing.
+
+    The lowest entry is subtracted first, so that equal entries give exactly 0. The mean of three
+    123.45 in float32 is another number, and whitening would divide the rounding error by its own
+    deviation.
+
+    Args: x, mask: the same shape, any.  Returns: the same shape, in float32 at least.
+    """
+    x = at_least_float32(x)
+    x = x - torch.where(mask, x, torch.inf).amin()
+    return x - masked_mean(x, mask)
 
 
 def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
@@ -46,14 +70,14 @@ def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
 
     The variance is biased, as in OpenAI's lm-human-preferences.
 
-    Args: x, mask: the same shape, any.  Returns: the same shape as x.
+    Args: x, mask: the same shape, any.  Returns: the same shape, in float32 at least.
 
     >>> masked_whiten(torch.tensor([1., 3., 9.]), torch.tensor([True, True, False]))
     tensor([-1.,  1.,  0.])
     """
-    mean = masked_mean(x, mask)
-    var = masked_mean((x - mean) ** 2, mask)
-    return torch.where(mask, (x - mean) * torch.rsqrt(var + 1e-8), 0.0)
+    x = centred(x, mask)
+    var = masked_mean(x**2, mask)
+    return zero_outside(x * torch.rsqrt(var + 1e-8), mask)
 
 
 # ---- logits and tokens: the only shift of logits ----
@@ -93,8 +117,7 @@ def log_softmax(logits: Tensor) -> Tensor:
     PPO's ratio has to measure. (What the logits themselves lost in half precision stays lost; it is
     the same loss in both passes of a ratio.)
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return F.log_softmax(logits.to(dtype), dim=-1)
+    return F.log_softmax(at_least_float32(logits), dim=-1)
 
 
 def action_logprobs(logits: Tensor, mask: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def score_responses(frozen: Frozen, tokens: Tensor, mask: Tensor, prompt_lens: T
     whatever the reward model makes of the fragment (Ziegler et al. 2019): it has only seen finished
     responses, so its score of a fragment means little, and the policy could learn never to end. The
     cut counts as a true end: V after it is 0. The KL penalty stays. The default, -3, is three
-    standard deviations below an average demonstration.
+    standard deviations below an average response of the comparisons.
     """
     lengths = prompt_lens + mask.sum(dim=1)  # (B,)
     scores = frozen.reward_model(tokens, lengths)  # (B,)

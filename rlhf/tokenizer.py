@@ -6,7 +6,7 @@ from pathlib import Path
 import tiktoken
 
 from rlhf.run.errors import InputError
-from rlhf.run.files import read_ranks
+from rlhf.run.files import check_folder, read_ranks
 
 # GPT-2's pattern (Radford et al. 2019): contractions, words, numbers and signs, each with the space
 # before it.
@@ -79,8 +79,7 @@ def load_gpt2_tokenizer() -> Tokenizer:
 def find_tokenizer(folder: str, choice: str = "auto") -> Tokenizer:
     """The tokenizer of a data set. auto: the folder's tokenizer.tiktoken if it has one, else
     GPT-2's."""
-    if not Path(folder).is_dir():
-        raise InputError(f"--data {folder}: there is no such folder here")
+    check_folder(folder, for_rows=choice == "auto")
     own = Path(folder) / "tokenizer.tiktoken"
     default = str(own) if own.is_file() else "gpt2"
     return load_tokenizer(default if choice == "auto" else choice)

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "data" / "tiny_assistant"
 # What may stand in a pad and must reach neither a loss nor a gradient.
 POISON = [math.nan, math.inf, -math.inf, 1e6]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 CPU = Compute(torch.device("cpu"), None, torch.amp.GradScaler("cpu", enabled=False))
 
 

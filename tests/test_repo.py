@@ -35,8 +35,8 @@ OPTIONAL = {
     "docs/experiments/trl.py": {"transformers", "trl"},
     "rlhf/networks/gpt2.py": {"safetensors"},
     "rlhf/networks/export.py": {"safetensors"},
-    "rlhf/tools/plot.py": {"matplotlib"},
-    "tests/tools/test_plot.py": {"tensorboard"},
+    "docs/experiments/plot.py": {"matplotlib"},
+    "tests/experiments/test_plot.py": {"tensorboard"},
 }
 
 

@@ -32,7 +32,7 @@ from data.download import fetch
 from rlhf.data import encode_response
 from rlhf.run.errors import InputError
 from rlhf.run.files import csv_path, write_csv
-from rlhf.run.flags import arg, check_not_negative, check_positive
+from rlhf.run.flags import arg, check_positive
 from rlhf.run.program import run
 from rlhf.tokenizer import Tokenizer, load_tokenizer
 
@@ -78,7 +78,6 @@ class PrepareConfig:
 
     def __post_init__(self):
         check_positive(self, "context", "reply_room")
-        check_not_negative(self, "rows")
         if self.reply_room >= self.context:
             raise ValueError(
                 f"--reply-room {self.reply_room} leaves nothing of --context {self.context} for a "

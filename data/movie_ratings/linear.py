@@ -33,10 +33,11 @@ from judge import features
 
 from rlhf.losses import bradley_terry_loss
 from rlhf.run.errors import InputError
-from rlhf.run.files import csv_path, read_csv
-from rlhf.run.flags import arg, check_not_negative
+from rlhf.run.files import csv_path
+from rlhf.run.flags import arg
 from rlhf.run.judge import share_positive
 from rlhf.run.program import run
+from rlhf.run.tables import read_csv
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,6 @@ class LinearConfig:
 
     data: str = arg(str(FOLDER), "data set folder")
     decay: float = arg(3e-5, "L2 penalty on the weights")
-
-    def __post_init__(self):
-        check_not_negative(self, "decay")
 
 
 class Words(NamedTuple):

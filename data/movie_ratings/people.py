@@ -31,12 +31,13 @@ sys.path.insert(0, str(FOLDER.parents[1]))  # rlhf, from a plain checkout
 
 from rlhf.data import encode_response, pad_rows
 from rlhf.networks import hf
-from rlhf.run.files import check_file, csv_path, read_csv
-from rlhf.run.flags import arg, check_not_negative
+from rlhf.run.files import check_file, csv_path
+from rlhf.run.flags import arg
 from rlhf.run.judge import share_positive
 from rlhf.run.loading import load_reward_model
 from rlhf.run.program import run
 from rlhf.run.progress import ticker
+from rlhf.run.tables import read_csv
 
 PENALTIES = [10.0**power for power in range(-1, 6)]
 BATCH = 64  # texts read at once
@@ -52,9 +53,6 @@ class PeopleConfig:
     sentences: int = arg(0, "training sentences to use, at random (0: all)")
     reward: str = arg("", "reward model to compare with on the held-out sentences")
     samples: tuple[str, ...] = arg((), "ppo_samples.csv files to judge")
-
-    def __post_init__(self):
-        check_not_negative(self, "sentences")
 
 
 # ---- features ----

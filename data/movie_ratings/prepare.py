@@ -14,7 +14,6 @@ here has the rules, the counts and how far people agree.
 import html
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -639,8 +638,7 @@ def write_data_set(out: Path, tables: dict[str, list[dict]], ranks: list[bytes])
     for name, rows in tables.items():
         write_csv(out / f"{name}.csv", rows)
         print(f"    {name}.csv: {len(rows):,} rows")
-    write_ranks(ranks, out / "tokenizer.tmp")
-    os.replace(out / "tokenizer.tmp", out / "tokenizer.tiktoken")
+    write_ranks(ranks, out / "tokenizer.tiktoken")
     print(f"    tokenizer.tiktoken: {len(ranks):,} ranks")
     if out.resolve() != HERE:
         shutil.copyfile(HERE / "judge.py", out / "judge.py")

@@ -20,6 +20,7 @@ steps of one run, as in Gao et al.: score, gold and KL of the responses that it 
 that step.
 """
 
+import math
 import os
 import re
 import subprocess
@@ -27,13 +28,18 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy
 import torch
 from pandas import DataFrame, concat, read_csv
+from torch import Tensor
 
-from rlhf.data import load_comparisons, load_prompts
-from rlhf.methods.optimum import best_of_n, best_of_n_kl
+from docs.experiments.plot import load_pyplot
+from rlhf import evaluate
+from rlhf.data import Prompt, load_comparisons, load_prompts
+from rlhf.masked import check_same_shape
+from rlhf.methods.optimum import best_of_n_kl, column
 from rlhf.rollout import Frozen
 from rlhf.run.device import pick_device
 from rlhf.run.errors import InputError
@@ -43,8 +49,6 @@ from rlhf.run.judge import load_judge
 from rlhf.run.loading import load_policy, load_reward_model
 from rlhf.run.program import run
 from rlhf.tokenizer import find_tokenizer
-from rlhf.tools.optimality import reference_samples
-from rlhf.tools.plot import load_pyplot
 
 ROOT = Path(__file__).resolve().parents[2]
 # The columns of study.csv.
@@ -136,7 +140,7 @@ def one_reward_model(cfg: StudyConfig, seed: int, size: int, whole: bool) -> Dat
     folder = Path(cfg.out) / f"seed{seed}" / f"comparisons{size}"
     sft = folder.parent / "sft.pt"
     reward = folder / "reward.pt"
-    steps = max(1, round(4 * size / 64))  # 4 epochs in batches of 64, train_reward.py's defaults
+    steps = max(1, round(4 * size / 64))  # 4 epochs in batches of 64
     script(cfg, "reward", seed, folder, "--sft", sft, "--comparisons", size, "--steps", steps)
     points = [best_of_n_points(cfg, seed, sft, reward)]
     for kl_coef in cfg.kl_coefs.split(","):
@@ -164,13 +168,52 @@ def best_of_n_points(cfg: StudyConfig, seed: int, sft_path: Path, reward_path: P
     rows = []
     n = 1
     while n <= cfg.largest_n:
-        score = best_of_n(scores, scores, n).mean().item()
-        gold = best_of_n(scores, golds, n).mean().item()
+        score = unbiased_best_of_n(scores, scores, n).mean().item()
+        gold = unbiased_best_of_n(scores, golds, n).mean().item()
         kl = best_of_n_kl(n)
         row = {"method": "best_of_n", "step_or_n": n, "kl_ref": kl, "score": score, "gold": gold}
         rows.append(row)
         n *= 2
     return DataFrame(rows)
+
+
+def reference_samples(
+    prompts: list[Prompt], count: int, frozen: Frozen, judge: ModuleType | None, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Scores (Q, N) of N = count responses of the reference to each of Q prompts, and their gold
+    (NaN without a judge)."""
+    repeated = [prompt for prompt in prompts for _ in range(count)]
+    responses = evaluate.respond(frozen.reference, repeated, frozen, judge, seed)
+    scores = column(responses, "score").view(-1, count)
+    return scores, column(responses, "gold").view(-1, count)
+
+
+def unbiased_best_of_n(scores: Tensor, values: Tensor, n: int) -> Tensor:
+    """Expected value of the best by score of n samples, without replacement from the N at hand.
+
+    Sorted by score, the sample at rank i (0 the lowest) is the best of a random n with probability
+    C(i, n-1) / C(N, n). This uses all N samples, and is unbiased (Nakano et al. 2021, WebGPT,
+    appendix I). Of equal scores the later wins. rlhf.methods.optimum.best_of_n, for samples of
+    several policies, is biased if n is near N.
+
+    Args: scores, values (Q, N): values may be the scores themselves, or another judge's scores of
+        the same samples.
+    Returns: (Q,), in float64.
+    """
+    check_same_shape(scores=scores, values=values)
+    if scores.dim() != 2 or not 1 <= n <= scores.size(1):
+        raise ValueError(
+            f"n = {n} must lie between 1 and N of scores (Q, N), here {tuple(scores.shape)}"
+        )
+    N = scores.size(1)
+    ranks = torch.arange(N, dtype=torch.float64, device=scores.device)  # (N,)
+    possible = ranks >= n - 1  # (N,): below, fewer than n - 1 samples are worse
+    left_out = (ranks - (n - 1)).clamp(min=0)  # (N,)
+    log_below = torch.lgamma(ranks + 1) - math.lgamma(n) - torch.lgamma(left_out + 1)  # C(i, n-1)
+    log_all = math.lgamma(N + 1) - math.lgamma(n + 1) - math.lgamma(N - n + 1)  # C(N, n)
+    p = torch.where(possible, (log_below - log_all).exp(), 0.0)  # (N,), sums to 1
+    order = scores.argsort(dim=1, stable=True)  # (Q, N), lowest first
+    return (values.double().gather(1, order) * p).sum(dim=1)
 
 
 # ---- the curves ----

@@ -21,7 +21,8 @@ from rlhf.masked import action_slots, check_same_shape, token_logprobs
 from rlhf.model import GPT
 from rlhf.run.device import Compute
 from rlhf.run.judge import share_positive
-from rlhf.run.micro_batches import chunks
+from rlhf.run.micro_batches import micro_batches
+from rlhf.run.processes import gather
 
 
 def dpo_loss(
@@ -104,12 +105,20 @@ def log_ratios(logprobs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pair_accuracy(
-    rows: list[Comparison], policy: GPT, reference: GPT, pad_id: int, compute: Compute
+    rows: list[Comparison],
+    policy: GPT,
+    reference: GPT,
+    pad_id: int,
+    compute: Compute,
+    size: int = 64,
 ) -> float:
-    """Share of comparisons in which log(pi / pi_ref) is higher for the chosen response."""
-    margins = []
-    for part in chunks(rows, 128):
+    """Share of comparisons in which log(pi / pi_ref) is higher for the chosen response.
+
+    size: of a micro-batch.
+    """
+    margins = [torch.empty(0)]
+    for part in micro_batches(rows, size, "held-out comparisons, micro-batch"):
         logprobs = pair_logprobs(part, policy, reference, pad_id, compute)  # (4, N)
         chosen, rejected = log_ratios(logprobs).unbind(dim=1)  # (N,), (N,)
-        margins.append(chosen - rejected)
-    return share_positive(torch.cat(margins))
+        margins.append((chosen - rejected).cpu())
+    return share_positive(gather(torch.cat(margins)))

@@ -11,23 +11,26 @@ is largest at pi* = pi_ref * exp(score / beta) / Z, where it is
 (Ziegler et al. 2019 state pi*; Korbak et al. 2022 and Rafailov et al. 2023, appendix A.1, derive
 it.) Z is a sum over all responses, and importance sampling estimates it: no policy is trained. In
 theory samples of the reference are enough. In practice the responses that dominate Z are rare under
-the reference, and a trained policy finds them. So the samples come from both.
+the reference, and a trained policy finds them. So the samples come from both, or from the reference
+and several policies, if these are compared.
 
 No training step uses this file. `python -m rlhf.tools.optimality` compares PPO with the optimum.
 """
 
+import bisect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pandas import DataFrame, Series, read_csv
 from torch import Tensor
+from torch.nn.functional import pad
 
-from rlhf import evaluate
 from rlhf.evaluate import Response
 from rlhf.masked import check_same_shape
+
+LARGEST_N = 1_000_000  # of best-of-n; its KL is 12.8 nats
 
 # ---- the optimum, from samples ----
 
@@ -42,16 +45,12 @@ class Optimum(NamedTuple):
     weights: Tensor  # (Q, N) of the samples; those of a prompt sum to 1
 
 
-def optimum(
-    scores: Tensor, kl_coef: float, log_ratio: Tensor | None = None, reference_share: float = 1.0
-) -> Optimum:
-    """The optimal policy's metrics for each prompt, by importance sampling from the reference and a
-    second policy pi.
+def optimum(scores: Tensor, kl_coef: float, log_q: Tensor | None = None) -> Optimum:
+    """The optimal policy's metrics for each prompt, by importance sampling.
 
-    Of the N samples of a prompt the share a comes from pi_ref and the rest from pi, so their
-    density is the mixture q:
+    The N samples of a prompt come from the reference and from other policies; q is the mixture of
+    them all, see log_mixture:
 
-        q[i] / pi_ref[i] = a + (1 - a) * exp(log_ratio[i])
         u[i] = exp(scores[i] / beta) / (q[i] / pi_ref[i])
         w[i] = u[i] / sum over j of u[j]           pi* / q, self-normalised
         objective  J* = beta * log(mean of u)      the mean of u is unbiased for Z
@@ -61,31 +60,15 @@ def optimum(
 
     The code has the logarithms of w, not u, and J* as score - beta * kl_ref, the same number.
 
-    Every sample is weighted by the mixture, whichever policy it came from (balance heuristic: Veach
-    and Guibas 1995; Owen and Zhou 2000). So u is at most 1 / a times what it is with samples of
-    pi_ref only, and at most 1 / (1 - a) times what it is with samples of pi only. If pi = pi_ref or
-    a = 1, all samples are the reference's.
-
     The estimate of J* is low on average, by about beta * (1/ess - 1/N) / 2 if ess is large, and by
-    more if it is small: a policy then looks closer to the optimum than it is. With beta = 0, the
-    optimum is the best sample.
+    more if it is small: a policy then looks closer to the optimum than it is. `jackknife` removes
+    most of it. With beta = 0, the optimum is the best sample.
 
-    Args: scores (Q, N), N samples for each of Q prompts; kl_coef: 0 or more; log_ratio (Q, N): log
-        pi - log pi_ref of each sample, summed over its response (None: 0); reference_share: a,
-        above 0.
+    Args: scores (Q, N), N samples for each of Q prompts; kl_coef: 0 or more; log_q (Q, N): log q -
+        log pi_ref of each sample (None: 0, all samples are the reference's).
     """
-    if log_ratio is None:
-        log_ratio = torch.zeros_like(scores)
-    check_same_shape(scores=scores, log_ratio=log_ratio)
-    if scores.dim() != 2 or scores.size(1) < 2:
-        raise ValueError(f"scores must be (Q, N) with N at least 2, got {tuple(scores.shape)}")
-    if not kl_coef >= 0 or not 0 < reference_share <= 1:
-        raise ValueError(
-            f"kl_coef, share are {kl_coef}, {reference_share}: not 0 or more, and above 0 and at "
-            f"most 1"
-        )
     scores = scores.double()
-    log_q = log_mixture(log_ratio.double(), reference_share)  # (Q, N)
+    log_q = zeros_for_none(log_q, scores)
     log_weights = torch.log_softmax(log_tilt(scores, kl_coef) - log_q, dim=1)  # (Q, N)
     weights = log_weights.exp()
 
@@ -97,11 +80,27 @@ def optimum(
     return Optimum(objective, score, kl_ref, ess, weights)
 
 
-def log_mixture(log_ratio: Tensor, reference_share: float) -> Tensor:
-    """log q / pi_ref of each sample: log_ratio (Q, N) -> (Q, N)."""
-    shares = torch.tensor([reference_share, 1 - reference_share], dtype=torch.float64)
-    log_reference_share, log_policy_share = shares.log()
-    return torch.logaddexp(log_reference_share, log_policy_share + log_ratio)
+def zeros_for_none(log_q: Tensor | None, scores: Tensor) -> Tensor:
+    """log_q (Q, N) in float64, 0 if it is None. It has the shape of the scores."""
+    if log_q is None:
+        log_q = torch.zeros_like(scores)
+    check_same_shape(scores=scores, log_q=log_q)
+    return log_q.double()
+
+
+def log_mixture(log_ratios: Tensor) -> Tensor:
+    """log q / pi_ref of each sample, where q is the mixture in equal parts of M policies.
+
+        q / pi_ref = mean over the M policies of exp(log_ratios)
+
+    Every sample is weighted by the mixture, whichever policy it came from (balance heuristic: Veach
+    and Guibas 1995; Owen and Zhou 2000). So its weight is at most M times what it is with samples
+    of any one of them only.
+
+    Args: log_ratios (M, ...): log policy - log pi_ref, summed over the response. One of the M is
+        pi_ref itself, with 0, and each has as many of the samples.
+    """
+    return torch.logsumexp(log_ratios, dim=0) - math.log(len(log_ratios))
 
 
 def log_tilt(scores: Tensor, kl_coef: float) -> Tensor:
@@ -115,30 +114,33 @@ def log_tilt(scores: Tensor, kl_coef: float) -> Tensor:
 # ---- best-of-n ----
 
 
-def best_of_n(scores: Tensor, values: Tensor, n: int) -> Tensor:
-    """Expected value of the best by score of n samples, without replacement from the N at hand.
+def best_of_n(scores: Tensor, values: Tensor, n: int, log_q: Tensor | None = None) -> Tensor:
+    """Expected value of the best by score of n samples of the reference.
 
-    Sorted by score, the sample at rank i (0 the lowest) is the best of a random n with probability
-    C(i, n-1) / C(N, n). This uses all N samples, and is unbiased (Nakano et al. 2021, WebGPT,
-    appendix I). Of equal scores the later wins.
+    The N samples come from q, as in `optimum`, so that high scores are among them also if they are
+    rare under the reference. With v = pi_ref / q, divided by its sum, the reference's distribution
+    of scores is
+
+        F(s) = sum of v over the samples with a score of at most s
+
+    and the best of n is at most s with probability F(s)^n. So a sample of score s, v its share of
+    the samples with that score, is the best with probability
+
+        v / (F(s) - F(s-)) * (F(s)^n - F(s-)^n)        F(s-): of the scores below s
 
     Args: scores, values (Q, N): values may be the scores themselves, or another judge's scores of
-        the same samples.
+        the same samples; n: 1 or more; log_q (Q, N): log q - log pi_ref of each sample (None: 0).
     Returns: (Q,), in float64.
     """
+    log_q = zeros_for_none(log_q, scores)
     check_same_shape(scores=scores, values=values)
-    if scores.dim() != 2 or not 1 <= n <= scores.size(1):
-        raise ValueError(
-            f"n = {n} must lie between 1 and N of scores (Q, N), here {tuple(scores.shape)}"
-        )
-    N = scores.size(1)
-    ranks = torch.arange(N, dtype=torch.float64, device=scores.device)  # (N,)
-    possible = ranks >= n - 1  # (N,): below, fewer than n - 1 samples are worse
-    left_out = (ranks - (n - 1)).clamp(min=0)  # (N,)
-    log_below = torch.lgamma(ranks + 1) - math.lgamma(n) - torch.lgamma(left_out + 1)  # C(i, n-1)
-    log_all = math.lgamma(N + 1) - math.lgamma(n + 1) - math.lgamma(N - n + 1)  # C(N, n)
-    p = torch.where(possible, (log_below - log_all).exp(), 0.0)  # (N,), sums to 1
-    order = scores.argsort(dim=1, stable=True)  # (Q, N), lowest first
+    scores, order = scores.double().sort(dim=1)  # (Q, N), lowest first
+    v = torch.softmax(-log_q, dim=1).gather(1, order)  # (Q, N)
+    F = pad(v.cumsum(dim=1), (1, 0))  # (Q, N + 1): of the first 0, 1, ... N samples
+    below = F.gather(1, torch.searchsorted(scores, scores))  # (Q, N): F(s-)
+    up_to = F.gather(1, torch.searchsorted(scores, scores, right=True))  # (Q, N): F(s)
+    share = torch.where(up_to > below, v / (up_to - below), 0.0)  # (Q, N); v may round to 0
+    p = share * (up_to**n - below**n)  # (Q, N), sums to 1
     return (values.double().gather(1, order) * p).sum(dim=1)
 
 
@@ -151,257 +153,227 @@ def best_of_n_kl(n: float) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def matching_n(kl: float, largest: int) -> int:
-    """The n, from 1 to `largest`, whose best_of_n_kl is nearest to kl."""
-    return min(range(1, largest + 1), key=lambda n: abs(best_of_n_kl(n) - kl))
+def matching_n(kl: float) -> int:
+    """The n, from 1 to LARGEST_N, whose best_of_n_kl is nearest to kl."""
+    lower = bisect.bisect(range(1, LARGEST_N), kl, key=best_of_n_kl)  # the last n with KL <= kl
+    neighbours = (max(1, lower), lower + 1)
+    return min(neighbours, key=lambda n: abs(best_of_n_kl(n) - kl))
 
 
-# ---- one prompt, from the responses of rlhf/evaluate.py ----
-
-
-class Metrics(NamedTuple):
-    """What a policy reaches on a prompt, or on average over prompts."""
-
-    score: float
-    gold: float | None  # None without a judge
-    kl_ref: float
-    objective: float
+# ---- metrics of policies, from the same samples ----
 
 
 class Samples(NamedTuple):
-    """Responses to one prompt.
+    """n responses of each of M policies to each of Q prompts. The first policy is the reference."""
 
-    The kl_ref of a response is its log-probability under the policy that sampled it minus that
-    under the other one.
-    """
-
-    reference: list[Response]
-    ppo: list[Response]
+    scores: Tensor  # (M, Q, n)
+    golds: Tensor  # (M, Q, n), NaN without a judge
+    log_ratios: Tensor  # (M, M, Q, n): log of each policy - log of the reference, of all responses
 
     def half(self, which: int) -> "Samples":
         """Every second response, from number `which` on: 0 or 1."""
-        return Samples(self.reference[which::2], self.ppo[which::2])
+        return Samples(*[x[..., which::2] for x in self])
+
+    def pooled(self) -> list[Tensor]:
+        """Scores, golds, and log q - log pi_ref of all samples of a prompt: (Q, M n) each."""
+        columns = (self.scores, self.golds, log_mixture(self.log_ratios))  # (M, Q, n) each
+        return [x.transpose(0, 1).flatten(1) for x in columns]
 
 
-@dataclass(frozen=True)
-class PromptEstimate:
-    """PPO and the optimum on one prompt."""
+METRICS = ("score", "gold", "kl_ref", "objective")
+KL_REF, OBJECTIVE = 2, 3  # their numbers
 
-    prompt: str
-    samples: int  # of both policies together
-    ess: float  # effective sample size
-    ppo: Metrics
-    optimum: Metrics
 
-    def row(self) -> dict:
-        """A row of optimality.csv."""
-        row = {"prompt": self.prompt, "samples": self.samples, "ess": self.ess}
-        for name, value in self.ppo._asdict().items():
-            row[f"ppo_{name}"] = value
-        return {**row, **self.optimum._asdict()}
+def stack_metrics(score: Tensor, gold: Tensor, kl_ref: Tensor, kl_coef: float) -> Tensor:
+    """What a policy reaches on each of Q prompts: (Q,) each -> (4, Q), in the order of METRICS."""
+    return torch.stack([score, gold, kl_ref, score - kl_coef * kl_ref])
+
+
+def policy_metrics(samples: Samples, kl_coef: float, number: int) -> Tensor:
+    """(4, Q) of policy `number`, from its own samples."""
+    own = (samples.scores[number], samples.golds[number], samples.log_ratios[number, number])
+    return stack_metrics(*[x.mean(dim=1) for x in own], kl_coef)
+
+
+def best_of_n_metrics(samples: Samples, kl_coef: float, n: int) -> Tensor:
+    """(4, Q) of best-of-n, from all samples. Its KL is the same for every prompt."""
+    scores, golds, log_q = samples.pooled()  # (Q, N) each
+    score = best_of_n(scores, scores, n, log_q)  # (Q,)
+    kl_ref = torch.full_like(score, best_of_n_kl(n))
+    return stack_metrics(score, best_of_n(scores, golds, n, log_q), kl_ref, kl_coef)
+
+
+def optimal_metrics(samples: Samples, kl_coef: float) -> Tensor:
+    """(4, Q) of the optimum, from all samples."""
+    scores, golds, log_q = samples.pooled()  # (Q, N) each
+    best = optimum(scores, kl_coef, log_q)
+    gold = (best.weights * golds).sum(dim=1)  # (Q,)
+    return stack_metrics(best.score, gold, best.kl_ref, kl_coef)
+
+
+def jackknife(estimator: Callable[..., Tensor], samples: Samples, *args) -> Tensor:
+    """2 * (the estimate from all samples) - (the mean of those from each half).
+
+    Half of the samples have about twice the bias of all of them, if that is proportional to 1/N, so
+    the difference cancels it (Quenouille 1949). All metrics are treated alike, so objective =
+    score - kl_coef * kl_ref still holds.
+
+    Args: estimator: one of the functions above; args: of it, after the samples.
+    """
+    halves = [estimator(samples.half(which), *args) for which in (0, 1)]
+    return 2 * estimator(samples, *args) - sum(halves) / 2
+
+
+# ---- optimality and its standard error ----
+
+
+class Evaluation(NamedTuple):
+    """A policy on all P held-out prompts: what evaluate.compare returns."""
+
+    rows: list[dict]  # of evaluation.csv: sft, and the policy
+    before: list[Response]  # of the reference, one to each prompt
+    after: list[Response]  # of the policy
+
+    def gain(self, kl_coef: float) -> Tensor:
+        """(P,) J - J_sft of the responses."""
+        gains = []
+        for after, before in zip(self.after, self.before):
+            gains.append(after.score - before.score - kl_coef * (after.kl_ref - before.kl_ref))
+        return torch.tensor(gains, dtype=torch.float64)
+
+
+class Gain(NamedTuple):
+    """J - J_sft of a policy: the mean of a number per prompt over all P prompts, plus the mean of
+    another one over the first Q of them."""
+
+    all: Tensor  # (P,)
+    few: Tensor  # (Q,)
+
+    def mean(self) -> float:
+        return (self.all.mean() + self.few.mean()).item()
+
+
+def optimality(gain: Gain, best: Gain) -> dict[str, float | None]:
+    """gain / best, the share of the best policy's gain, and its standard error.
+
+    To first order, errors e of the gain and E of the best policy's change the ratio R by (e - R E)
+    / best. That is again a mean of a number per prompt, and its spread over the prompts gives the
+    standard error. So the error contains the choice of prompts as well as the sampling of responses
+    to them, and what two policies have in common on a prompt cancels. It does not contain the bias
+    of J*.
+
+    Returns: the columns of evaluation.csv. Both are None if the best policy gains nothing, and the
+        error also if Q is 1.
+    """
+    ratio = error = None
+    whole = best.mean()
+    if whole > 0:
+        ratio = gain.mean() / whole
+        few = share_of_mean(gain.few - ratio * best.few)  # (Q,)
+        errors = share_of_mean(gain.all - ratio * best.all)  # (P,)
+        errors[: len(few)] += few
+        error = errors.norm().item() / whole
+    if len(best.few) == 1:
+        error = None
+    return {"optimality": ratio, "optimality_se": error}
+
+
+def share_of_mean(x: Tensor) -> Tensor:
+    """What each number adds to the error of the mean: (n,) -> (n,). The root of the sum of squares
+    is the standard error, std(x) / sqrt(n)."""
+    return (x - x.mean()) / math.sqrt(len(x) * max(1, len(x) - 1))
 
 
 def column(responses: list[Response], name: str) -> Tensor:
-    """A field of the responses as (1, N), in float64. NaN for the gold of no judge."""
+    """A field of the responses as (n,), in float64. NaN for the gold of no judge."""
     values = [getattr(response, name) for response in responses]
     numbers = [math.nan if value is None else value for value in values]
-    return torch.tensor([numbers], dtype=torch.float64)
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
-def ppo_and_optimum(samples: Samples, kl_coef: float) -> PromptEstimate:
-    """PPO and the optimum on one prompt, from responses of the reference and of PPO to it."""
-    responses = samples.reference + samples.ppo
-    scores = column(responses, "score")  # (1, N)
-    # kl_ref is log PPO - log reference for PPO's samples, and the other way round for the
-    # reference's, see Samples.
-    reference_ratio = -column(samples.reference, "kl_ref")
-    ppo_ratio = column(samples.ppo, "kl_ref")
-    log_ratio = torch.cat([reference_ratio, ppo_ratio], dim=1)  # (1, N): log PPO - log reference
-    best = optimum(scores, kl_coef, log_ratio, len(samples.reference) / len(responses))
-
-    measured = evaluate.summarise("ppo", samples.ppo, samples.ppo, kl_coef)
-    ppo = Metrics(*[measured[name] for name in Metrics._fields])
-    gold = None
-    if ppo.gold is not None:
-        gold = (best.weights * column(responses, "gold")).sum().item()
-    optimal = Metrics(best.score.item(), gold, best.kl_ref.item(), best.objective.item())
-    return PromptEstimate(responses[0].prompt, len(responses), best.ess.item(), ppo, optimal)
-
-
-# ---- all prompts: best-of-n and the optimum beside PPO ----
+# ---- rows of the tables ----
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """best-of-n and the optimum beside PPO, and how far the estimate can be trusted.
+    """A policy beside best-of-n and the optimum."""
 
-    error and bias are of PPO's optimality: the standard error over the Q prompts, and what too few
-    samples do. Half of the samples give a lower J* than all of them. All of them give a J* that is
-    too low by about the same amount, or by more if responses that are good and rare are still
-    missing.
-    """
-
-    prompts: list[PromptEstimate]
-    n: int  # of best_of_n: the one with the KL nearest to PPO's that the samples allow
-    larger_n_is_nearer: bool
-    best_of_n: Metrics
-    optimum: Metrics
-    error: float
-    bias: float
-
-    @property
-    def ess(self) -> float:
-        """The mean effective sample size."""
-        return evaluate.mean(self.prompts, "ess")
+    rows: list[dict]  # of evaluation.csv: sft, the policy, best_of_n, optimum
+    n: int  # of best_of_n
+    policy: Tensor  # (4, Q), METRICS
+    optimum: Tensor  # (4, Q)
+    ess: Tensor  # (Q,) effective sample size of the optimum
+    raised: float  # J* by the jackknife
 
 
-def estimate_optimum(table: list[dict], samples: list[Samples], kl_coef: float) -> Estimate:
-    """best-of-n and the optimum beside PPO.
+def estimate_optimum(
+    evaluations: list[Evaluation], samples: Samples, kl_coef: float
+) -> list[Estimate]:
+    """Each policy beside best-of-n with its KL, and beside the optimum, which is the same for all.
 
-    They come from fewer prompts than the table's rows, and prompts differ more than policies do, so
-    they are paired with PPO's: see beside_ppo.
-
-    Args: table: rows of evaluation.csv, the first is sft and the last ppo or dpo; samples: for each
-        of the Q prompts, an even number of responses of each policy.
-    """
-    sft = table[0]
-    ppo = table[-1]
-    prompts = [ppo_and_optimum(prompt, kl_coef) for prompt in samples]
-    fewest = min(len(prompt.reference) for prompt in samples)
-    n = matching_n(ppo["kl_ref"], fewest)
-
-    gained = ppo["objective"] - sft["objective"]
-    differences = [prompt.optimum.objective - prompt.ppo.objective for prompt in prompts]
-    lacking = torch.tensor(differences, dtype=torch.float64)  # (Q,)
-    objective_bias = bias_of_few_samples(samples, prompts, kl_coef)
-    error, bias = optimality_error(gained, lacking, objective_bias)
-    return Estimate(
-        prompts=prompts,
-        n=n,
-        larger_n_is_nearer=matching_n(ppo["kl_ref"], fewest + 1) > n,
-        best_of_n=best_of_n_beside_ppo(n, samples, ppo, prompts, kl_coef),
-        optimum=optimum_beside_ppo(ppo, prompts, kl_coef),
-        error=error,
-        bias=bias,
-    )
-
-
-def beside_ppo(
-    name: str, ppo: dict, prompts: list[PromptEstimate], numbers: list[float]
-) -> float | None:
-    """A metric of another policy over all prompts, from its numbers on the Q prompts.
-
-        PPO's mean over all prompts + (mean of the numbers - PPO's mean), both over the Q prompts
-
-    Args: ppo: the row of evaluation.csv.
-    Returns: None for the gold of no judge.
-    """
-    ppo_mean = evaluate.mean([prompt.ppo for prompt in prompts], name)
-    if ppo_mean is None:
-        return None
-    return ppo[name] + sum(numbers) / len(numbers) - ppo_mean
-
-
-def best_of_n_beside_ppo(
-    n: int, samples: list[Samples], ppo: dict, prompts: list[PromptEstimate], kl_coef: float
-) -> Metrics:
-    """best-of-n, see beside_ppo. Its KL is the same for every prompt, and is not paired."""
-    paired = {}
-    for name in ("score", "gold"):
-        numbers = []
-        for prompt in samples:
-            scores = column(prompt.reference, "score")  # (1, N)
-            values = column(prompt.reference, name)  # (1, N)
-            numbers.append(best_of_n(scores, values, n).item())
-        paired[name] = beside_ppo(name, ppo, prompts, numbers)
-    kl_ref = best_of_n_kl(n)
-    objective = paired["score"] - kl_coef * kl_ref
-    return Metrics(paired["score"], paired["gold"], kl_ref, objective)
-
-
-def optimum_beside_ppo(ppo: dict, prompts: list[PromptEstimate], kl_coef: float) -> Metrics:
-    """The optimum, see beside_ppo."""
-    paired = []
-    for name in ("score", "gold", "kl_ref"):
-        numbers = [getattr(prompt.optimum, name) for prompt in prompts]
-        paired.append(beside_ppo(name, ppo, prompts, numbers))
-    score, gold, kl_ref = paired
-    return Metrics(score, gold, kl_ref, score - kl_coef * kl_ref)
-
-
-def bias_of_few_samples(
-    samples: list[Samples], prompts: list[PromptEstimate], kl_coef: float
-) -> float:
-    """The mean J* of half of the samples minus that of all of them."""
-    halves = []
-    for which in (0, 1):
-        for prompt in samples:
-            halves.append(ppo_and_optimum(prompt.half(which), kl_coef).optimum)
-    whole = [prompt.optimum for prompt in prompts]
-    return evaluate.mean(halves, "objective") - evaluate.mean(whole, "objective")
-
-
-def optimality_error(gained: float, lacking: Tensor, bias: float) -> tuple[float, float]:
-    """Standard error and bias of optimality = gained / (gained + L), with L the mean of lacking
-    over the prompts.
-
-    To first order, an error e in L changes it by -e * gained / (gained + L)^2. The standard error
-    of L is that of a mean over Q prompts.
-
-    Args: gained: PPO's J minus that of SFT; lacking (Q,): J* minus PPO's J on each prompt; bias: of
-        L.
-    Returns: both infinite if gained + L is not positive; the standard error also if Q is 1.
-    """
-    gain = gained + lacking.mean().item()
-    if gain <= 0:
-        return math.inf, math.inf
-    slope = -gained / gain**2
-    error = math.inf
-    if len(lacking) > 1:
-        error = lacking.std().item() / math.sqrt(len(lacking))
-    return error * abs(slope), bias * slope
-
-
-# ---- tables ----
-
-
-def rows_with_optimum(table: list[dict], estimate: Estimate) -> list[dict]:
-    """The rows of evaluation.csv with best_of_n and optimum below them, and in every row its
+    best_of_n and optimum come from fewer prompts than the other rows, and prompts differ more than
+    policies do. So all of their metrics are paired with the first policy's, see row_beside. They
+    are those of the `jackknife`. Every row gets its
 
         optimality = (J - J_sft) / (J* - J_sft),    J = score - kl_coef * kl_ref
 
-    0 for the reference, 1 for the best policy that this objective has. None if J* is not above
-    J_sft.
+    0 for the reference, 1 for the best policy that this objective has, and its standard error.
+
+    Args: evaluations: of the K policies, a good one first; samples: of the reference and of these
+        policies, on the first Q of the P prompts.
     """
-    rows = list(table)
-    estimated = {"best_of_n": estimate.best_of_n, "optimum": estimate.optimum}
-    for name, metrics in estimated.items():
-        row = dict.fromkeys(table[0])  # the other columns stay empty
-        row |= metrics._asdict()
-        row |= {"policy": name, "prompts": len(estimate.prompts)}
+    first = evaluations[0]
+    scores, _, log_q = samples.pooled()
+    plain = optimum(scores, kl_coef, log_q)
+    best = jackknife(optimal_metrics, samples, kl_coef)  # (4, Q)
+    paired = policy_metrics(samples, kl_coef, 1)  # (4, Q)
+    best_row = row_beside("optimum", best - paired, first.rows[1])
+    best_gain = Gain(first.gain(kl_coef), (best - paired)[OBJECTIVE])
+    raised = (best[OBJECTIVE] - plain.objective).mean().item()
+    no_gain = Gain(*[torch.zeros_like(x) for x in best_gain])
+
+    estimates = []
+    for number, evaluation in enumerate(evaluations, start=1):
+        sft_row, policy_row = evaluation.rows
+        policy = policy_metrics(samples, kl_coef, number)  # (4, Q)
+        n = matching_n(policy[KL_REF].mean().item())
+        more = jackknife(best_of_n_metrics, samples, kl_coef, n) - paired  # (4, Q)
+        gains = [
+            (sft_row, no_gain),
+            (policy_row, no_gain._replace(all=evaluation.gain(kl_coef))),
+            (row_beside("best_of_n", more, first.rows[1]), best_gain._replace(few=more[OBJECTIVE])),
+            (best_row, best_gain),
+        ]
+        rows = [{**row, **optimality(gain, best_gain)} for row, gain in gains]
+        estimates.append(Estimate(rows, n, policy, best, plain.ess, raised))
+    return estimates
+
+
+def row_beside(name: str, more: Tensor, row: dict) -> dict:
+    """A row of evaluation.csv for best_of_n or the optimum: each metric is
+
+        the paired policy's mean over all prompts + mean over the Q prompts of the difference
+
+    Args: more (4, Q): metrics minus those of the paired policy; row: of that policy. Columns
+        that are no METRICS stay empty, as does the gold of no judge.
+    """
+    new = dict.fromkeys(row)
+    new |= {"policy": name, "prompts": more.size(1)}
+    for metric, difference in zip(METRICS, more.mean(dim=1).tolist()):
+        if row[metric] is not None:
+            new[metric] = row[metric] + difference
+    return new
+
+
+def prompt_rows(prompts: list[str], samples: int, estimate: Estimate) -> list[dict]:
+    """The rows of optimality.csv: ppo_... are the metrics of the policy, the others those of the
+    optimum."""
+    names = ["ess", *[f"ppo_{name}" for name in METRICS], *METRICS]
+    columns = torch.cat([estimate.ess[None], estimate.policy, estimate.optimum])  # (9, Q)
+    rows = []
+    for prompt, numbers in zip(prompts, columns.T.tolist()):
+        row = {"prompt": prompt, "samples": samples}
+        for name, number in zip(names, numbers):
+            row[name] = None if math.isnan(number) else number
         rows.append(row)
-    start = table[0]["objective"]
-    gain = estimate.optimum.objective - start
-    with_optimality = []
-    for row in rows:
-        optimality = (row["objective"] - start) / gain if gain > 0 else None
-        with_optimality.append({**row, "optimality": optimality})
-    return with_optimality
-
-
-def optimality_curve(metrics: DataFrame, evaluation: Path) -> Series | float:
-    """Optimality over the steps of a run: (J - J_sft) / (J* - J_sft), where J is the mean objective
-    of 15 steps.
-
-    J is that of the prompts trained on; J_sft and J* are the held-out ones of evaluation.csv. NaN
-    without a J* there.
-
-    Args: metrics: ppo.csv; evaluation: the path of evaluation.csv.
-    """
-    if not evaluation.is_file():
-        return math.nan
-    J = read_csv(evaluation).set_index("policy")["objective"]
-    if "optimum" not in J:
-        return math.nan
-    smoothed = metrics["objective"].rolling(15, center=True, min_periods=8).mean()
-    return (smoothed - J["sft"]) / (J["optimum"] - J["sft"])
+    return rows

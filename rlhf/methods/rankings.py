@@ -20,7 +20,7 @@ from rlhf.losses import ranking_loss
 from rlhf.model import RewardModel
 from rlhf.run.device import Compute
 from rlhf.run.errors import InputError
-from rlhf.run.files import check_lengths, read_csv
+from rlhf.run.tables import check_lengths, read_csv
 from rlhf.tokenizer import Tokenizer
 
 # ---- reading ----
@@ -65,7 +65,7 @@ def load_rankings(path: Path, tokenizer: Tokenizer, limit: int) -> list[Ranking]
 
 def check_rank(path: Path, row: int, rank: str) -> None:
     """Raise InputError if a rank is not a whole number from 0 to 2**31 - 1."""
-    is_number = rank.strip().isdecimal() and len(rank) < 11
+    is_number = rank.isdecimal() and len(rank) < 11
     if not is_number or int(rank) >= 2**31:
         raise InputError(
             f"{path}, row {row}: Rank is {rank[:40]!r}; it must be a whole number below 2**31"
@@ -102,13 +102,13 @@ def ranking_batch(rows: list[Ranking], pad_id: int, device) -> tuple[Tensor, Ten
 
 def score_rankings(
     model: RewardModel, rows: list[Ranking], pad_id: int, compute: Compute
-) -> tuple[Tensor, Tensor]:
-    """The loss of a batch of rankings, and the margins of all its pairs, better minus worse."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a batch of rankings; the margins of all pairs, better minus worse; the scores."""
     tokens, lengths, ranks = ranking_batch(rows, pad_id, compute.device)  # (R, T), (R,), (N, K)
     with compute.autocast():
         flat = model(tokens, lengths)  # (R,)
     scores = flat.new_zeros(ranks.shape).masked_scatter(ranks >= 0, flat)  # (N, K)
-    return ranking_loss(scores, ranks), pair_margins(scores, ranks).detach()
+    return ranking_loss(scores, ranks), pair_margins(scores, ranks).detach(), flat.detach()
 
 
 def pair_margins(scores: Tensor, ranks: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from rlhf.networks.gpt2 import PRETRAINED
 from rlhf.networks.lora import add_adapters
 from rlhf.run.errors import InputError
-from rlhf.run.files import csv_path, digests, read_csv
+from rlhf.run.files import csv_path, digests
+from rlhf.run.tables import read_csv
 
 ATTENTION = {"full_attention", "sliding_attention"}  # layers whose memory is keys and values
 
@@ -270,15 +271,23 @@ def package(name: str):
 
 
 def from_pretrained(kind: str, init: str, **options):
-    """transformers.KIND.from_pretrained(init). Raises InputError if that fails."""
+    """transformers.KIND.from_pretrained(init), without running code that comes with the model.
+
+    Raises InputError if that fails.
+    """
     where = init
     if init.endswith(".gguf"):
         where = Path(init).parent
         options["gguf_file"] = Path(init).name
     load = getattr(package("transformers"), kind).from_pretrained
     try:
-        return load(where, **options)
+        return load(where, trust_remote_code=False, **options)
     except Exception as error:  # no such folder, no connection, a damaged file, ...
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"--init {init} needs Python code that comes with the model (auto_map), which is "
+                f"never run; give a model whose class is part of transformers"
+            ) from None
         raise InputError(
             f"--init {init} cannot be loaded: {type(error).__name__}: {error}; give a model's "
             f"folder, a GGUF file, or a name on the Hugging Face hub and an internet connection"

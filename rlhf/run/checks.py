@@ -10,8 +10,8 @@ def check_finite(model: nn.Module, step: int, *numbers: Tensor | float | None) -
     """Raise InputError if a trained weight, a buffer, or one of the numbers (losses, scores) is NaN
     or infinite.
 
-    In float16 the scaler skips a step whose gradient is not finite. So the weights stay finite even
-    if every loss is NaN.
+    A gradient that is not finite makes weights NaN (optimizer_step). In float16 the scaler skips
+    the step, so the weights stay finite even if every loss is NaN.
     """
     tensors = [p for p in model.parameters() if p.requires_grad]
     tensors += model.buffers()
@@ -20,8 +20,8 @@ def check_finite(model: nn.Module, step: int, *numbers: Tensor | float | None) -
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors])
     if not finite.all():
         raise InputError(
-            f"step {step}: weights, losses or scores are not finite: the run has diverged; "
-            f"lower --lr"
+            f"step {step}: gradients, weights, losses or scores are not finite: the run has "
+            f"diverged; lower --lr, or a coefficient of the loss"
         )
 
 
@@ -50,3 +50,25 @@ def check_first_step(
             f"warning: kl_ref is {kl_ref:.2f} nats; a KL this negative means that sampler and "
             f"scorer disagree"
         )
+
+
+def check_spread(margins: Tensor, scores: Tensor) -> str:
+    """Raise InputError if a reward model's scores differ by noise only, which the division by their
+    standard deviation would blow up.
+
+    Args: margins: of the comparisons that it learned from, in log-odds of the votes; scores: of all
+        their responses.
+    Returns: a warning if the margins are small, or "".
+    """
+    margin = margins.square().mean().sqrt().item()  # the scores deviate by half of it at least
+    mean = scores.mean().item()
+    std = scores.std(correction=0).item()
+    found = f"the two scores of a comparison differ by {margin:.1e} (root mean square)"
+    if margin < max(1e-4, 1e-5 * abs(mean)):  # of the order of rounding
+        raise InputError(
+            f"the reward model learned nothing: {found}; raise --lr or --steps, with --overwrite"
+        )
+    # sigmoid(0.01) is 0.5025: hardly a vote was learned, or little but the prompt is read
+    if margin < max(0.01, 0.01 * std):
+        return f"{found}, all scores by {std:.1e}: PPO would follow noise; raise --lr or --steps"
+    return ""

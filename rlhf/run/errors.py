@@ -1,5 +1,6 @@
-"""User errors, and the one line that is printed for one."""
+"""User errors, the one line that is printed for one, and text that comes from elsewhere."""
 
+import re
 import sys
 import textwrap
 from typing import NoReturn
@@ -11,5 +12,17 @@ class InputError(Exception):
 
 def fail(message: str) -> NoReturn:
     """Print the message as one line, and exit with status 2."""
-    print("error: " + textwrap.shorten(message, 600, placeholder=" ..."), file=sys.stderr)
+    line = textwrap.shorten(message, 600, placeholder=" ...")
+    print(f"error: {printable(line)}", file=sys.stderr)
     sys.exit(2)
+
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all control characters but tab and LF
+
+
+def printable(text: str) -> str:
+    """Text of a data set, a checkpoint or a model as it is printed: ESC as \\x1b, CR as \\r.
+
+    A terminal obeys control characters: they clear the screen, or overwrite what was printed.
+    """
+    return CONTROL.sub(lambda match: repr(match[0])[1:-1], text)

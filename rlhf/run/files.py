@@ -1,18 +1,20 @@
-"""Reading and writing files: CSVs, byte-pair ranks, atomic replacement, digests."""
+"""Files: what is missing, digests, atomic replacement, writing CSVs, byte-pair ranks."""
 
 import base64
 import contextlib
-import csv
+import glob
 import hashlib
 import os
+import re
+import secrets
+from collections.abc import Iterable
 from pathlib import Path
-
-import pandas
 
 from rlhf.run.errors import InputError
 from rlhf.run.processes import is_first
 
-LONGEST_CELL = 100_000  # characters
+# What RFC 4180 wants in quotation marks, and blanks that a reader might drop.
+NEEDS_QUOTES = re.compile(r'[",\r\n]|^\s|\s$')
 
 
 def check_file(
@@ -23,6 +25,26 @@ def check_file(
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise InputError(f"{path} {what}; {fix}")
     return path
+
+
+def check_folder(folder: str | Path, for_rows: bool = True) -> None:
+    """Raise InputError if the folder of a data set does not exist or is a file.
+
+    Args: for_rows: or if it has no CSV file.
+    """
+    path = Path(folder)
+    if path.is_file():
+        raise InputError(
+            f"--data {folder} is a file; give the folder that holds demonstrations.csv, "
+            f"comparisons.csv and prompts.csv"
+        )
+    if not path.is_dir():
+        raise InputError(f"--data {folder}: there is no such folder here")
+    if for_rows and not any(path.glob("*.csv")):
+        raise InputError(
+            f"--data {folder}: there are no CSV files here; docs/data.md says which files and "
+            f"columns a data set has"
+        )
 
 
 def digests(**paths: Path) -> dict[str, str]:
@@ -37,7 +59,8 @@ def digests(**paths: Path) -> dict[str, str]:
 def replacing(path: Path, mode: str = "w", **options):
     """Open a file under a temporary name; at the end, rename it to `path`.
 
-    Killing the process leaves either the old file or the new one, never half of one.
+    Killing the process leaves either the old file or the new one, never half of one. The temporary
+    name is random and must be free, so that nobody else can have put a link there.
 
     Args: mode: "w" or "wb"; options: those of open().
     Raises: InputError if the file cannot be written; then the old file stays, and the temporary one
@@ -47,22 +70,31 @@ def replacing(path: Path, mode: str = "w", **options):
         with open(os.devnull, mode, **options) as file:
             yield file
         return
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # of a process that was killed
-        # "x" creates the file. "w" would write through a link that somebody else has put there.
-        with temporary.open(mode.replace("w", "x"), **options) as file:
-            yield file
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: what torch may make of a full disk
-        raise InputError(
-            f"{path} cannot be written ({error}); free some space, or give another --out. "
-            f"What was there before is untouched"
-        ) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pattern = f"{glob.escape(path.name)}.{'[0-9a-f]' * 16}.tmp"
+            for left in path.parent.glob(pattern):  # of processes that were killed
+                left.unlink()
+            # "x": it must not exist
+            with temporary.open(mode.replace("w", "x"), **options) as file:
+                yield file
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Turn the errors of writing to this path into an InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: what torch may make of a full disk
+        raise InputError(
+            f"{path} cannot be written ({error}); free some space, or give another --out"
+        ) from error
 
 
 # ---- CSV files ----
@@ -73,82 +105,53 @@ def csv_path(folder: str | Path, name: str, heldout: bool = False) -> Path:
     return Path(folder) / f"{name}{suffix}.csv"
 
 
-def read_csv(
-    path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = ()
-) -> pandas.DataFrame:
-    """The named columns as text, and the optional ones if they are there.
-
-    Raises InputError if the file is missing, garbled or empty, a column is missing, or a cell is
-    empty.
-    """
-    check_file(path)
-    try:
-        frame = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    except (ValueError, pandas.errors.ParserError) as error:  # a UnicodeDecodeError is a ValueError
-        reason = str(error).strip()
-        raise InputError(f"{path} is not a CSV file in UTF-8: {reason}") from None
-    if not isinstance(frame.index, pandas.RangeIndex):  # pandas reads an extra cell as a row's name
-        raise InputError(
-            f"{path}: a row has more cells than the header; put quotes around text that holds "
-            f"a comma"
-        )
-    for column in columns:
-        if column not in frame:
-            found = ", ".join(map(str, frame.columns))
-            needed = ", ".join(columns)
-            raise InputError(f"{path}: no column {column!r} (found: {found}; needed: {needed})")
-    present = [column for column in optional if column in frame]
-    frame = frame[[*columns, *present]].fillna("")
-    if frame.empty:
-        raise InputError(f"{path} has a header but no rows")
-    for column in frame:
-        check_cells(path, frame[column])
-    return frame
-
-
-def check_cells(path: Path, cells: pandas.Series) -> None:
-    """Raise InputError if a cell of a column is empty or too long."""
-    wrong = (cells.str.strip() == "") | (cells.str.len() > LONGEST_CELL)
-    if wrong.any():
-        raise InputError(
-            f"{path}, row {wrong.argmax() + 1}: {cells.name} is empty, or longer than "
-            f"{LONGEST_CELL:,} characters ({wrong.sum()} such rows); fix the row or remove it"
-        )
-
-
-def check_lengths(path: Path, lengths: list[int], limit: int, what: str, fix: str = "") -> None:
-    """Raise InputError if a row is longer than limit, in tokens. It names the first such row.
-
-    Args: lengths: of the rows; what: is measured; fix: one more way out, for the message.
-    """
-    too_long = [row for row, length in enumerate(lengths, start=1) if length > limit]
-    if too_long:
-        first = too_long[0]
-        raise InputError(
-            f"{path}, row {first}: {what} takes {lengths[first - 1]} tokens and there is room for "
-            f"{limit} ({len(too_long)} such rows); shorten or remove them, {fix}or give SFT a "
-            f"larger --block-size"
-        )
-
-
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows of the same keys, `replacing` the file. Floats are rounded to six digits."""
-    lines = []
-    quoting = csv.QUOTE_MINIMAL
-    for row in rows:
-        lines.append({name: rounded(cell) for name, cell in row.items()})
-        if any("\r" in str(cell) for cell in row.values()):
-            # pandas ends a row at a lone \r unless it is quoted, which csv does only from 3.13 on.
-            quoting = csv.QUOTE_ALL
+    """Write rows of the same keys, `replacing` the file."""
     with replacing(path, newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n", quoting=quoting)
-        writer.writeheader()
-        writer.writerows(lines)
+        file.write(csv_line(rows[0]))
+        for row in rows:
+            file.write(csv_line(row.values()))
 
 
-def rounded(cell):
-    """A float as text of six digits; anything else unchanged."""
-    return f"{cell:.6g}" if isinstance(cell, float) else cell
+def csv_line(cells: Iterable) -> str:
+    """A row of a CSV file. None becomes an empty cell; floats are rounded to six digits.
+
+    Up to Python 3.12 the csv module writes a lone CR without quotation marks, and for pandas it ends
+    the row.
+    """
+    texts = [cell_text(cell) for cell in cells]
+    if texts == [""]:
+        return '""\n'  # not an empty line
+    return ",".join(quoted(text) if NEEDS_QUOTES.search(text) else text for text in texts) + "\n"
+
+
+def cell_text(cell) -> str:
+    if cell is None:
+        return ""
+    if isinstance(cell, float):
+        return f"{cell:.6g}"
+    return str(cell).replace("\0", "\ufffd")  # a model may say NUL, no reader takes it
+
+
+def quoted(text: str) -> str:
+    """A cell in quotation marks."""
+    return '"' + text.replace('"', '""') + '"'
+
+
+def append_csv(path: Path, rows: list[dict]) -> None:
+    """Add the last of these rows of numbers to the CSV that holds the others.
+
+    Its bytes are those of write_csv, which writes it if there is no such file or only one row. The
+    cost does not depend on the number of rows. Raises InputError if the file cannot be written,
+    ValueError if the columns are not those of the first row.
+    """
+    if list(rows[-1]) != list(rows[0]):
+        raise ValueError(f"{path} has the columns {list(rows[0])}, not {list(rows[-1])}")
+    if len(rows) == 1 or path.is_symlink() or not path.is_file():
+        write_csv(path, rows)
+    elif is_first():
+        with writing(path), path.open("a", newline="", encoding="utf-8") as file:
+            file.write(csv_line(rows[-1].values()))
 
 
 # ---- byte-pair ranks ----

@@ -3,7 +3,6 @@ help."""
 
 import argparse
 import dataclasses
-import functools
 import math
 import typing
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from rlhf.run.errors import fail
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "off", "bf16", "fp16")
 SEVERAL = tuple[str, ...]  # the type of a flag that takes several values
+LARGEST = 2**32 - 1  # whole number of a flag
 
 
 def arg(
@@ -24,15 +24,16 @@ def arg(
     choices: tuple[str, ...] | None = None,
     group: str | None = None,
     flag: bool = True,
+    allow: str = "",
 ):
     """A field of a config: `lr: float = arg(1e-3, "peak learning rate")` becomes the flag --lr.
 
     A field of type tuple[str, ...] takes several values.
 
     Args: choices: the allowed values; group: the heading in --help from this field on; flag: False
-        for positional arguments.
+        for positional arguments; allow: "inf" or "negative", which a number is not otherwise.
     """
-    about = {"help": help, "choices": choices, "group": group, "flag": flag}
+    about = {"help": help, "choices": choices, "group": group, "flag": flag, "allow": allow}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -55,20 +56,31 @@ class TrainConfig:
     batch_size: int = arg(1, "rows per step")
     micro_batch_size: int = arg(0, "micro-batch size for gradient accumulation (0: off)")
     lr: float = arg(1e-3, "peak learning rate")
-    warmup: int = arg(0, "steps of linear warm-up")
+    warmup: int = arg(0, "steps of linear warm-up; unless given, at most half")
     max_grad_norm: float = arg(1.0, "gradient clipping norm")
     lora_rank: int = arg(0, "LoRA rank (0: train all weights)")
     eval_every: int = arg(1, "steps between evaluations and checkpoints")
 
     def __post_init__(self):
+        check_numbers(type(self), vars(self))
         check_positive(self, "steps", "batch_size", "lr", "max_grad_norm", "eval_every")
-        check_not_negative(self, "micro_batch_size", "warmup", "lora_rank")
         if not self.data or not self.out:
             raise ValueError("--data and --out must name a folder")
         if self.resume and self.overwrite:
             raise ValueError(
                 "--resume continues a run and --overwrite replaces it; give one of them"
             )
+
+    @classmethod
+    def from_flags(cls, given: dict):
+        """The config of the flags that were given. A short run without --warmup has less of it."""
+        steps = given.get("steps", cls.steps)
+        warmup = given.get("warmup", min(cls.warmup, steps // 2))
+        if warmup and warmup >= steps:
+            raise ValueError(
+                f"--warmup {warmup} must be below --steps {steps}, or --lr is not reached"
+            )
+        return cls(**{**given, "warmup": warmup})
 
     def lock_file(self) -> Path:
         return Path(self.out) / ".lock"
@@ -101,7 +113,8 @@ def parse_cli(cls: type, argv: list[str] | None = None):
         if isinstance(value, list):
             given[name] = tuple(value)
     try:
-        return cls(**given)
+        check_numbers(cls, given)
+        return cls.from_flags(given) if hasattr(cls, "from_flags") else cls(**given)
     except ValueError as error:
         parser.error(str(error))
 
@@ -128,7 +141,7 @@ def make_parser(cls: type) -> argparse.ArgumentParser:
 
 def add_flag(group, field: dataclasses.Field, value_type: type, about: dict) -> None:
     """Add one field of a config to a group of the parser."""
-    name = "--" + field.name.replace("_", "-") if about["flag"] else field.name
+    name = flag_name(field.name) if about["flag"] else field.name
     default = " ".join(field.default) if value_type == SEVERAL else str(field.default)
     text = f"{about['help']} (default: {default})" if default else about["help"]
     options = {"help": text, "default": argparse.SUPPRESS}
@@ -144,15 +157,39 @@ def add_flag(group, field: dataclasses.Field, value_type: type, about: dict) -> 
         group.add_argument(name, type=value_type, metavar=metavar, **options)
 
 
-def check_positive(config, *names: str, zero: bool = False) -> None:
-    """Raise ValueError unless these fields are finite and above 0; zero: 0 is allowed as well."""
+# ---- numbers in their range ----
+
+
+def check_numbers(cls: type, values: dict) -> None:
+    """Raise ValueError if one of the values of a config of this class is no number for its flag."""
+    for field, about in described(cls):
+        value = values.get(field.name)
+        if isinstance(value, int | float):
+            needed = unmet(value, about["allow"])
+            if needed:
+                raise ValueError(f"{flag_name(field.name)} is {value}: it must be {needed}")
+
+
+def unmet(value: int | float, allow: str) -> str:
+    """What a number must be to fit its flag, or "" if it fits. See `arg` for allow."""
+    if allow == "inf":
+        return "" if value > 0 else "above 0"
+    if allow == "negative":
+        return "" if math.isfinite(value) else "finite"
+    if not 0 <= value < math.inf:
+        return "0 or more, and finite"
+    if isinstance(value, int) and value > LARGEST:  # would overflow in torch
+        return f"at most {LARGEST}"
+    return ""
+
+
+def check_positive(config, *names: str) -> None:
+    """Raise ValueError unless these fields are finite and above 0."""
     for name in names:
         value = getattr(config, name)
-        if 0 < value < math.inf or (zero and value == 0):
-            continue
-        least = "0 or more" if zero else "above 0"
-        flag = "--" + name.replace("_", "-")
-        raise ValueError(f"{flag} is {value}: it must be {least}, and finite")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{flag_name(name)} is {value}: it must be above 0, and finite")
 
 
-check_not_negative = functools.partial(check_positive, zero=True)
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -11,10 +11,10 @@ import torch
 
 from rlhf.model import GPT, GPTConfig, RewardModel
 from rlhf.run.checkpoints import check_input, check_tokenizer, load_checkpoint, load_weights
-from rlhf.run.errors import InputError
+from rlhf.run.errors import InputError, printable
 from rlhf.run.files import digests
 from rlhf.run.judge import load_judge
-from rlhf.tokenizer import Tokenizer, find_tokenizer
+from rlhf.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).resolve().parents[2] / "data" / "tiny_assistant"
 
@@ -128,13 +128,25 @@ def tokenizer_of(path: Path, checkpoint: dict, folder: str) -> Tokenizer:
 
 
 def find_own_tokenizer(checkpoint: dict, folder: str) -> Tokenizer:
-    """The folder's tokenizer if the checkpoint was trained with it, else the one that it names."""
-    name = checkpoint["tokenizer_name"]
-    if (Path(folder) / "tokenizer.tiktoken").is_file():
-        tokenizer = find_tokenizer(folder)
+    """The folder's tokenizer if the checkpoint was trained with it, else the one that it names.
+
+    It may name any file. If that is no tokenizer, the InputError quotes nothing of its contents.
+    """
+    own = Path(folder) / "tokenizer.tiktoken"
+    if own.is_file():
+        tokenizer = load_tokenizer(str(own))
         if tokenizer.fingerprint == checkpoint["tokenizer"]:
             return tokenizer
-    return find_tokenizer(folder, name)
+    name = checkpoint["tokenizer_name"]
+    try:
+        return find_tokenizer(folder, name)
+    except InputError:
+        if name == "gpt2" or not Path(folder).is_dir():
+            raise
+        raise InputError(
+            f"the checkpoint was trained with the tokenizer {name}, which cannot be loaded; give "
+            f"--data the folder that it was trained on"
+        ) from None
 
 
 def judge_of(given: str, named: str, needed: bool = True) -> ModuleType | None:
@@ -149,6 +161,6 @@ def judge_of(given: str, named: str, needed: bool = True) -> ModuleType | None:
         text = f"{path} is code that only the checkpoint names; give --data {named} to run it"
         if needed:
             raise InputError(text)
-        print(f"going on without gold: {text}")
+        print(f"going on without gold: {printable(text)}")
         return None
     return load_judge(given or named)

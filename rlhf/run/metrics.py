@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf.run.processes import total
+from rlhf.run.processes import gather, total
 
 
 class GradientStepMetrics:
@@ -12,7 +12,7 @@ class GradientStepMetrics:
     A metric is the sum of its micro-batches' means, and the processes', each times its weight. In
     PPO that is sum / D (rlhf/ppo.py): the mean over an epoch is exact, that of one minibatch only
     if its responses are as long as the rollout's. A metric whose name begins with max_ is a maximum
-    over the actions of this process's rows.
+    over actions.
     """
 
     def __init__(self):
@@ -47,8 +47,9 @@ class GradientStepMetrics:
         return total({name: self.steps[-1][name].item()})[name]
 
     def first(self, name: str) -> float:
-        """A metric of the first step that is a maximum."""
-        return self.steps[0][name].item()
+        """A metric of the first step that is a maximum, over all processes."""
+        of_processes = gather(self.steps[0][name].reshape(1))  # (processes,)
+        return of_processes.max().item()
 
 
 def finite_mean(values: list[Tensor]) -> float:

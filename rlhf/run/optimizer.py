@@ -57,14 +57,20 @@ def optimizer_step(
 ) -> Tensor:
     """Sum the gradient over processes, clip it, step. Returns its norm before clipping.
 
+    A norm that is not finite makes weights NaN, which stops the run (check_finite). For clipping
+    divides by the norm: if it is infinite, every gradient is 0 and nothing is learned. To raise an
+    error here, the host would have to wait for the device.
+
     In float16 the gradient has been multiplied by the scaler, so it is divided again before its
-    norm is taken. A step whose gradient is not finite is skipped.
+    norm is taken. A step whose gradient is not finite is skipped, and the weights stay.
 
     Raises InputError if that has happened so often that the scaler's factor is below 1.
     """
     sum_gradients(model)
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    first_gradient = next(p.grad for p in model.parameters() if p.grad is not None)
+    first_gradient += torch.where(grad_norm.isfinite(), 0.0, torch.nan)
     scaler.step(optimizer)
     scaler.update()
     # 2**16 at first, and halved by each gradient that is not finite; 1 if the scaler is off.
@@ -73,3 +79,14 @@ def optimizer_step(
             "no gradient is finite any more: the run has diverged; lower --lr, or use --amp bf16"
         )
     return grad_norm
+
+
+def check_trained(optimizer: torch.optim.Optimizer, scaler) -> None:
+    """Raise InputError if in float16 every step was skipped."""
+    if not scaler.is_enabled():
+        return
+    if not any(state["step"] > 0 for state in optimizer.state.values()):
+        raise InputError(
+            "every gradient step was skipped, as no gradient was finite: nothing was learned; give "
+            "more --steps, or use --amp bf16"
+        )

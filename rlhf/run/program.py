@@ -65,9 +65,16 @@ def replace_unknown_characters() -> None:
 
 def folder_lock(cfg):
     """`lock` for a config that has a lock_file, on the process that writes; else no lock."""
-    if hasattr(cfg, "lock_file") and processes.is_first():
-        return lock(cfg.lock_file())
-    return contextlib.nullcontext()
+    path = cfg.lock_file() if hasattr(cfg, "lock_file") else None
+    if path is None or not processes.is_first():
+        return contextlib.nullcontext()
+    return lock(path)
+
+
+def lock_of_run(folder: Path) -> Path | None:
+    """The lock_file of a program that writes to this folder; None if no run has written there."""
+    path = folder / ".lock"
+    return path if path.exists() else None
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 
 import pandas
 
+from rlhf.run.errors import printable
+
 
 def format_seconds(seconds: float) -> str:
     """59 s, 1.5 min."""
@@ -47,10 +49,12 @@ def sample_rows(before: list, after: list) -> list[dict]:
 def print_responses(**policies: list) -> None:
     """Each prompt, and under it what the policies, of these names, say to it."""
     for responses in zip(*policies.values()):
-        print(f"    {responses[0].prompt.strip().splitlines()[0]}")
+        first_line = responses[0].prompt.strip().splitlines()[0]
+        print(f"    {printable(first_line)}")
         for name, response in zip(policies, responses):
             gold = "" if response.gold is None else f", gold {response.gold:+.1f}"
-            print(f"        {name} -> {response.text}   (score {response.score:+.2f}{gold})")
+            text = printable(response.text)
+            print(f"        {name} -> {text}   (score {response.score:+.2f}{gold})")
 
 
 # ---- training ----

@@ -21,22 +21,32 @@ from rlhf.run.checkpoints import (
     FORMAT,
     check_tokenizer,
     load_checkpoint,
+    load_optimizer,
     load_trained,
+    script_of,
     trained_state,
 )
 from rlhf.run.device import Compute
 from rlhf.run.errors import InputError
-from rlhf.run.files import check_file, replacing, write_csv
+from rlhf.run.files import append_csv, check_file, replacing, write_csv
 from rlhf.run.flags import TrainConfig
+from rlhf.run.optimizer import check_trained
 from rlhf.run.processes import is_first
 from rlhf.run.progress import Progress
+from rlhf.run.warnings import Warnings
 from rlhf.tokenizer import Tokenizer
 
-# What a run of each kind writes beside its checkpoint.
+# What lies beside the checkpoint of each kind: its metrics, and what the finished policy gives.
 RESULTS = {
     "sft": ("sft.csv",),
     "reward": ("reward.csv", "reward_evaluation.csv"),
-    "ppo": ("ppo.csv", "evaluation.csv", "ppo_samples.csv", "optimality.csv"),
+    "ppo": (
+        "ppo.csv",
+        "evaluation.csv",
+        "ppo_samples.csv",
+        "optimality.csv",
+        "learning_curve.png",
+    ),
     "dpo": ("dpo.csv", "evaluation.csv", "dpo_samples.csv", "optimality.csv"),
 }
 # Settings that may change on --resume: they change no training step, or name files whose contents
@@ -68,7 +78,8 @@ class Training:
         if the checkpoint to resume is of another run.
 
     step: how many steps are done; rows: of the metrics CSV; path: of the checkpoint; progress: the
-    lines on the screen; state: the checkpoint's contents, such as PPO's kl_coef, if resumed.
+    lines on the screen; warnings: printed again at the end; state: the checkpoint's contents, such
+    as PPO's kl_coef, if resumed.
     """
 
     cfg: TrainConfig
@@ -84,13 +95,18 @@ class Training:
         self.state = {"step": 0, "metrics": []}
         self.old_results = []  # files of another run, which stay until this one has a checkpoint
         if self.cfg.resume:
+            check_evaluation(self.path.parent, self.cfg.kind)
             self.state = self.resume()
+            # What a run makes after its last step is made again. It may be another run's, if a
+            # process was killed between writing its checkpoint and removing old results.
+            self.remove([self.path.with_name(name) for name in RESULTS[self.cfg.kind][1:]])
         else:
             self.old_results = self.find_old_results()
         self.step = self.state["step"]
         self.rows = list(self.state["metrics"])
         seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
         self.progress = Progress(self.step, self.cfg.steps, seconds_before)
+        self.warnings = Warnings()
         self.writer = self.open_tensorboard() if self.cfg.tensorboard and is_first() else None
         if self.rows:
             self.write_metrics()
@@ -119,7 +135,7 @@ class Training:
         self.check_settings(checkpoint)
         load_trained(path, self.model, checkpoint["model"])
         if "optimizer" in checkpoint:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            load_optimizer(path, self.optimizer, checkpoint["optimizer"])
             self.compute.scaler.load_state_dict(checkpoint["scaler"])
         return checkpoint
 
@@ -163,7 +179,7 @@ class Training:
         self.progress.show(row, show)
         self.rows.append(row)
         if self.csv not in self.old_results:
-            self.write_metrics()
+            append_csv(self.csv, self.rows)
         if self.writer:
             for name, value in row.items():
                 if value is not None:
@@ -190,6 +206,8 @@ class Training:
         step: how many are done; state: what else the run needs to resume.
         """
         finished = step == self.cfg.steps
+        if finished:
+            check_trained(self.optimizer, self.compute.scaler)
         network = getattr(self.model, "gpt", self.model)
         contents = {
             "format": FORMAT,
@@ -209,11 +227,26 @@ class Training:
             contents["scaler"] = self.compute.scaler.state_dict()
         with replacing(self.path, "wb") as file:
             torch.save(contents, file)
-        if is_first():
-            for file in self.old_results:
-                file.unlink(missing_ok=True)
+        self.remove(self.old_results)
         self.old_results = []
-        self.write_metrics()
+        self.write_metrics()  # also if the file of appended rows has been changed or removed
+
+    def remove(self, files: list[Path]) -> None:
+        if is_first():
+            for file in files:
+                file.unlink(missing_ok=True)
+
+
+def check_evaluation(folder: Path, kind: str) -> None:
+    """Raise InputError if evaluation.csv, a name that PPO and DPO share, is of the other one."""
+    path = folder / "evaluation.csv"
+    other = {"ppo": "dpo", "dpo": "ppo"}.get(kind)
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if f"\n{other}," in text and f"\n{kind}," not in text:
+        raise InputError(
+            f"{path} is of another run, by {script_of(other)}; move the files of that run to "
+            f"another folder"
+        )
 
 
 def settings(config: dict, inputs: dict[str, str]) -> dict:

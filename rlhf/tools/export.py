@@ -16,7 +16,7 @@ from rlhf.networks.export import save_gpt2
 from rlhf.run.errors import InputError
 from rlhf.run.flags import arg
 from rlhf.run.loading import load_policy, tokenizer_of
-from rlhf.run.program import run
+from rlhf.run.program import lock_of_run, run
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,15 @@ class ExportConfig:
     checkpoint: str = arg("runs/ppo.pt", "sft.pt or ppo.pt")
     out: str = arg("runs/exported", "folder to write to")
     data: str = arg("", "data set folder (empty: the one it was trained on)")
+    overwrite: bool = arg(False, "replace an earlier export in --out")
+
+    def lock_file(self) -> Path | None:
+        return lock_of_run(Path(self.out))
 
 
 def main(cfg: ExportConfig) -> None:
+    if any(Path(cfg.out).glob("*")) and not cfg.overwrite:
+        raise InputError(f"--out {cfg.out} is not empty; give another folder, or --overwrite")
     path = Path(cfg.checkpoint)
     gpt, checkpoint = load_policy(path, "sft", "ppo")
     if "init" in checkpoint["model_config"]:

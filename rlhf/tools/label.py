@@ -19,13 +19,13 @@ judge is a model (RLAIF, Bai et al. 2022). If the judge knows its annotators' no
 that noise.
 """
 
-import csv
 import dataclasses
 import functools
 import os
 import random
+import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -41,12 +41,13 @@ from rlhf.data import (
 from rlhf.evaluate import decode_responses
 from rlhf.model import GPT, RewardModel
 from rlhf.run.device import make_generator, pick_device
-from rlhf.run.errors import InputError
-from rlhf.run.files import replacing
-from rlhf.run.flags import arg, check_not_negative, check_positive
+from rlhf.run.errors import InputError, printable
+from rlhf.run.files import quoted, replacing, writing
+from rlhf.run.flags import arg, check_positive
 from rlhf.run.judge import gold_scores, vote_probabilities
 from rlhf.run.loading import judge_of, load_policy, tokenizer_of
 from rlhf.run.program import run
+from rlhf.run.tables import read_text, split_rows
 from rlhf.sampling import generate, has_ended
 from rlhf.tokenizer import Tokenizer
 from rlhf.tools.sample import find_reward_model
@@ -54,6 +55,8 @@ from rlhf.tools.sample import find_reward_model
 COLUMNS = ["Pair", "Prompt", "Chosen", "Rejected", "Answer"]
 ANSWERS = ("first", "second", "tie", "skip")
 KEYS = {"1": "first", "2": "second", "t": "tie", "s": "skip", "u": "undo", "q": "quit"}
+ESCAPE = "\x1b"  # what Esc sends, and the first byte of most other keys without a letter
+ALT_SECONDS = 0.5  # a key that follows ESCAPE sooner was typed with Alt
 BLOCK = 16  # pairs sampled at once
 PATIENCE = 640  # pairs in a row that leave nothing to choose
 
@@ -76,7 +79,6 @@ class LabelConfig:
 
     def __post_init__(self):
         check_positive(self, "max_new_tokens")
-        check_not_negative(self, "count")
         if self.annotator == "judge" and not self.count:
             raise ValueError("--annotator judge needs --count: how many choices to take")
 
@@ -122,16 +124,13 @@ def read_choices(path: Path) -> list[Choice]:
     """
     if not path.is_file():
         write_choices(path, [])
-    try:
-        rows = read_rows(path)
-        choices = parse_rows(rows)
-    except csv.Error as error:
-        message = f"{path} cannot be read: {error}; fix it, or give another --out"
-        raise InputError(message) from error
+    rows = read_rows(path)
+    choices = parse_rows(path, rows)
     broken = len(choices) < len(rows)
     if broken:
         copy = Path(f"{path}.cut")
-        copy.write_bytes(path.read_bytes())
+        with replacing(copy, "wb") as file:
+            file.write(path.read_bytes())
         print(f"{path}: its last line breaks off and is left out; {copy} has the file as it was")
     if broken or not path.read_bytes().endswith(b"\n"):
         write_choices(path, choices)
@@ -139,17 +138,21 @@ def read_choices(path: Path) -> list[Choice]:
 
 
 def read_rows(path: Path) -> list[list[str]]:
-    """The cells of all rows below the header. Raises csv.Error if the header is another one."""
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        rows = list(csv.reader(file))
-    if not rows or rows[0] != COLUMNS:
+    """The cells of all rows below the header. Raises InputError if the header is another one."""
+    text = read_text(path, cut=True)
+    if text.count('"') % 2:
+        text += '"'  # the last row breaks off inside a cell
+    rows = split_rows(path, text)
+    if rows[0] != COLUMNS:
         header = ",".join(COLUMNS)
-        raise csv.Error(f"it is not a file of this program, whose header is {header}")
+        raise InputError(
+            f"{path} is not a file of this program, whose header is {header}; give another --out"
+        )
     return rows[1:]
 
 
-def parse_rows(rows: list[list[str]]) -> list[Choice]:
-    """The rows as choices; the last one is left out if it is faulty. Raises csv.Error if another
+def parse_rows(path: Path, rows: list[list[str]]) -> list[Choice]:
+    """The rows as choices; the last one is left out if it is faulty. Raises InputError if another
     one is."""
     choices = []
     for number, cells in enumerate(rows, start=1):
@@ -157,7 +160,10 @@ def parse_rows(rows: list[list[str]]) -> list[Choice]:
             choices.append(Choice(int(cells[0]), *cells[1:]))
         elif number < len(rows):
             answers = ", ".join(ANSWERS)
-            raise csv.Error(f"row {number}: expected a number, three texts and one of {answers}")
+            raise InputError(
+                f"{path}, row {number}: expected a number, three texts and one of {answers}; fix "
+                f"it, or give another --out"
+            )
     return choices
 
 
@@ -168,27 +174,25 @@ def is_choice(cells: list[str]) -> bool:
     return number.isdecimal() and len(number) < 10 and cells[4] in ANSWERS
 
 
-def write_rows(file, rows: list) -> None:
-    csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
+def line_of(cells: Iterable) -> str:
+    """A row of the file. All cells are in quotation marks, so that a row that breaks off shows."""
+    return ",".join(quoted(str(cell)) for cell in cells) + "\n"
 
 
 def write_choices(path: Path, choices: list[Choice]) -> None:
     """Replace the whole file."""
-    rows = [dataclasses.astuple(choice) for choice in choices]
     with replacing(path, encoding="utf-8", newline="") as file:
-        write_rows(file, [COLUMNS, *rows])
+        file.write(line_of(COLUMNS))
+        for choice in choices:
+            file.write(line_of(dataclasses.astuple(choice)))
 
 
 def append_choice(path: Path, choice: Choice) -> None:
     """Add a row, which is on the disk when this returns."""
-    try:
-        with path.open("a", encoding="utf-8", newline="") as file:
-            write_rows(file, [dataclasses.astuple(choice)])
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        message = f"{path} cannot be written ({error}); free some space and call again"
-        raise InputError(message) from error
+    with writing(path), path.open("a", encoding="utf-8", newline="") as file:
+        file.write(line_of(dataclasses.astuple(choice)))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # ---- the pairs: they follow from (checkpoint, seed, number) ----
@@ -248,9 +252,9 @@ class Pairs:
         return pairs
 
     def leaves_a_choice(self, prompt: Prompt, first: str, second: str) -> bool:
-        """Not if an answer is empty or was cut off, if both are equal, or if one does not fit when
-        a model reads it again."""
-        if not first or not second or first == second:
+        """Not if an answer is empty or was cut off, if both are equal, or if a reward model could
+        not read one again: it does not fit, or holds a NUL byte, as untrained models say it."""
+        if not first or not second or first == second or "\0" in first + second:
             return False
         lengths = [len(encode_response(self.tokenizer, side)) for side in (first, second)]
         return len(prompt.tokens) + max(lengths) <= self.gpt.config.block_size
@@ -261,7 +265,7 @@ class Pairs:
 
 def read_key() -> str:
     """One key from the terminal, without Enter if the terminal can do that; otherwise the first
-    letter of a line."""
+    letter of a line. "q" at the end of the input."""
     if not sys.stdin.isatty() or os.name != "posix":
         return sys.stdin.readline()[:1].lower() or "q"
     import termios
@@ -270,15 +274,43 @@ def read_key() -> str:
     before = termios.tcgetattr(sys.stdin)
     try:
         tty.setcbreak(sys.stdin)
-        return sys.stdin.read(1).lower() or "q"
+        return next_key(sys.stdin.fileno()) or "q"
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def next_key(terminal: int) -> str:
+    """The next key in lower case; ESCAPE for one that sends several bytes, which are all read.
+
+    ESC [ ... x    arrows, Home, F5, ...: up to a byte from "@" to "~"
+    ESC [ [ x      F1 to F5 of the Linux console
+    ESC O ... x    F1 to F4; arrows and the number block in some modes
+    ESC x          Alt and a key
+    """
+    key = read_byte(terminal)
+    escaped = key == ESCAPE
+    while key == ESCAPE and select.select([terminal], [], [], ALT_SECONDS)[0]:
+        key = read_byte(terminal)
+    if key not in ("[", "O"):  # they are no answers, so they continue an ESC, however late
+        return ESCAPE if escaped else key.lower()
+    key = read_byte(terminal)
+    if key == "[":
+        key = read_byte(terminal)
+    while key and not "@" <= key <= "~":
+        key = read_byte(terminal)
+    return ESCAPE
+
+
+def read_byte(terminal: int) -> str:
+    """ "" at the end of the input."""
+    return os.read(terminal, 1).decode("latin-1")
 
 
 def ask(pair: Pair) -> str:
     """Show a pair and wait for one of KEYS: an answer, undo or quit."""
     print(
-        f"\n{pair.prompt.strip()}\n\n  1: {pair.first}\n  2: {pair.second}\n\n"
+        f"\n{printable(pair.prompt.strip())}\n\n"
+        f"  1: {printable(pair.first)}\n  2: {printable(pair.second)}\n\n"
         "1 or 2: the better one    t: tie    s: skip    u: undo the last answer    q: quit",
         flush=True,
     )

@@ -3,6 +3,7 @@ evaluation.csv.
 
     python -m rlhf.tools.optimality     # reads runs/sft.pt, reward.pt and ppo.pt; writes
                                         # optimality.csv too
+    python -m rlhf.tools.optimality --checkpoint A/ppo.pt B/ppo.pt C/dpo.pt
 
 The objective J = score - kl_coef * kl_ref has a best policy in closed form. What it reaches is
 estimated by importance sampling from the reference and PPO's policy (rlhf/methods/optimum.py).
@@ -10,33 +11,49 @@ Every row of evaluation.csv gets its
 
     optimality = (J - J_sft) / (J* - J_sft)     0 for the reference, 1 for the best policy of J
 
-optimality.csv has a row for each prompt on which the optimum is estimated.
+and its standard error. optimality.csv has a row for each prompt on which the optimum is estimated.
+
+Several policies that were trained from the same files are compared with one J*, estimated from the
+samples of all of them. Each folder gets its own tables. Name a good policy first: the optimum is
+measured as a difference to it, and the error is small if that is small.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from pandas import read_csv
 from torch import Tensor
 
 from rlhf import evaluate
 from rlhf.data import Prompt, load_prompts
-from rlhf.evaluate import Response
-from rlhf.methods.optimum import Estimate, Samples, column, estimate_optimum, rows_with_optimum
+from rlhf.masked import action_slots, token_logprobs
+from rlhf.methods.optimum import (
+    LARGEST_N,
+    Estimate,
+    Evaluation,
+    Samples,
+    column,
+    estimate_optimum,
+    prompt_rows,
+)
 from rlhf.model import GPT, PolicyWithoutValue, PolicyWithValue, RewardModel
-from rlhf.rollout import Frozen
-from rlhf.run import program
+from rlhf.rollout import Frozen, Rollout
+from rlhf.run import processes, program
 from rlhf.run.checkpoints import check_input, load_checkpoint, load_weights
-from rlhf.run.device import Compute, setup
-from rlhf.run.files import write_csv
+from rlhf.run.device import Compute, autocast, setup
+from rlhf.run.errors import InputError
+from rlhf.run.files import check_file, write_csv
 from rlhf.run.flags import DEVICES, arg, check_positive
 from rlhf.run.loading import judge_of, load_policy, load_reward_model, new_network, tokenizer_of
 from rlhf.run.progress import print_table
 from rlhf.tokenizer import Tokenizer
 
 UNRELIABLE = 10  # effective sample size
+WITHIN = 1.96  # standard errors, in 95 % of all cases
 
 
 @dataclass(frozen=True)
@@ -54,31 +71,55 @@ class RunConfig:
 class OptimalityConfig(RunConfig):
     """Compare PPO with best-of-n and with the best policy that its objective has."""
 
+    checkpoint: tuple[str, ...] = arg(
+        ("runs/ppo.pt",), "policy; several share one optimum", group="run"
+    )
     prompts: int = arg(48, "held-out prompts on which the optimum is estimated", group="estimate")
-    samples: int = arg(160, "responses per prompt, of the reference and of PPO each")
+    samples: int = arg(160, "responses per prompt, of the reference and each policy")
 
     def __post_init__(self):
         check_positive(self, "prompts")
         if self.samples < 4 or self.samples % 2:
             raise ValueError(f"--samples is {self.samples}: give an even number, 4 or more")
+        folders = {Path(checkpoint).parent.resolve() for checkpoint in self.checkpoint}
+        if len(folders) < len(self.checkpoint):
+            raise ValueError("--checkpoint: each policy must be in a folder of its own")
 
 
 def main(cfg: OptimalityConfig) -> None:
-    run = load_run(cfg)
-    policy = run.policy.gpt
-    seed = run.config["seed"]
-    table, _, _ = evaluate.compare(
-        policy, run.prompts, run.frozen, run.judge, run.kl_coef, seed, run.kind
-    )
-    samples = sample_both(run, run.prompts[: cfg.prompts], cfg.samples)
-    estimate = estimate_optimum(table, samples, run.kl_coef)
-    table = rows_with_optimum(table, estimate)
-    folder = Path(cfg.checkpoint).parent
-    write_csv(folder / "evaluation.csv", table)
-    write_csv(folder / "optimality.csv", [prompt.row() for prompt in estimate.prompts])
-    print(describe(estimate, run.kind.upper()))
-    print(f"wrote {folder / 'evaluation.csv'} and optimality.csv\n")
-    print_table(table)
+    with contextlib.ExitStack() as locks:
+        for checkpoint in cfg.checkpoint:
+            path = check_file(Path(checkpoint), "name the policy of a finished run")
+            if processes.is_first():  # until the tables are written, no run may begin there
+                locks.enter_context(program.lock(path.with_name(".lock")))
+        compare_with_optimum(cfg)
+
+
+def compare_with_optimum(cfg: OptimalityConfig) -> None:
+    runs = load_runs(cfg)
+    first = runs[0]
+    seed = first.config["seed"]
+    policies = [first.frozen.reference]
+    evaluations = []
+    for run in runs:
+        gpt = run.policy.gpt
+        results = evaluate.compare(
+            gpt, first.prompts, first.frozen, first.judge, first.kl_coef, seed, run.kind
+        )
+        policies.append(gpt)
+        evaluations.append(Evaluation(*results))
+    prompts = first.prompts[: cfg.prompts]
+    samples = sample_all(policies, first.frozen, first.judge, prompts, cfg.samples, seed)
+    estimates = estimate_optimum(evaluations, samples, first.kl_coef)
+    texts = [prompt.text for prompt in prompts]
+    for checkpoint, run, estimate in zip(cfg.checkpoint, runs, estimates):
+        path = Path(checkpoint).with_name("evaluation.csv")
+        write_csv(path, estimate.rows)
+        rows = prompt_rows(texts, len(policies) * cfg.samples, estimate)
+        write_csv(path.with_name("optimality.csv"), rows)
+        print(describe(estimate, run.kind.upper(), samples))
+        print(f"wrote {path} and optimality.csv\n")
+        print_table(estimate.rows)
 
 
 # ---- a finished run ----
@@ -92,6 +133,40 @@ class Run(NamedTuple):
     config: dict  # of train_ppo.py, or train_dpo.py
     kl_coef: float
     kind: str  # "ppo" or "dpo"
+    inputs: dict[str, str]  # digests of what it was made from
+
+
+def load_runs(cfg: OptimalityConfig) -> list[Run]:
+    """The run of each checkpoint.
+
+    Raises InputError if the optimum of one is not that of the first, or if the evaluation.csv
+        beside it is of another policy.
+    """
+    runs = []
+    for checkpoint in cfg.checkpoint:
+        run = load_run(RunConfig(checkpoint, cfg.sft, cfg.reward, cfg.data, cfg.device))
+        runs.append(run)
+        settings = objective_settings(run)
+        for name, value in objective_settings(runs[0]).items():
+            if settings[name] != value:
+                raise InputError(
+                    f"{checkpoint} has another {name} than {cfg.checkpoint[0]}, so their optima "
+                    f"differ; call this program once for each"
+                )
+        table = Path(checkpoint).with_name("evaluation.csv")
+        if table.is_file() and run.kind not in set(read_csv(table)["policy"]):
+            raise InputError(f"{table} is of another policy than {checkpoint}; move it elsewhere")
+    return runs
+
+
+def objective_settings(run: Run) -> dict:
+    """What the optimum and its estimate depend on."""
+    settings = {"kl_coef": run.kl_coef, "temperature": run.policy.gpt.temperature}
+    settings |= {"list of held-out prompts": run.prompts}
+    settings |= {"sft file": run.inputs["sft"], "reward file": run.inputs["reward"]}
+    for name in ("seed", "max_new_tokens", "missing_eos_score", "amp"):
+        settings[name] = run.config[name]
+    return settings
 
 
 def load_run(cfg: RunConfig) -> Run:
@@ -114,7 +189,8 @@ def load_run(cfg: RunConfig) -> Run:
     prompts = load_prompts(data, tokenizer, limit, heldout=True)[: config["eval_prompts"]]
     policy = policy.to(compute.device)
     kl_coef = checkpoint["kl_coef"]
-    return Run(policy, frozen, judge, prompts, config, kl_coef, checkpoint["kind"])
+    inputs = checkpoint["inputs"]
+    return Run(policy, frozen, judge, prompts, config, kl_coef, checkpoint["kind"], inputs)
 
 
 def trained_file(checkpoint: dict, name: str, given: str, beside: Path) -> Path:
@@ -170,95 +246,83 @@ def frozen_models(
 # ---- samples ----
 
 
-def sample_both(run: Run, prompts: list[Prompt], count: int) -> list[Samples]:
-    """So many responses of the reference and of the policy to each prompt.
+def sample_all(
+    policies: list[GPT],
+    frozen: Frozen,
+    judge: ModuleType | None,
+    prompts: list[Prompt],
+    count: int,
+    seed: int,
+) -> Samples:
+    """So many responses of each of the M policies, of which the first is the reference, to each of
+    Q prompts.
 
     The number is the same for every prompt. Sampling more only if the effective sample size is
     small would make J* too low: it is large on the prompts whose rare good responses happen to be
     missing, and these would get no more.
     """
-    policy = run.policy.gpt
-    reference = run.frozen.reference
-    seed = run.config["seed"]
-    of_reference = respond(reference, policy, prompts, count, run.frozen, run.judge, seed + 1)
-    of_policy = respond(policy, reference, prompts, count, run.frozen, run.judge, seed + 2)
-    return [Samples(*pair) for pair in zip(of_reference, of_policy)]
-
-
-def respond(
-    gpt: GPT,
-    other: GPT,
-    prompts: list[Prompt],
-    count: int,
-    frozen: Frozen,
-    judge: ModuleType | None,
-    seed: int,
-) -> list[list[Response]]:
-    """So many responses of gpt to each prompt. Their kl_ref is log gpt - log other, summed over the
-    response."""
     repeated = [prompt for prompt in prompts for _ in range(count)]
-    frozen = frozen._replace(reference=other)
-    responses = evaluate.respond(gpt, repeated, frozen, judge, seed)
-    return [responses[at : at + count] for at in range(0, len(responses), count)]
+    responses = []
+    parts = []
+    for number, policy in enumerate(policies, start=1):
+        others = [other for other in policies if other is not policy]
+        frozen = frozen._replace(reference=others[0])  # its logprobs come with the rollout
+        for batch, rollout in evaluate.rollouts(policy, repeated, frozen, seed + number):
+            responses += evaluate.describe(batch, rollout, frozen.tokenizer, judge)
+            logprobs = {policy: rollout.logprobs, others[0]: rollout.ref_logprobs}
+            for other in others[1:]:
+                logprobs[other] = logprobs_under(other, rollout, frozen.amp)
+            parts.append(torch.stack([logprobs[gpt].sum(dim=1) for gpt in policies]))  # (M, B)
+    shape = (len(policies), len(prompts), count)  # (M, Q, n)
+    scores = column(responses, "score").view(shape)
+    golds = column(responses, "gold").view(shape)
+    sums = torch.cat(parts, dim=1).double().cpu().view(-1, *shape)  # (M, M, Q, n)
+    return Samples(scores, golds, sums - sums[0])
 
 
-def reference_samples(
-    prompts: list[Prompt], count: int, frozen: Frozen, judge: ModuleType | None, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Scores (Q, N) of N = count responses of the reference to each of Q prompts, and their gold
-    (NaN without a judge)."""
-    reference = frozen.reference
-    of_prompts = respond(reference, reference, prompts, count, frozen, judge, seed)
-    scores = [column(responses, "score") for responses in of_prompts]  # Q of (1, N)
-    golds = [column(responses, "gold") for responses in of_prompts]
-    return torch.cat(scores), torch.cat(golds)
+@torch.no_grad()
+def logprobs_under(gpt: GPT, rollout: Rollout, amp: torch.dtype | None) -> Tensor:
+    """(B, T-1) the log-probabilities of a rollout's actions under another policy."""
+    tokens, mask = rollout.tokens, rollout.mask
+    with autocast(tokens.device, amp):
+        logits = gpt.logits(action_slots(gpt.hidden(tokens), mask))  # (S, V)
+        return token_logprobs(logits, tokens, mask)
 
 
 # ---- the report ----
 
 
-def describe(estimate: Estimate, name: str) -> str:
+def describe(estimate: Estimate, name: str, samples: Samples) -> str:
     """What was sampled, and how far the estimate can be trusted. name: of the policy, PPO or
     DPO."""
-    lines = [describe_best_of_n(estimate, name), describe_optimum(estimate, name)]
-    direction = "downward" if estimate.bias < 0 else "upward"
-    lines.append(
-        f"{name}'s optimality has a standard error of {estimate.error:.3f} from these prompts and "
-        f"is biased {direction} by at least {abs(estimate.bias):.3f}"
-    )
-    unreliable = [prompt.prompt for prompt in estimate.prompts if prompt.ess < UNRELIABLE]
-    if unreliable:
-        share = f"{len(unreliable)} of {len(estimate.prompts)} prompts"
-        names = shorten(unreliable)
-        lines.append(f"unreliable (effective sample size below {UNRELIABLE}): {share}: {names}")
-    if not abs(estimate.bias) < 0.03 or estimate.ess < UNRELIABLE:
-        lines.append(
-            "warning: that is too few samples to trust; more --samples, or a larger --kl-coef"
-        )
+    sft, policy, best_of_n, best = estimate.rows
+    policies, prompts, count = samples.scores.shape
+    ess = estimate.ess.mean().item()
+    unreliable = (estimate.ess < UNRELIABLE).sum()
+    lines = [
+        f"best_of_n: n = {estimate.n:,}, whose KL is nearest to {name}'s (up to {LARGEST_N:,})",
+        f"optimum: {policies * count} samples for each of {prompts} prompts, {count} of the "
+        f"reference and of each policy",
+        f"    effective sample size {ess:.1f} on average, below {UNRELIABLE} for {unreliable}",
+        f"    J* is raised by {estimate.raised:.4f}, about the bias of so few samples (jackknife)",
+        f"optimality of {name}: {interval(policy)}",
+        f"optimality of best_of_n: {interval(best_of_n)}",
+    ]
+    gain = best["objective"] - sft["objective"]
+    if abs(estimate.raised) >= 0.03 * gain or ess < UNRELIABLE:
+        lines.append("warning: too few samples to trust; more --samples, or a larger --kl-coef")
     return "\n".join(lines)
 
 
-def describe_best_of_n(estimate: Estimate, name: str) -> str:
-    n = estimate.n
-    nearest = f"nearest to {name}'s"
-    if estimate.larger_n_is_nearer:
-        nearest = f"below {name}'s: {n} samples allow no larger n"
-    return f"best_of_n: n = {n}, whose KL is {nearest}"
-
-
-def describe_optimum(estimate: Estimate, name: str) -> str:
-    prompts = estimate.prompts
-    samples = f"{prompts[0].samples} samples for each of {len(prompts)} prompts"
-    halves = f"half the reference's, half {name}'s"
-    return f"optimum: {samples}, {halves}; effective sample size {estimate.ess:.1f} on average"
-
-
-def shorten(prompts: list[str]) -> str:
-    """The beginnings of the first two prompts."""
-    names = [prompt.strip().splitlines()[0][:40] for prompt in prompts[:2]]
-    if len(prompts) > 2:
-        names.append("...")
-    return "; ".join(names)
+def interval(row: dict) -> str:
+    """The optimality of a row, its standard error, and the interval that holds the truth in 95 % of
+    all cases."""
+    value, error = row["optimality"], row["optimality_se"]
+    if error is None:
+        return "unknown"
+    low = value - WITHIN * error
+    high = value + WITHIN * error
+    return f"{value:.3f} ± {error:.3f} (95 %: {low:.3f} to {high:.3f})"
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from rlhf.methods.top_p import Sampler
 from rlhf.model import GPT, RewardModel
 from rlhf.run.checkpoints import check_tokenizer
 from rlhf.run.device import make_generator, pick_device
-from rlhf.run.errors import InputError
-from rlhf.run.flags import arg, check_not_negative, check_positive
+from rlhf.run.errors import InputError, printable
+from rlhf.run.flags import arg, check_positive
 from rlhf.run.judge import gold_scores
 from rlhf.run.loading import judge_of, load_policy, load_reward_model, tokenizer_of
 from rlhf.run.program import run
+from rlhf.run.tables import strip_blanks
 from rlhf.sampling import generate, has_ended
 from rlhf.tokenizer import Tokenizer
 
@@ -50,7 +51,6 @@ class SampleConfig:
 
     def __post_init__(self):
         check_positive(self, "temperature", "top_p", "samples")
-        check_not_negative(self, "top_k", "max_new_tokens")
         if self.top_p > 1:
             raise ValueError(f"--top-p is {self.top_p}: it must be at most 1")
 
@@ -67,7 +67,7 @@ class Policy:
 
     def prompt_for(self, question: str, plain: bool) -> str:
         if plain:
-            return question
+            return strip_blanks(question)
         return f"{self.dialogue}\n\nHuman: {question}\n\nAssistant:"
 
 
@@ -110,7 +110,7 @@ def find_reward_model(
     except InputError as error:
         if given:
             raise
-        print(f"going on without a reward model: {error}")
+        print(f"going on without a reward model: {printable(str(error))}")
         return None
     return model.to(device)
 
@@ -191,7 +191,7 @@ def print_response(path: Path, response: Response) -> None:
     if not response.ended:
         notes.append("cut off")
     about = f"   ({', '.join(notes)})" if notes else ""
-    print(f"{path}: {response.text}{about}", flush=True)
+    print(f"{path}: {printable(response.text)}{about}", flush=True)
 
 
 # ---- a dialogue ----
@@ -226,7 +226,7 @@ def talk(policies: list[Policy], judge: ModuleType | None, cfg: SampleConfig) ->
             try:
                 take_turn(policy, question, judge, cfg, turn)
             except InputError as error:  # a prompt that is too long does not end a dialogue
-                print(f"{policy.path}: {error}", flush=True)
+                print(f"{policy.path}: {printable(str(error))}", flush=True)
         turn += 1
         question = read_question()
 

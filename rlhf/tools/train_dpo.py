@@ -30,11 +30,11 @@ from rlhf.data import Comparison, Prompt, choose_batch, load_comparisons, load_p
 from rlhf.methods.dpo import dpo_loss, log_ratios, pair_accuracy, pair_logprobs
 from rlhf.model import GPT, PolicyWithoutValue
 from rlhf.rollout import Frozen
-from rlhf.run import loading, program
+from rlhf.run import loading, program, warnings
 from rlhf.run.checks import check_finite
 from rlhf.run.device import Compute, make_generator, setup
 from rlhf.run.files import csv_path, digests, write_csv
-from rlhf.run.flags import TrainConfig, arg, check_not_negative, check_positive
+from rlhf.run.flags import TrainConfig, arg, check_positive
 from rlhf.run.judge import load_judge, share_positive
 from rlhf.run.micro_batches import micro_batches
 from rlhf.run.optimizer import cosine_schedule, make_optimizer, optimizer_step, set_lr
@@ -63,13 +63,14 @@ class DPOConfig(TrainConfig):
     sft: str = arg("runs/sft.pt", "starting policy and reference")
     reward: str = arg("runs/reward.pt", "reward model, which only scores")
     max_new_tokens: int = arg(40, "longest response of the evaluation")
-    missing_eos_score: float = arg(-3.0, "score of a response without end-of-text")
+    missing_eos_score: float = arg(
+        -3.0, "score of a response without end-of-text", allow="negative"
+    )
     eval_prompts: int = arg(500, "held-out prompts of the closing evaluation")
 
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "log_every", "kl_coef", "max_new_tokens", "eval_prompts")
-        check_not_negative(self, "beta")
 
 
 def main(cfg: DPOConfig) -> None:
@@ -84,7 +85,9 @@ def main(cfg: DPOConfig) -> None:
     optimizer = make_optimizer(policy, cfg.lr, weight_decay=0.0)
     run = Training(cfg, policy, optimizer, compute, frozen.tokenizer, inputs)
     beta = cfg.beta or cfg.kl_coef * frozen.reward_model.scale.item()
-    run.announce(describe(cfg, len(train_rows), len(heldout_rows), beta))
+    heldout = f"{len(heldout_rows):,}"
+    epochs = run.warnings.count_epochs(cfg, len(train_rows), "comparisons", heldout)
+    run.announce(f"{epochs}, beta {beta:.3g}")
     for step in range(run.step, cfg.steps):
         rows = choose_batch(train_rows, cfg.batch_size, step, cfg.seed)
         lr = set_lr(optimizer, cfg.lr * cosine_schedule(step, cfg.steps, cfg.warmup))
@@ -106,11 +109,13 @@ def main(cfg: DPOConfig) -> None:
         check_finite(policy, done, metrics["loss"])
         if run.logs(done):
             if run.evaluates(done):
-                metrics["heldout"] = pair_accuracy(heldout_rows[:500], *models)
+                metrics["heldout"] = pair_accuracy(
+                    heldout_rows[:500], *models, 4 * cfg.micro_batch_size or 128
+                )
             run.log(done, {**metrics, "lr": lr}, SHOWN)
         if run.evaluates(done):
             run.save(done, kl_coef=cfg.kl_coef)
-    write_evaluation(cfg, run.path, policy.gpt, prompts, frozen, judge)
+    run.warnings.close(write_evaluation(cfg, run.path, policy.gpt, prompts, frozen, judge))
 
 
 # ---- what a run is made from ----
@@ -150,12 +155,6 @@ def load_heldout_prompts(cfg: DPOConfig, gpt: GPT, frozen: Frozen) -> list[Promp
     return load_prompts(cfg.data, frozen.tokenizer, limit, heldout=True)[: cfg.eval_prompts]
 
 
-def describe(cfg: DPOConfig, train_rows: int, heldout_rows: int, beta: float) -> str:
-    epochs = cfg.steps * cfg.batch_size / train_rows
-    comparisons = f"{train_rows:,} comparisons, {epochs:.1f} epochs ({heldout_rows:,} held out)"
-    return f"{comparisons}, beta {beta:.3g}"
-
-
 # ---- metrics, and the closing evaluation ----
 
 
@@ -182,8 +181,11 @@ def write_evaluation(
     prompts: list[Prompt],
     frozen: Frozen,
     judge: ModuleType | None,
-) -> None:
-    """evaluation.csv and dpo_samples.csv beside the checkpoint at path: before and after."""
+) -> list[str]:
+    """evaluation.csv and dpo_samples.csv beside the checkpoint at path: before and after.
+
+    Returns: warnings.
+    """
     table, before, after = evaluate.compare(
         gpt, prompts, frozen, judge, cfg.kl_coef, cfg.seed, cfg.kind
     )
@@ -192,6 +194,7 @@ def write_evaluation(
     print_responses(before=before[:3], after=after[:3])
     print(f"\nwrote {path}, evaluation.csv and dpo_samples.csv\n")
     print_table(table)
+    return warnings.of_policy("DPO", before, after)
 
 
 if __name__ == "__main__":

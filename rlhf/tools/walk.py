@@ -25,8 +25,8 @@ from rlhf.rewards import kl_k1, shape_rewards
 from rlhf.rollout import Rollout, collect
 from rlhf.run import program
 from rlhf.run.device import make_generator
-from rlhf.run.errors import InputError
-from rlhf.run.flags import arg, check_not_negative
+from rlhf.run.errors import InputError, printable
+from rlhf.run.flags import arg
 from rlhf.run.optimizer import make_optimizer
 from rlhf.tokenizer import Tokenizer
 from rlhf.tools.optimality import Run, RunConfig, load_run
@@ -41,9 +41,6 @@ class WalkConfig(RunConfig):
 
     prompt: int = arg(0, "number of the held-out prompt, from 0", group="response")
     seed: int = arg(0, "random seed of the sampled responses")
-
-    def __post_init__(self):
-        check_not_negative(self, "prompt")
 
 
 def main(cfg: WalkConfig) -> None:
@@ -179,8 +176,8 @@ def losses(
 def print_response(response: Response, run: Run) -> None:
     """The prompt, what the policy says to it, and the settings that count."""
     gold = "" if response.gold is None else f", gold {response.gold:+.1f}"
-    print(f"prompt    {' '.join(response.prompt.split())}")
-    print(f"response  {response.text}")
+    print(f"prompt    {printable(' '.join(response.prompt.split()))}")
+    print(f"response  {printable(response.text)}")
     print(
         f"score {response.score:+.3f}{gold}; kl_coef {run.kl_coef:g}, "
         f"gamma {run.config['gamma']:g}, lambda {run.config['lam']:g}\n"

@@ -6,6 +6,7 @@ the world, each with its probability under the policy.
 """
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from rlhf.losses import policy_loss
 from rlhf.model import GPT, PolicyWithoutValue
 from rlhf.rewards import kl_k1, kl_k3, shape_rewards
 from tests.core.test_exact import PROMPTS, World, gradient_of_objective, train
-from tests.helpers import POISON, f64, noisy
+from tests.helpers import DTYPES, POISON, f64, noisy
 
 
 @pytest.mark.parametrize("poison", POISON)
@@ -126,6 +127,16 @@ def test_explained_variance_matches_hand_computation(values, expected, poison):
     assert got.item() == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_explained_variance_of_equal_returns_is_infinite(dtype):
+    """Three returns of 123.45 have no variance, and 1 - x / 0 is -inf. Their mean is another number
+    in float32: its distance from 123.45 is rounding and no variance."""
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    values = torch.tensor([[0, 1, 2]], dtype=dtype)
+    returns = torch.full((1, 3), 123.45, dtype=dtype)
+    assert explained_variance(values, returns, mask).item() == -math.inf
+
+
 @pytest.mark.parametrize("mismatched", [0, 1, 2])
 def test_gae_and_explained_variance_reject_mismatched_shapes(mismatched):
     arguments = [torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)]
@@ -164,6 +175,23 @@ def test_grpo_advantages_of_equal_scores_are_zero():
     """Also if they differ by rounding only: a deviation below 1e-4 is not blown up to 1."""
     assert grpo_advantages(f64(5, 5, 5), 3).tolist() == [0, 0, 0]
     assert grpo_advantages(f64(1, 1 + 2e-7), 2).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("constant", [123.45, -0.1, 1e-3, 6e4])
+@pytest.mark.parametrize("size", [2, 3, 7, 1000])
+def test_group_advantages_of_equal_scores_are_zero_in_every_precision(constant, size, dtype):
+    """In float32 the mean of three 123.45 is off by 8e-6. Divided by sqrt(var + 1e-8) that would be
+    0.076."""
+    scores = torch.full((2 * size,), constant, dtype=dtype)
+    assert grpo_advantages(scores, size).eq(0).all()
+    assert rloo_advantages(scores, size).eq(0).all()
+
+
+def test_grpo_advantages_of_half_precision_are_computed_in_float32():
+    """-400, 400: the squares are above the largest number of float16."""
+    scores = torch.tensor([-400, 400], dtype=torch.float16)
+    assert_close(grpo_advantages(scores, 2), torch.tensor([-1.0, 1.0]))
 
 
 def test_grpo_without_division_is_rloo_times_a_factor():

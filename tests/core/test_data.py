@@ -26,8 +26,9 @@ from rlhf.data import (
     swap_prompts,
 )
 from rlhf.run.errors import InputError
-from rlhf.run.files import csv_path, read_csv
+from rlhf.run.files import csv_path
 from rlhf.run.judge import load_judge
+from rlhf.run.tables import read_csv
 from rlhf.tokenizer import load_tokenizer
 from tests.helpers import rows
 
@@ -113,6 +114,32 @@ def test_responses_have_the_same_tokens_in_all_stages(tmp_path, tokenizer):
     assert encode_response(tokenizer, "Of course.") == expected
 
 
+def test_tokens_do_not_depend_on_blanks_and_line_ends_of_the_file(tmp_path, tokenizer):
+    """The first of each two files has LF inside its cells and no blanks, the other CRLF and
+    blanks."""
+    plain = '"\n\nAsk:\nme"', '"Of\ncourse."', "no"
+    padded = '" \t\r\n\r\nAsk:\r\nme \r\n"', '" Of\r\ncourse.\r\n"', "  no\xa0"
+    kinds = {
+        "prompts": ("Prompt", 1, load_prompts),
+        "demonstrations": ("Prompt,Response", 2, load_demonstrations),
+        "comparisons": ("Prompt,Chosen,Rejected", 3, None),
+    }
+    expected = tokenizer.encode("\n\nAsk:\nme")
+    for name, (header, count, load) in kinds.items():
+        loaded = []
+        for cells in (plain, padded):
+            path = tmp_path / f"{name}.csv"
+            path.write_bytes(f"{header}\r\n{','.join(cells[:count])}\r\n".encode())
+            if load is None:
+                loaded += load_comparisons([path], tokenizer, 50)
+            else:
+                loaded += load(str(tmp_path), tokenizer, 50)
+        assert loaded[0] == loaded[1]
+        tokens = {"prompts": lambda row: row.tokens, "comparisons": lambda row: row.prompt.tokens}
+        get = tokens.get(name, lambda row: row.tokens[: row.prompt_len])
+        assert get(loaded[0]) == expected
+
+
 def test_swap_prompts_gives_every_row_the_prompt_of_another():
     pairs = [Comparison(Prompt(str(i), [i] * (1 + i)), [7], [8, 9]) for i in range(6)]
     swapped = swap_prompts(pairs, seed=0, limit=100)
@@ -121,6 +148,18 @@ def test_swap_prompts_gives_every_row_the_prompt_of_another():
     assert sorted(row.prompt.text for row in swapped) == list("012345")
     fitting = swap_prompts(pairs, seed=0, limit=7)
     assert {len(row.prompt.tokens) for row in fitting} == {1, 2, 3, 4, 5}
+
+
+def test_swap_prompts_leaves_out_rows_that_would_keep_their_prompt():
+    """Rows of two prompts: those whose donor has the same text are left out. A single prompt leaves
+    nothing."""
+    pairs = [Comparison(Prompt(str(i % 2), [i % 2]), [10 + i], [30]) for i in range(12)]
+    swapped = swap_prompts(pairs, seed=0, limit=100)
+    assert 0 < len(swapped) < 12
+    for row in swapped:
+        assert row.prompt.text != str((row.chosen[0] - 10) % 2)
+    assert swap_prompts(pairs[:1], seed=0, limit=100) == []
+    assert swap_prompts(pairs[::2], seed=0, limit=100) == []
 
 
 # ---- batches ----

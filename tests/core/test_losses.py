@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from rlhf.losses import bradley_terry_loss, entropy, policy_loss, ranking_loss, sft_loss, value_loss
-from tests.helpers import POISON, f64
+from tests.helpers import DTYPES, POISON, f64
 
 
 def number(x):
@@ -98,6 +98,14 @@ def test_bradley_terry_loss_of_large_negative_margin_is_finite():
     assert bradley_terry_loss(torch.tensor([-200.0]), torch.tensor([0.0])).item() == 200.0
 
 
+def test_preference_losses_of_half_precision_are_computed_in_float32():
+    """Scores -40,000 and 40,000: the margin, 80,000, is above the largest number of float16."""
+    scores = torch.tensor([-40_000, 40_000], dtype=torch.float16)
+    assert bradley_terry_loss(scores[:1], scores[1:]).item() == 80_000
+    ranks = torch.tensor([[0, 1]])
+    assert ranking_loss(scores.unsqueeze(0), ranks).item() == 80_000
+
+
 def test_bradley_terry_loss_does_not_change_if_all_scores_shift():
     assert_close(
         bradley_terry_loss(f64(1, 2) + 5, f64(0, 3) + 5), bradley_terry_loss(f64(1, 2), f64(0, 3))
@@ -176,6 +184,40 @@ def test_policy_loss_at_ratio_1_has_the_reinforce_gradient():
     assert_close(loss.detach(), number(-2.0))
     assert_close(new.grad, f64([-2, 1, -5]) / 3)
     assert clip_fraction.item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("log_ratio", [5, 12, 89, 800])
+@pytest.mark.parametrize("advantage", [1, 0])
+def test_policy_loss_of_a_ratio_that_overflows_is_clipped(advantage, log_ratio, dtype):
+    """exp(89) is above the largest float32, exp(12) above the largest float16. With A = 1 and eps
+    1/5 the loss is -6/5 all the same; with A = 0 it is 0. The gradient is 0."""
+    new = torch.tensor([[log_ratio]], dtype=dtype).requires_grad_()
+    A = torch.tensor([[advantage]], dtype=dtype)
+    mask = torch.tensor([[True]])
+    loss, clip_fraction = policy_loss(new, torch.zeros_like(new), A, mask, 0.2)
+    loss.backward()
+    assert loss.item() == pytest.approx(-1.2 * advantage, abs=1e-6)
+    assert new.grad.item() == 0
+    assert clip_fraction.item() == advantage
+
+
+def test_policy_loss_of_a_large_ratio_in_the_wrong_direction_is_not_limited():
+    """A = -1, log ratio 20: loss and gradient are exp(20)."""
+    new = f64([20]).requires_grad_()
+    mask = torch.tensor([[True]])
+    loss, _ = policy_loss(new, f64([0]), f64([-1]), mask, 0.2)
+    loss.backward()
+    assert_close(loss.detach(), number(math.exp(20)))
+    assert_close(new.grad, f64([math.exp(20)]))
+
+
+def test_value_loss_of_half_precision_is_computed_in_float32():
+    """V = 400, return 0: half the square, 80,000, is above the largest number of float16."""
+    value = torch.tensor([[400]], dtype=torch.float16)
+    zero = torch.zeros_like(value)
+    loss, _ = value_loss(value, zero, zero, torch.tensor([[True]]), math.inf)
+    assert loss.item() == 80_000
 
 
 @pytest.mark.parametrize("poison", POISON)
@@ -286,6 +328,17 @@ def test_entropy_matches_hand_computation():
     )
     got = entropy(torch.log(p) + 3, torch.tensor([[True, True, False]]))
     assert_close(got, number((1.5 * math.log(2) + math.log(3)) / 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_entropy_of_a_token_of_probability_zero_counts_it_as_zero(dtype):
+    """Logits 0, 0, -inf: p = 1/2 1/2 0, entropy ln 2. It is the maximum of two tokens, so the
+    gradient is 0."""
+    logits = torch.tensor([[[0, 0, -math.inf], [0, 0, 0]]], dtype=dtype).requires_grad_()
+    got = entropy(logits, torch.tensor([[True]]))
+    got.backward()
+    assert got.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert logits.grad.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("poison", POISON)
@@ -423,6 +476,15 @@ def test_entropy_rejects_wrong_logits_and_masks():
         entropy(torch.zeros(2, 4, 3), torch.ones(2, 3))
     with pytest.raises(ValueError, match="no True entry"):
         entropy(torch.zeros(2, 4, 3), torch.zeros(2, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(2, 4, 5), torch.zeros(0, 5)])
+def test_sft_loss_and_entropy_reject_an_empty_mask(logits):
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="no True entry"):
+        sft_loss(logits, torch.zeros(2, 4, dtype=torch.long), mask)
+    with pytest.raises(ValueError, match="no True entry"):
+        entropy(torch.zeros(2, 4, 5), mask)
 
 
 def test_sft_loss_rejects_a_mask_as_wide_as_the_tokens():

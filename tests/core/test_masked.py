@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from rlhf.masked import check_same_shape, masked_mean, masked_whiten, token_logprobs
-from tests.helpers import POISON, f64
+from tests.helpers import DTYPES, POISON, f64
 
 
 def test_masked_mean_weighs_all_tokens_equally():
@@ -53,6 +53,32 @@ def test_masked_whiten_adds_1e_8_to_the_variance():
         masked_whiten(f64([-1e-4, 1e-4]), mask), f64([-1, 1]) / math.sqrt(2), atol=1e-12, rtol=0
     )
     assert_close(masked_whiten(f64([7, 7]), mask), f64([0, 0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("constant", [123.45, -0.1, 1e-3, 6e4])
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_masked_whiten_of_equal_entries_is_zero(constant, size, dtype):
+    """Whatever the constant, the number of entries and the precision. The mean of three 123.45 in
+    float32 is not 123.45, and rounding must not be divided by its own deviation."""
+    x = torch.full((2, size), constant, dtype=dtype)
+    mask = torch.ones(2, size, dtype=torch.bool)
+    mask[1, 1:] = False
+    assert masked_whiten(x, mask).eq(0).all()
+
+
+def test_masked_mean_of_half_precision_is_computed_in_float32():
+    """100 times 1,000: the sum, 100,000, is above the largest number of float16, 65,504."""
+    x = torch.full((1, 100), 1000, dtype=torch.float16)
+    mean = masked_mean(x, torch.ones(1, 100, dtype=torch.bool))
+    assert mean.item() == 1000 and mean.dtype == torch.float32
+
+
+def test_masked_whiten_of_half_precision_is_computed_in_float32():
+    """-400, 400: the squares, 160,000, are above the largest number of float16."""
+    x = torch.tensor([[-400, 400]], dtype=torch.float16)
+    whitened = masked_whiten(x, torch.tensor([[True, True]]))
+    assert_close(whitened, torch.tensor([[-1.0, 1.0]]))
 
 
 def probabilities():

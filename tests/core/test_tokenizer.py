@@ -104,3 +104,13 @@ def test_find_tokenizer_takes_the_one_that_is_named(small_data, monkeypatch):
 def test_find_tokenizer_rejects_missing_folder(tmp_path):
     with pytest.raises(InputError, match="there is no such folder"):
         find_tokenizer(str(tmp_path / "missing"))
+
+
+def test_find_tokenizer_rejects_a_file_and_a_folder_without_csv_files(tmp_path):
+    """Before it fetches GPT-2's ranks for them."""
+    path = tmp_path / "demonstrations.jsonl"
+    path.write_text("{}")
+    with pytest.raises(InputError, match="demonstrations.jsonl is a file; give the folder that"):
+        find_tokenizer(str(path))
+    with pytest.raises(InputError, match="there are no CSV files here"):
+        find_tokenizer(str(tmp_path))

@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy
 import pytest
+import torch
 from pandas import DataFrame, read_csv
 from pandas.testing import assert_frame_equal
 
@@ -20,11 +22,58 @@ from docs.experiments.study import (
     fits,
     main,
     one_reward_model,
+    reference_samples,
     script,
     spread,
+    unbiased_best_of_n,
 )
+from rlhf.data import Prompt
+from rlhf.rollout import Frozen
 from rlhf.run.errors import InputError
-from tests.helpers import ROOT
+from tests.helpers import ROOT, Digits, f64
+
+
+def test_unbiased_best_of_n_matches_hand_computation():
+    """Scores 1, 3, 2 and n = 2: the best of the three pairs are 3, 3, 2, so the expected score is
+    8/3. Their values are 10, 10, 30, with mean 50/3. n = 1 is the mean and n = 3 the maximum."""
+    scores, values = f64([1, 3, 2]), f64([20, 10, 30])
+    for n, score, value in ((1, 2, 20), (2, 8 / 3, 50 / 3), (3, 3, 10)):
+        assert unbiased_best_of_n(scores, scores, n).item() == pytest.approx(score, rel=1e-12)
+        assert unbiased_best_of_n(scores, values, n).item() == pytest.approx(value, rel=1e-12)
+    for n in (0, 4):
+        with pytest.raises(ValueError, match="between 1 and N"):
+            unbiased_best_of_n(scores, values, n)
+
+
+def test_unbiased_best_of_n_of_a_thousand_samples_is_finite():
+    """Scores 1 to 1000, n = 256: the expected maximum is n (N + 1) / (n + 1) = 256 * 1001 / 257."""
+    scores = torch.arange(1.0, 1001.0, dtype=torch.float64).unsqueeze(0)
+    got = unbiased_best_of_n(scores, scores, 256)
+    assert got.item() == pytest.approx(256 * 1001 / 257, rel=1e-9)
+
+
+def test_reference_samples_have_the_exact_mean_score(gpt, reward_model):
+    """Responses of one token: end-of-text with its score or, cut off, -7. The mean of 4,000 samples
+    is within 4 standard errors of the exact mean. The judge counts letters: an ended response has
+    none."""
+    judge = SimpleNamespace(
+        __file__="judge.py", score=lambda prompts, responses: [len(text) for text in responses]
+    )
+    frozen = Frozen(gpt, reward_model, Digits(), max_new_tokens=1, missing_eos_score=-7.0, rows=300)
+    scores, golds = reference_samples([Prompt("1 2", [1, 2])], 4000, frozen, judge)
+    with torch.no_grad():
+        p = torch.softmax(gpt(torch.tensor([[1, 2]]))[0, -1], dim=0)
+        ended = reward_model(torch.tensor([[1, 2, 10]]), torch.tensor([3])).item()
+    exact = p[10].item() * ended + (1 - p[10].item()) * -7
+    assert scores.shape == golds.shape == (1, 4000)
+    assert scores.mean().item() == pytest.approx(exact, abs=4 * scores.std().item() / 4000**0.5)
+    assert set(golds[0].tolist()) == {0.0, 1.0} and ((golds[0] == 0) == (scores[0] > -7)).all()
+
+
+def test_reference_samples_without_judge_have_no_gold(gpt, reward_model):
+    frozen = Frozen(gpt, reward_model, Digits(), max_new_tokens=2)
+    scores, golds = reference_samples([Prompt("1", [1]), Prompt("2 3", [2, 3])], 6, frozen, None)
+    assert scores.shape == (2, 6) and golds.isnan().all()
 
 
 def test_fit_finds_the_coefficients_of_both_forms():

@@ -113,12 +113,15 @@ def test_score_rankings_matches_hand_computation():
     prompts. The margins are better minus worse, and 3 of the 4 are positive. All 5 responses go
     through the model once, in one batch."""
     model = Table()
-    loss, margins = score_rankings(model, RANKINGS, 0, COMPUTE)
+    loss, margins, scores = score_rankings(model, RANKINGS, 0, COMPUTE)
     assert loss.item() == pytest.approx((math.log(10 / 3) / 3 - math.log(2 / 5)) / 2, rel=1e-12)
     assert_close(
         margins.sort().values.exp(), torch.tensor([2 / 3, 3 / 2, 2, 3], dtype=torch.float64)
     )
     assert not margins.requires_grad and model.batches == [5]
+    expected = torch.tensor([3.0, 2, 1, 3, 2], dtype=torch.float64)  # in the order of the responses
+    assert_close(scores.exp(), expected)
+    assert not scores.requires_grad
 
 
 def test_score_rankings_gradient_matches_hand_computation():
@@ -142,10 +145,10 @@ def test_score_rankings_is_the_mean_over_rankings():
     one of 2."""
     model = Table()
     batch = [*RANKINGS, Ranking([[1], [0], [2]], [1, 1, 2])]
-    whole, whole_margins = score_rankings(model, batch, 3, COMPUTE)
+    whole, whole_margins, _ = score_rankings(model, batch, 3, COMPUTE)
     (gradient,) = torch.autograd.grad(whole, model.table)
     parts = [score_rankings(model, part, 3, COMPUTE) for part in (batch[:1], batch[1:])]
     total = parts[0][0] / 3 + parts[1][0] * 2 / 3
     assert_close(total, whole)
     assert_close(torch.autograd.grad(total, model.table)[0], gradient)
-    assert_close(torch.cat([margins for _, margins in parts]), whole_margins)
+    assert_close(torch.cat([margins for _, margins, _ in parts]), whole_margins)

@@ -41,7 +41,7 @@ from rlhf.run.loading import (
 from rlhf.run.training import Training
 from rlhf.sampling import generate
 from rlhf.tools import optimality, sample
-from tests.helpers import TINY, copy_some_rows, rows, stopped_by_its_first_checkpoint
+from tests.helpers import CPU, TINY, copy_some_rows, rows, stopped_by_its_first_checkpoint
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install .[hf]"
@@ -821,7 +821,7 @@ class Config(TrainConfig):
 def save_finished(folder, kind, model, temperature=1.0):
     """The finished checkpoint of a run of one step."""
     cfg = Config(out=str(folder), kind=kind, temperature=temperature)
-    run = Training(cfg, model, None, None, getattr(model, "gpt", model).tokenizer, {})
+    run = Training(cfg, model, None, CPU, getattr(model, "gpt", model).tokenizer, {})
     run.rows = [{"step": 1}]
     run.save(1)
     return run.path
@@ -1207,6 +1207,48 @@ def test_init_with_a_file_that_is_cut_short_is_named(sft_error, bases, tmp_path,
     folder = shutil.copytree(bases["llama"].folder, tmp_path / "base")
     (folder / name).write_bytes((folder / name).read_bytes()[:300])
     assert f"--init {folder} cannot be loaded: " in sft_error("--init", folder)
+
+
+CODE = """
+import pathlib
+pathlib.Path("MARK").touch()
+from transformers import LlamaConfig as Config, LlamaForCausalLM as Model
+from transformers import PreTrainedTokenizerFast as Tokenizer
+"""
+OWN_CODE = {  # what auto_map may name, by the file that it stands in
+    "config.json": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+    "tokenizer_config.json": {"AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"]},
+}
+
+
+@pytest.mark.parametrize("file", OWN_CODE)
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_code_in_the_folder_of_a_model_is_neither_run_nor_asked_about(
+    sft_error, bases, tmp_path, monkeypatch, file, answer
+):
+    """transformers would ask at the terminal, and run it if the answer is y."""
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or answer)
+    folder = shutil.copytree(bases["llama"].folder, tmp_path / "base")
+    (folder / "code.py").write_text(CODE.replace("MARK", str(tmp_path / "ran")))
+    config = json.loads((folder / file).read_text())
+    config |= {"auto_map": OWN_CODE[file], "model_type": "own", "tokenizer_class": "Own"}
+    (folder / file).write_text(json.dumps(config))
+    assert "needs Python code that comes with the model" in sft_error("--init", folder)
+    assert not asked and not (tmp_path / "ran").exists()
+
+
+def test_code_for_a_class_that_transformers_has_is_not_run(bases, tmp_path, new_process):
+    """The class of transformers is taken."""
+    new_process()
+    folder = shutil.copytree(bases["llama"].folder, tmp_path / "base")
+    (folder / "code.py").write_text(CODE.replace("MARK", str(tmp_path / "ran")))
+    for file, names in OWN_CODE.items():
+        config = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**config, "auto_map": names}))
+    gpt = network(Base(folder))
+    close(gpt(torch.tensor([ROW]))[0], bases["llama"].forward(ROW)[1])
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

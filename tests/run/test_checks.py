@@ -1,12 +1,13 @@
 """Facts that hold in every training run."""
 
 import math
+import re
 
 import pytest
 import torch
 
 from rlhf.model import GPT, GPTConfig, RewardModel
-from rlhf.run.checks import check_finite, check_first_step
+from rlhf.run.checks import check_finite, check_first_step, check_spread
 from rlhf.run.errors import InputError
 
 
@@ -50,3 +51,40 @@ def test_check_first_step_stops_a_run_whose_forward_passes_disagree(capsys):
     for arguments in ((0, 0.0, 0.2, torch.bfloat16), (3, -1.1, 0.0, None)):
         check(*arguments)
         assert capsys.readouterr().out.startswith("warning")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ([1e-8, 0.0], [0.0, 1e-8]),
+        ([9e-5, 0.5], [0.0, 0.50009]),
+        ([3e4, 3e4], [3e4 + 0.1, 3e4 - 0.1]),  # 50 times the rounding of float32
+    ],
+)
+def test_check_spread_rejects_scores_that_differ_by_noise(chosen, rejected):
+    chosen, rejected = torch.tensor(chosen), torch.tensor(rejected)
+    with pytest.raises(InputError, match="learned nothing"):
+        check_spread(chosen - rejected, torch.cat([chosen, rejected]))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "message"),
+    [
+        ([0.009, 0.5], [0.0, 0.491], "differ by 9.0e-03 .*: PPO would follow noise"),
+        ([50.0, -50.0], [49.9, -50.1], "differ by 1.0e-01 .*, all scores by 5.0e.01"),
+    ],
+)
+def test_check_spread_warns_of_small_margins(chosen, rejected, message):
+    """Log-odds of 0.009 are 50.2 %. Margins of 0.1 are little beside prompts 100 apart."""
+    chosen, rejected = torch.tensor(chosen), torch.tensor(rejected)
+    assert re.search(message, check_spread(chosen - rejected, torch.cat([chosen, rejected])))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [([0.011, 0.5], [0.0, 0.489]), ([9.0, 9.0], [-9.0, -9.0]), ([0.02], [0.0])],
+)
+def test_check_spread_accepts_small_and_saturated_margins(chosen, rejected):
+    """Also of equal chosen sides, whose own deviation is 0, and of a single comparison."""
+    chosen, rejected = torch.tensor(chosen), torch.tensor(rejected)
+    assert check_spread(chosen - rejected, torch.cat([chosen, rejected])) == ""

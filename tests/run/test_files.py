@@ -1,5 +1,8 @@
 """CSV files, files that are replaced as a whole, digests."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,14 +10,16 @@ import pytest
 from rlhf.run import processes
 from rlhf.run.errors import InputError
 from rlhf.run.files import (
+    append_csv,
     check_file,
-    check_lengths,
+    check_folder,
+    csv_line,
     csv_path,
     digests,
-    read_csv,
     replacing,
     write_csv,
 )
+from tests.helpers import ROOT
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -22,34 +27,7 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-# ---- CSV files ----
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("Question\nhello\n", r"no column 'Prompt' \(found: Question; needed: Prompt\)"),
-        ("Prompt\n", "has a header but no rows"),
-        ("", "is not a CSV file"),
-        (b"Prompt\n\xff\xfe\x00bad\n", "is not a CSV file in UTF-8"),
-        ('Prompt\n"never closed\n', "is not a CSV file"),
-        ("Prompt\na\nb,c\n", "is not a CSV file"),
-        ("Prompt\na,b\nc,d\n", "a row has more cells than the header"),
-        ('Prompt\nfine\n"  "\n""\n', r"row 2: Prompt is empty, or longer than .* \(2 such rows\)"),
-        (
-            f"Prompt\nfine\na{' ' * 10**6}b\n",
-            r"row 2: .* longer than 100,000 characters \(1 such rows\)",
-        ),
-    ],
-)
-def test_read_csv_rejects_bad_file(tmp_path, content, message):
-    with pytest.raises(InputError, match=message):
-        read_csv(write(tmp_path / "prompts.csv", content), ("Prompt",))
-
-
-def test_read_csv_rejects_missing_file(tmp_path):
-    with pytest.raises(InputError, match="prompts.csv does not exist"):
-        read_csv(tmp_path / "prompts.csv", ("Prompt",))
+# ---- what is missing ----
 
 
 def test_check_file_tells_a_folder_from_nothing(tmp_path):
@@ -60,23 +38,20 @@ def test_check_file_tells_a_folder_from_nothing(tmp_path):
         check_file(tmp_path / "b.csv")
 
 
-def test_read_csv_keeps_numbers_and_nan_as_text(tmp_path):
-    path = write(tmp_path / "x.csv", "Prompt,Response\n1.50,nan\nNA,None\n")
-    frame = read_csv(path, ("Prompt", "Response"))
-    assert frame.values.tolist() == [["1.50", "nan"], ["NA", "None"]]
+def test_check_folder_says_what_a_folder_is_not(tmp_path):
+    rows = write(tmp_path / "demonstrations.jsonl", "{}")
+    with pytest.raises(InputError, match="nowhere: there is no such folder here"):
+        check_folder(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="jsonl is a file; give the folder that holds demons"):
+        check_folder(rows)
+    with pytest.raises(InputError, match="there are no CSV files here; docs/data.md says which"):
+        check_folder(tmp_path)
+    check_folder(tmp_path, for_rows=False)
+    write(tmp_path / "demonstrations.csv", "Prompt,Response\na,b\n")
+    check_folder(str(tmp_path))
 
 
-def test_read_csv_takes_optional_columns_if_they_are_there(tmp_path):
-    path = write(tmp_path / "x.csv", "Answer,Other,Prompt\ntie,x,a\n")
-    frame = read_csv(path, ("Prompt",), optional=("Answer", "Votes"))
-    assert frame.to_dict("records") == [{"Prompt": "a", "Answer": "tie"}]
-
-
-def test_check_lengths_names_the_first_row_that_is_too_long():
-    check_lengths(Path("x.csv"), [3, 5], 5, "the prompt")
-    message = r"x.csv, row 2: the prompt takes 6 tokens and there is room for 5 \(2 such"
-    with pytest.raises(InputError, match=message):
-        check_lengths(Path("x.csv"), [3, 6, 7], 5, "the prompt")
+# ---- writing CSV files ----
 
 
 def test_csv_path_of_heldout_rows():
@@ -84,18 +59,88 @@ def test_csv_path_of_heldout_rows():
     assert csv_path("folder", "prompts", heldout=True) == Path("folder/prompts_heldout.csv")
 
 
-@pytest.mark.parametrize("text", ["a\rb", "a\nb", "a\r\nb", 'a "b", c'])
-def test_read_csv_gives_back_what_write_csv_wrote(tmp_path, text):
-    table = [{"Prompt": text, "Response": "after"}, {"Prompt": "plain", "Response": text}]
-    write_csv(tmp_path / "table.csv", table)
-    frame = read_csv(tmp_path / "table.csv", ("Prompt", "Response"))
-    assert frame.values.tolist() == [[text, "after"], ["plain", text]]
+def test_csv_line_quotes_what_a_reader_could_take_otherwise():
+    """A lone CR ends a row for pandas, blanks at an end are dropped by some readers, and a row of
+    one empty cell would be an empty line."""
+    assert csv_line(["a", None, 3, "b c"]) == "a,,3,b c\n"
+    assert csv_line(["a,b", 'say "c"', "d\re", "f\n"]) == '"a,b","say ""c""","d\re","f\n"\n'
+    assert csv_line([" a", "b\t", "c"]) == '" a","b\t",c\n'
+    assert csv_line([""]) == csv_line([None]) == '""\n'
 
 
 def test_write_csv_rounds_floats_to_six_digits(tmp_path):
     write_csv(tmp_path / "x.csv", [{"a": 1 / 3, "b": 1234567, "c": None}])
     assert (tmp_path / "x.csv").read_text() == "a,b,c\n0.333333,1234567,\n"
     assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
+
+
+def test_write_csv_replaces_nul_in_what_a_model_says(tmp_path):
+    """A model may say it, and no reader of CSV files takes it."""
+    write_csv(tmp_path / "x.csv", [{"Prompt": "a", "After": "b\0c"}])
+    assert (tmp_path / "x.csv").read_text(encoding="utf-8") == "Prompt,After\na,b\ufffdc\n"
+
+
+# ---- tables that grow ----
+
+TABLE = [{"step": step, "loss": step / 3, "valid": None} for step in (1, 2, 3)]
+TEXT = "step,loss,valid\n1,0.333333,\n2,0.666667,\n3,1,\n"
+
+
+def test_append_csv_gives_the_bytes_of_write_csv(tmp_path):
+    for count in (1, 2, 3):
+        append_csv(tmp_path / "x.csv", TABLE[:count])
+    assert (tmp_path / "x.csv").read_bytes() == TEXT.encode()
+
+
+def test_append_csv_writes_no_more_than_the_new_row(tmp_path):
+    """What stands in the file already is neither read nor written: it is not the table."""
+    path = write(tmp_path / "x.csv", "x" * 1000 + "\n")
+    before = path.stat()
+    append_csv(path, TABLE)
+    assert path.read_text() == "x" * 1000 + "\n3,1,\n"
+    assert path.stat().st_ino == before.st_ino  # the same file, not one that took its name
+
+
+def test_append_csv_begins_with_the_first_row(tmp_path):
+    """Whatever an earlier run has left."""
+    path = write(tmp_path / "x.csv", "of another run")
+    append_csv(path, TABLE[:1])
+    assert path.read_text() == "step,loss,valid\n1,0.333333,\n"
+
+
+def test_append_csv_writes_all_rows_if_the_file_has_been_removed(tmp_path):
+    append_csv(tmp_path / "x.csv", TABLE)
+    assert (tmp_path / "x.csv").read_text() == TEXT
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_append_csv_does_not_write_through_a_link(tmp_path, exists):
+    other = tmp_path / "other"
+    if exists:
+        write(other, "of somebody else")
+    for count in (1, 2):
+        (tmp_path / "x.csv").unlink(missing_ok=True)
+        (tmp_path / "x.csv").symlink_to(other)
+        append_csv(tmp_path / "x.csv", TABLE[:count])
+        assert len((tmp_path / "x.csv").read_text().splitlines()) == 1 + count
+        assert other.exists() == exists and (not exists or other.read_text() == "of somebody else")
+
+
+def test_append_csv_rejects_a_column_that_the_first_row_lacks(tmp_path):
+    append_csv(tmp_path / "x.csv", TABLE[:1])
+    with pytest.raises(ValueError, match="extra"):
+        append_csv(tmp_path / "x.csv", [*TABLE[:1], {**TABLE[1], "extra": 1}])
+
+
+def test_append_csv_names_the_file_that_cannot_be_written(tmp_path, monkeypatch):
+    append_csv(tmp_path / "x.csv", TABLE[:1])
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(InputError, match="x.csv cannot be written .*No space left on device"):
+        append_csv(tmp_path / "x.csv", TABLE[:2])
 
 
 # ---- files that are replaced as a whole ----
@@ -116,22 +161,59 @@ def test_replacing_keeps_the_old_file_and_nothing_temporary(tmp_path, error):
     assert expected is KeyboardInterrupt or f"{path} cannot be written" in str(raised.value)
 
 
-def test_replacing_does_not_write_through_a_link_at_its_temporary_name(tmp_path):
+@pytest.mark.parametrize("name", ["x.csv", "x.csv.tmp"])
+def test_replacing_does_not_write_through_a_link(tmp_path, name):
     """As somebody else may have put it into a folder that all can write."""
     other = write(tmp_path / "other", "of somebody else")
-    (tmp_path / "x.csv.tmp").symlink_to(other)
+    (tmp_path / name).symlink_to(other)
     with replacing(tmp_path / "x.csv") as file:
         file.write("new")
     assert (tmp_path / "x.csv").read_text() == "new" and not (tmp_path / "x.csv").is_symlink()
     assert other.read_text() == "of somebody else"
 
 
+def test_replacing_takes_a_new_name_each_time(tmp_path):
+    """So nobody can put a file there before, and a file of a similar name stays."""
+    write(tmp_path / "x.csv.tmp", "of somebody else")
+    names = set()
+    for _ in range(5):
+        with replacing(tmp_path / "x.csv") as file:
+            names.update(path.name for path in tmp_path.iterdir())
+            file.write("new")
+    assert len(names - {"x.csv", "x.csv.tmp"}) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "x.csv.tmp"]
+
+
+def test_replacing_leaves_the_permissions_to_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "x.csv") as file:
+            file.write("new")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.csv").stat().st_mode & 0o777 == 0o640
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from rlhf.run.files import replacing
+with replacing(Path("x[1].csv")) as first, replacing(Path("y.csv")):
+    print("half", file=first, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
 def test_replacing_removes_what_a_killed_process_has_left(tmp_path):
-    write(tmp_path / "x.csv.tmp", "half")
-    with replacing(tmp_path / "x.csv", "wb") as file:
+    """But not what another path's process has left, which may be writing still."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, env=environment)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert [name.split(".csv.")[0] for name in left] == ["x[1]", "y"]
+    with replacing(tmp_path / "x[1].csv", "wb") as file:
         file.write(b"new")
-    assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
-    assert (tmp_path / "x.csv").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x[1].csv", left[1]]
+    assert (tmp_path / "x[1].csv").read_text() == "new"
 
 
 def test_replacing_writes_only_on_the_first_process(tmp_path, monkeypatch):

@@ -8,11 +8,13 @@ import pytest
 from rlhf.run.flags import (
     TrainConfig,
     arg,
-    check_not_negative,
+    check_numbers,
     check_positive,
     described,
     parse_cli,
 )
+from rlhf.tools.sample import SampleConfig
+from rlhf.tools.train_dpo import DPOConfig
 from train_ppo import PPOConfig
 from train_reward import RewardConfig
 from train_sft import SFTConfig
@@ -132,10 +134,51 @@ def test_check_positive_rejects_zero_negative_and_infinite_numbers(value):
 
 
 @pytest.mark.parametrize("value", [-1, float("inf"), float("nan")])
-def test_check_not_negative_rejects_negative_and_infinite_numbers(value):
-    check_not_negative(Config(block_size=0), "block_size")
-    with pytest.raises(ValueError, match="--block-size is .*: it must be 0 or more, and finite"):
-        check_not_negative(Config(block_size=value), "block_size")
+def test_check_numbers_rejects_negative_and_infinite_numbers(value):
+    check_numbers(Config, {"block_size": 0, "lr": 1e300, "files": ("a",), "resume": True})
+    for name in ("lr", "block_size"):
+        flag = name.replace("_", "-")
+        with pytest.raises(ValueError, match=f"--{flag} is .*: it must be 0 or more, and finite"):
+            check_numbers(Config, {name: value})
+
+
+def test_check_numbers_allows_what_the_field_allows():
+    """inf turns a bound off, a score may be negative; NaN is neither."""
+    infinite, nan = float("inf"), float("nan")
+    check_numbers(PPOConfig, {"max_kl_old": infinite, "missing_eos_score": -7.0})
+    for name, value in (
+        ("max_kl_old", nan),
+        ("max_kl_old", 0.0),
+        ("value_clip_eps", -1.0),
+        ("missing_eos_score", nan),
+        ("missing_eos_score", -infinite),
+    ):
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is {value}: it must be"):
+            check_numbers(PPOConfig, {name: value})
+
+
+def number_flags(cls):
+    """Each flag of a config that takes a number."""
+    for field, about in described(cls):
+        if field.type in (int, float):
+            yield "--" + field.name.replace("_", "-"), about["allow"], field.type
+
+
+@pytest.mark.parametrize("cls", [SFTConfig, RewardConfig, PPOConfig, DPOConfig, SampleConfig])
+def test_every_flag_refuses_numbers_beyond_its_range_with_one_line(cls, capsys):
+    """A whole number of 64 bits or more overflows in torch; no flag takes NaN."""
+    assert len(list(number_flags(cls))) >= 5
+    for flag, allow, kind in number_flags(cls):
+        for value in ("18446744073709551616", "99999999999999999999", "-1", "nan", "inf"):
+            if (value == "-1" and allow == "negative") or (value == "inf" and allow == "inf"):
+                continue
+            if value[0] in "19" and kind is float:
+                continue
+            with pytest.raises(SystemExit) as stop:
+                parse_cli(cls, [flag, value])
+            shown = capsys.readouterr().err
+            assert stop.value.code == 2 and flag in shown and shown.count("\n") == 1
+            assert shown.startswith("error: ")
 
 
 # ---- the help page ----
@@ -218,6 +261,31 @@ def test_help_of_a_script_shows_its_own_default_with_the_help_of_train_config(ca
 
 
 # ---- TrainConfig ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "warmup"),
+    [
+        ([], 20),
+        (["--steps", "112"], 20),
+        (["--steps", "40"], 20),
+        (["--steps", "9"], 4),
+        (["--steps", "1"], 0),
+        (["--steps", "9", "--warmup", "8"], 8),
+        (["--steps", "400", "--warmup", "0"], 0),
+    ],
+)
+def test_default_warmup_is_at_most_half_of_the_steps(flags, warmup):
+    assert parse_cli(PPOConfig, flags).warmup == warmup
+
+
+@pytest.mark.parametrize("flags", [["--warmup", "224"], ["--steps", "20", "--warmup", "20"]])
+def test_warmup_that_never_ends_is_refused(flags, capsys):
+    """The rate would peak below --lr: after 6 of 20 steps at a third of it."""
+    with pytest.raises(SystemExit) as stop:
+        parse_cli(PPOConfig, flags)
+    assert stop.value.code == 2
+    assert "must be below --steps" in capsys.readouterr().err
 
 
 def test_train_config_rejects_resume_with_overwrite():

@@ -190,6 +190,21 @@ def test_tokenizer_of_rejects_a_tokenizer_file_that_has_changed(tmp_path, two_to
         tokenizer_of(tmp_path / "sft.pt", checkpoint, two_tokenizers.folder)
 
 
+def test_tokenizer_of_names_a_data_folder_that_is_missing(tmp_path, two_tokenizers):
+    checkpoint = trained_with(two_tokenizers.other)
+    with pytest.raises(InputError, match="nowhere: there is no such folder"):
+        tokenizer_of(tmp_path / "sft.pt", checkpoint, str(tmp_path / "nowhere"))
+
+
+def test_tokenizer_of_quotes_nothing_of_a_file_that_only_the_checkpoint_names(tmp_path, small_data):
+    secret = tmp_path / "secret"
+    secret.write_text("password: hunter2\n")
+    checkpoint = {"tokenizer": "abc", "tokenizer_name": str(secret), "model_config": {}}
+    with pytest.raises(InputError, match="secret, which cannot be loaded; give --data") as raised:
+        tokenizer_of(tmp_path / "sft.pt", checkpoint, str(small_data))
+    assert "hunter2" not in str(raised.value) and raised.value.__suppress_context__
+
+
 # ---- judges ----
 
 
@@ -222,6 +237,12 @@ def test_judge_of_the_bundled_data_set_runs_without_a_flag(spelled, monkeypatch)
     monkeypatch.chdir(ROOT)
     judge = judge_of("", str(spelled))
     assert judge.score(["\n\nHuman: Hi.\n\nAssistant:"], ["Shame on you."])[0] < 0
+
+
+def test_name_of_a_folder_is_printed_without_control_characters(tmp_path, capsys):
+    folder = marked_judge(tmp_path / "a\x1b[2Jb")
+    judge_of("", str(folder), needed=False)
+    assert "a\\x1b[2Jb/judge.py is code" in capsys.readouterr().out
 
 
 def test_judge_of_a_folder_named_as_the_bundled_one_does_not_run(tmp_path, monkeypatch):

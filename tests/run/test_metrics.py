@@ -58,13 +58,17 @@ def test_max_metrics_keep_nan(at):
     assert math.isnan(history.first("max_ratio"))
 
 
-def test_means_are_summed_over_processes_and_maxima_are_not(monkeypatch):
-    """The other process has the same sums. Its weights make up the rest of the minibatch's."""
+@pytest.mark.parametrize("other", [2.0, 9.0, math.nan])
+def test_means_are_summed_over_processes_and_maxima_are_the_largest(monkeypatch, other):
+    """The other process has the same sums. Its weights make up the rest of the minibatch's. NaN
+    stays NaN."""
     monkeypatch.setattr(metrics, "total", lambda numbers: {k: 2 * v for k, v in numbers.items()})
+    monkeypatch.setattr(metrics, "gather", lambda mine: torch.cat([mine, torch.tensor([other])]))
     history = history_of([(0.5, {"loss": 3.0, "max_ratio": 7.0})])
     assert history.means() == {"loss": 3.0}
     assert history.latest("loss") == 3.0
-    assert history.first("max_ratio") == 7.0
+    largest = other if math.isnan(other) else max(7.0, other)
+    assert history.first("max_ratio") == pytest.approx(largest, nan_ok=True)
 
 
 def test_finite_mean_leaves_out_what_is_not_finite():

@@ -11,6 +11,7 @@ from rlhf.model import GPT, GPTConfig
 from rlhf.run.device import setup
 from rlhf.run.errors import InputError
 from rlhf.run.optimizer import (
+    check_trained,
     cosine_schedule,
     linear_schedule,
     make_optimizer,
@@ -112,3 +113,36 @@ def test_optimizer_step_in_float16_gives_up_after_17_infinite_gradients():
     assert scaler.get_scale() == 1
     with pytest.raises(InputError, match="no gradient is finite any more"):
         step(math.nan)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("gradient", [1e30, math.inf, math.nan])
+def test_optimizer_step_makes_weights_nan_if_the_norm_is_not_finite(amp, gradient):
+    """1e30 squared overflows in float32: each gradient is finite, their norm is not. Clipping would
+    make them 0, the weights would stay, and the run go on for ever."""
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = make_optimizer(model, lr=0.1, weight_decay=0.0)
+    model(torch.tensor([gradient, 1.0])).sum().backward()
+    norm = optimizer_step(model, optimizer, setup("cpu", amp).scaler, 1.0)
+    assert not norm.isfinite() and model.weight.isnan().any()
+
+
+def test_check_trained_rejects_a_run_in_which_every_step_was_skipped():
+    """In float16. The counts are the optimizer's own, so a checkpoint keeps them."""
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = make_optimizer(model, lr=0.1, weight_decay=0.0)
+    scaler = setup("cpu", "fp16").scaler
+
+    def step(x):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.tensor([x])).sum()).backward()
+        optimizer_step(model, optimizer, scaler, 1.0)
+
+    for _ in range(3):
+        with pytest.raises(InputError, match="every gradient step was skipped"):
+            check_trained(optimizer, scaler)
+        step(math.inf)
+    check_trained(optimizer, setup("cpu", "off").scaler)
+    step(1.0)
+    step(math.nan)
+    check_trained(optimizer, scaler)

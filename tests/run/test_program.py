@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.run.errors import InputError, fail
+from rlhf.run.errors import InputError, fail, printable
 from rlhf.run.flags import arg
 from rlhf.run.judge import load_judge
 from rlhf.run.program import lock, run
@@ -33,6 +33,25 @@ def test_fail_prints_one_line_and_exits_with_status_2(capsys):
         fail("one\n  two")
     assert stop.value.code == 2
     assert capsys.readouterr() == ("", "error: one two\n")
+
+
+def test_fail_shows_control_characters_and_does_not_send_them(capsys):
+    with pytest.raises(SystemExit):
+        fail("a\x1b[2Jb\x07 \x9b31m")
+    assert capsys.readouterr().err == "error: a\\x1b[2Jb\\x07 \\x9b31m\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("na\u00efve \u6f22\u5b57 \U0001f600 e\u0301\n\tnext", None),  # as it is
+        ("\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
+        ("over\rwritten\b\x7f", "over\\rwritten\\x08\\x7f"),
+        ("\x00\x0b\x0c\x1f\x80\x9b\x9f\xa0", "\\x00\\x0b\\x0c\\x1f\\x80\\x9b\\x9f\xa0"),
+    ],
+)
+def test_printable_shows_control_characters(text, shown):
+    assert printable(text) == (text if shown is None else shown)
 
 
 @pytest.fixture
@@ -187,7 +206,7 @@ with replacing(cfg.checkpoint('sft')) as file:
 """
     check_interrupted(program(main, "--out", tmp_path, "--overwrite"), "interrupted")
     assert (tmp_path / "sft.pt").read_text() == "old"
-    assert not (tmp_path / "sft.pt.tmp").exists()
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_closed_pipe_ends_a_program_quietly(tmp_path):

@@ -153,6 +153,16 @@ def test_sample_rows_put_both_responses_side_by_side():
     ]
 
 
+def test_print_responses_shows_control_characters_and_does_not_send_them(capsys):
+    """ESC ]0;x BEL would set the title of the terminal."""
+    prompt = "\n\nHuman: \x1b[2JHi.\n\nAssistant:"
+    response = dataclasses.replace(BEFORE, prompt=prompt, text="a\x1b]0;x\x07\n\tb")
+    print_responses(now=[response])
+    assert capsys.readouterr().out == (
+        "    Human: \\x1b[2JHi.\n        now -> a\\x1b]0;x\\x07\n\tb   (score -0.12, gold -1.0)\n"
+    )
+
+
 def test_print_responses_shows_each_prompt_with_what_the_policies_say(capsys):
     print_responses(before=[BEFORE, BEFORE], after=[AFTER, dataclasses.replace(AFTER, gold=None)])
     assert capsys.readouterr().out.splitlines() == [

@@ -12,15 +12,16 @@ import train_ppo
 import train_reward
 import train_sft
 from rlhf.model import GPT, GPTConfig
-from rlhf.run import processes
+from rlhf.run import files, processes
 from rlhf.run.checkpoints import load_checkpoint
 from rlhf.run.errors import InputError
 from rlhf.run.flags import TrainConfig
-from rlhf.run.training import MAY_CHANGE
+from rlhf.run.training import MAY_CHANGE, RESULTS
 from tests.helpers import rows
 from tests.run.small_run import (
     INPUTS,
     TOKENS,
+    DPOConfig,
     PPOConfig,
     RewardConfig,
     saved,
@@ -227,6 +228,88 @@ def test_resume_rejects_the_checkpoint_of_another_script(run, tmp_path):
         small_run(tmp_path, cls=RewardConfig, resume=True)
 
 
+# AdamW's state of the first matrix, 11 x 8, and what is wrong with it.
+WRONG_STATES = {
+    "another shape": lambda state: state.update(exp_avg=torch.zeros(3)),
+    "a transposed shape": lambda state: state.update(exp_avg_sq=torch.zeros(8, 11)),
+    "a single number in memory": lambda state: state.update(exp_avg=torch.zeros(1).expand(11, 8)),
+    "a step per number": lambda state: state.update(step=torch.zeros(11, 8)),
+    "a missing moment": lambda state: state.pop("exp_avg_sq"),
+    "one moment more": lambda state: state.update(max_exp_avg_sq=torch.zeros(11, 8)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_STATES)
+def test_resume_rejects_an_optimizer_state_of_other_parameters(run, tmp_path, name):
+    """torch loads any shape, and the next step would end in a segmentation fault."""
+    content = torch.load(saved(run, 7), weights_only=True)
+    assert content["optimizer"]["state"][0]["exp_avg"].shape == (11, 8)
+    WRONG_STATES[name](content["optimizer"]["state"][0])
+    torch.save(content, run.path)
+    with pytest.raises(
+        InputError, match="sft.pt does not fit .*optimizer's state has other shapes"
+    ):
+        small_run(tmp_path, resume=True)
+
+
+def test_resume_rejects_an_optimizer_state_in_another_order(run, tmp_path):
+    """Two parameters of different shapes have changed places."""
+    content = torch.load(saved(run, 7), weights_only=True)
+    numbers = content["optimizer"]["param_groups"][0]["params"]
+    numbers[0], numbers[1] = numbers[1], numbers[0]
+    torch.save(content, run.path)
+    with pytest.raises(
+        InputError, match="sft.pt does not fit .*optimizer's state has other shapes"
+    ):
+        small_run(tmp_path, resume=True)
+
+
+# ---- results of other runs ----
+
+
+@pytest.mark.parametrize(("step", "cls"), [(7, PPOConfig), (9, PPOConfig), (7, RewardConfig)])
+def test_resume_removes_results_of_an_older_run(tmp_path, step, cls):
+    """A kill between writing a checkpoint and removing the old run's results leaves these."""
+    kind = cls.kind
+    saved(small_run(tmp_path, cls=cls), step)
+    names = RESULTS[kind][1:]
+    for name in names:
+        (tmp_path / name).write_text("old")
+    (tmp_path / "sft.csv").write_text("of another stage")
+    small_run(tmp_path, cls=cls, resume=True)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == sorted([f"{kind}.csv", f"{kind}.pt", "sft.csv"])
+
+
+@pytest.mark.parametrize("step", [7, 9])
+@pytest.mark.parametrize(("cls", "other"), [(PPOConfig, "dpo"), (DPOConfig, "ppo")])
+def test_resume_refuses_a_folder_with_the_evaluation_of_the_other_method(
+    tmp_path, cls, other, step
+):
+    """PPO's and DPO's evaluation.csv and optimality.csv have the same names. Nothing changes."""
+    saved(small_run(tmp_path, cls=cls), step)
+    (tmp_path / "evaluation.csv").write_text(f"policy,score\nsft,0\n{other},1\noptimum,2\n")
+    (tmp_path / "optimality.csv").write_text("of the other method")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match="evaluation.csv is of another run, by .*; move the files"):
+        small_run(tmp_path, cls=cls, resume=True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_resume_takes_an_evaluation_that_compares_both_methods(tmp_path):
+    saved(small_run(tmp_path, cls=PPOConfig), 9)
+    (tmp_path / "evaluation.csv").write_text("policy,score\nsft,0\ndpo,1\nppo,2\n")
+    assert small_run(tmp_path, cls=PPOConfig, resume=True).step == 9
+
+
+def test_refused_resume_removes_nothing(tmp_path):
+    saved(small_run(tmp_path, cls=PPOConfig), 9)
+    (tmp_path / "optimality.csv").write_text("of this run")
+    with pytest.raises(InputError, match="begun with another lr"):
+        small_run(tmp_path, cls=PPOConfig, resume=True, lr=0.1)
+    assert (tmp_path / "optimality.csv").read_text() == "of this run"
+
+
 # ---- log ----
 
 METRICS = {"loss": 0.125, "valid": None, "lr": 0.0005, "grad_norm": 2.0}
@@ -269,6 +352,48 @@ def test_log_after_resume_keeps_the_rows_of_the_checkpoint(tmp_path):
         resumed.log(3, {"loss": 9.0, "valid": 1.0}, ())
         got = [(row["step"], row["loss"], row["valid"]) for row in rows(csv)]
         assert got == [("1", "0.125", ""), ("2", "0.25", ""), ("3", "9", "1")]
+
+
+def test_log_appends_a_row_at_the_same_cost_after_any_number(tmp_path, monkeypatch):
+    """Only the first row and the rows of a save write the file as a whole."""
+    whole = []
+    monkeypatch.setattr(files, "write_csv", lambda path, rows: whole.append(len(rows)))
+    run = small_run(tmp_path, steps=4)
+    for number in (1, 2, 3):
+        run.log(number, {"loss": number / 8}, ())
+        (tmp_path / "sft.csv").touch()
+    assert whole == [1]
+    lines = (tmp_path / "sft.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in lines] == [["2", "0.25"], ["3", "0.375"]]
+
+
+def test_save_writes_the_metrics_again_that_have_been_changed(tmp_path):
+    run = small_run(tmp_path, steps=4)
+    for number in (1, 2):
+        run.log(number, {"loss": number / 8}, ())
+    whole = (tmp_path / "sft.csv").read_bytes()
+    (tmp_path / "sft.csv").write_text("edited")
+    run.save(2)
+    assert (tmp_path / "sft.csv").read_bytes() == whole
+
+
+@pytest.mark.parametrize("end", [0, -1, -3, None])
+def test_resume_cuts_the_metrics_to_those_of_the_checkpoint(tmp_path, end):
+    """The file ends in half a row, in rows that come after the checkpoint, or in the same rows
+    again; or it is gone."""
+    csv = tmp_path / "sft.csv"
+    run = small_run(tmp_path, steps=4)
+    run.log(1, {"loss": 0.5}, ())
+    run.save(1)
+    before = csv.read_bytes()
+    run.log(2, {"loss": 0.25}, ())
+    longer = csv.read_bytes()
+    assert longer.startswith(before) and len(longer) > len(before)
+    csv.write_bytes(longer[:end] if end != 0 else longer + longer)
+    if end is None:
+        csv.unlink()
+    small_run(tmp_path, steps=4, resume=True)
+    assert csv.read_bytes() == before
 
 
 def test_log_after_resume_adds_the_seconds_before(tmp_path, clock):

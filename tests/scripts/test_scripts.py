@@ -2,24 +2,29 @@
 bad input."""
 
 import csv
+import itertools
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import rlhf.losses
 import train_ppo
 import train_reward
 import train_sft
-from rlhf.data import load_demonstrations, pad_rows
+from rlhf.data import encode_response
 from rlhf.model import GPT, GPTConfig, RewardModel
+from rlhf.run import progress
 from rlhf.run.flags import parse_cli
 from rlhf.run.training import RESULTS, Training
 from rlhf.tokenizer import find_tokenizer
 from tests.helpers import (
     TINY,
     change_sft,
+    end_earlier,
     process,
     rows,
     script,
@@ -72,20 +77,41 @@ def test_first_step_has_known_losses_and_no_kl(trained):
     assert all(float(row["first_log_ratio"]) < 1e-5 for row in rows(out / "ppo.csv"))
 
 
-def test_scores_have_mean_0_and_std_1_on_the_demonstrations(trained):
-    """Mean 0 and standard deviation 1 over demonstrations.csv, from the constants in the
-    checkpoint."""
-    data, out, _ = trained
-    checkpoint = torch.load(out / "reward.pt", weights_only=True)
+def scores_of(checkpoint, data, file, *columns):
+    """The scores that reward.pt gives the responses in these columns of a file."""
+    checkpoint = torch.load(checkpoint, weights_only=True)
     model = RewardModel(GPT(GPTConfig(**checkpoint["model_config"])))
     model.load_state_dict(checkpoint["model"])
-    tokenizer = find_tokenizer(str(data))
-    demonstrations = load_demonstrations(str(data), tokenizer, 80)
-    ids = [row.tokens for row in demonstrations]
-    with torch.no_grad():
-        scores = model(*pad_rows(ids, tokenizer.pad_id, torch.device("cpu")))
+    tokenizer, scores = find_tokenizer(str(data)), []
+    for row in rows(data / file):
+        prompt = tokenizer.encode(row["Prompt"])
+        for column in columns:
+            ids = torch.tensor([prompt + encode_response(tokenizer, row[column])])
+            with torch.no_grad():
+                scores.append(model(ids, torch.tensor([ids.size(1)])).item())
+    return torch.tensor(scores)
+
+
+def test_scores_have_mean_0_and_std_1_on_both_sides_of_the_comparisons(trained):
+    """Over comparisons.csv, row by row, from the constants in the checkpoint."""
+    data, out, _ = trained
+    scores = scores_of(out / "reward.pt", data, "comparisons.csv", "Chosen", "Rejected")
     assert scores.mean().item() == pytest.approx(0, abs=1e-3)
     assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_reward_model_needs_no_demonstrations(trained, tmp_path):
+    """Their scores may all be the same: those that imitate the chosen side, after training."""
+    data, out, _ = trained
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    for path in copy.glob("demonstrations*.csv"):
+        path.unlink()
+    for name in ("reward", "ppo"):
+        models = [] if name == "reward" else ["--reward", tmp_path / "reward.pt"]
+        script(name, "--data", copy, "--out", tmp_path, "--sft", out / "sft.pt", *models)
+    weights = [torch.load(x / "reward.pt", weights_only=True)["model"] for x in (out, tmp_path)]
+    assert torch.equal(weights[0]["scale"], weights[1]["scale"])
 
 
 def inputs_of(name, data, out):
@@ -192,6 +218,9 @@ def test_reward_model_learns_from_rankings(trained, tmp_path):
     script("reward", *flags, "--micro-batch-size", "3")
     assert float(rows(tmp_path / "reward.csv")[0]["loss"]) == pytest.approx(math.log(2), abs=1e-5)
     assert float(rows(tmp_path / "reward_evaluation.csv")[0]["comparisons"]) == 40
+    scores = scores_of(tmp_path / "reward.pt", copy, "rankings.csv", "Response")
+    assert scores.mean().item() == pytest.approx(0, abs=1e-3)
+    assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-3)
 
 
 def test_missing_checkpoint_names_the_script_to_run_first(trained, tmp_path):
@@ -263,6 +292,11 @@ DIVERGING = [
     ("ppo", ["--lr", "1e30"]),
     ("ppo", ["--lr", "1e10", "--steps", "1"]),
     ("ppo", ["--amp", "fp16", "--lr", "3000"]),
+    # The loss and its gradient are finite, the square of the gradient is not.
+    ("ppo", ["--value-coef", "1e25"]),
+    ("ppo", ["--value-coef", "1e25", "--amp", "bf16", "--steps", "1"]),
+    ("ppo", ["--entropy-coef", "1e25", "--value-network", "shared"]),
+    ("ppo", ["--ptx-coef", "1e25", "--advantage", "reinforce"]),
 ]
 
 
@@ -276,11 +310,142 @@ def test_diverging_run_stops_with_one_line_and_saves_nothing(trained, tmp_path, 
     assert not (tmp_path / f"{name}.pt").exists()
 
 
-def test_reward_model_that_learned_nothing_is_not_scaled_up_in_silence(trained, tmp_path):
+def test_reward_model_that_learned_nothing_is_not_scaled_up(trained, tmp_path):
+    """The checkpoint of the middle of the run stays."""
     data, out, _ = trained
     inputs = inputs_of("reward", data, out)
-    done = script("reward", *inputs, "--out", tmp_path, "--lr", "1e-9")
-    assert "warning: the scores hardly differ" in done.stdout
+    done = script("reward", *inputs, "--out", tmp_path, "--lr", "1e-9", ok=False)
+    assert done.returncode == 2 and "the reward model learned nothing" in done.stderr
+    assert torch.load(tmp_path / "reward.pt", weights_only=True)["step"] == 3
+    assert not (tmp_path / "reward_evaluation.csv").exists()
+
+
+# ---- runs that learn nothing ----
+
+
+def cut(source, folder, **sizes):
+    """A copy of the data set, with the first rows of some files."""
+    shutil.copytree(source, folder)
+    for name, size in sizes.items():
+        kept = rows(source / f"{name}.csv")[:size]
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(kept[0]))
+            writer.writeheader()
+            writer.writerows(kept)
+    return folder
+
+
+def test_sft_that_overfits_says_so_first_and_last(trained, tmp_path):
+    """160 steps on five rows: 256 epochs. The lowest valid comes long before the end."""
+    data = cut(trained[0], tmp_path / "data", demonstrations=5)
+    flags = "--steps 160 --eval-every 20 --log-every 40 --lr 0.02".split()
+    printed = script("sft", "--data", data, "--out", tmp_path / "runs", *flags).stdout
+    first, last = printed.splitlines()[0], printed.splitlines()[-1]
+    assert first == "warning: 256 epochs over the same demonstrations will overfit; lower --steps"
+    assert "5 demonstrations, 256.0 epochs (40 held out)" in printed
+    losses = {}
+    for row in rows(tmp_path / "runs" / "sft.csv"):
+        if row["valid"]:
+            losses[row["step"]] = float(row["valid"])
+    step = min(losses, key=losses.get)
+    assert int(step) < 160
+    assert last.startswith(f"warning: overfitting: valid was {losses[step]:.3f} after step {step} ")
+    assert f"is {losses['160']:.3f} at the end" in last
+
+
+@pytest.mark.parametrize("name", ["sft", "reward"])
+def test_nan_between_logged_steps_is_not_saved(trained, tmp_path, name, monkeypatch):
+    """The loss of step 2 is infinite, and metrics are logged after steps 1 and 4."""
+    data, out, _ = trained
+    module, loss = {
+        "sft": (rlhf.losses, "sft_loss"),
+        "reward": (rlhf.losses, "bradley_terry_loss"),
+    }[name]
+    true_loss = getattr(module, loss)
+    calls = []
+
+    def break_the_second(*args):
+        calls.append(args)
+        return true_loss(*args) * (math.inf if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(module, loss, break_the_second)
+    flags = [*inputs_of(name, data, out), "--out", tmp_path, "--log-every", "9"]
+    done = script(name, *flags, "--steps", "8", "--eval-every", "4", ok=False)
+    assert done.returncode == 2 and "the run has diverged" in done.stderr
+    assert len(calls) >= 2 and not (tmp_path / f"{name}.pt").exists()
+
+
+def constant_reward(out, folder):
+    """A copy of reward.pt whose head reads nothing: every score is 0.7."""
+    reward = torch.load(out / "reward.pt", weights_only=True)
+    weights = reward["model"]
+    weights["head.weight"].zero_()
+    weights["head.bias"].fill_(0.7 * weights["scale"] + weights["mean"])
+    torch.save(reward, folder / "reward.pt")
+    return folder / "reward.pt"
+
+
+@pytest.mark.parametrize("flags", [[], ["--advantage", "rloo", "--group-size", "2"]])
+def test_ppo_says_if_all_scores_are_equal(trained, tmp_path, flags):
+    """Once as it happens and once at the end: here nothing ends, so every score is -3."""
+    data, out, _ = trained
+    inputs = inputs_of("ppo", data, out)
+    printed = script("ppo", *inputs, "--out", tmp_path, "--max-new-tokens", "2", *flags).stdout
+    assert printed.count("warning: nothing to learn: the scores that are compared are equal") == 2
+    assert "none ends, so each gets --missing-eos-score" in printed
+    assert [float(row["score_std"]) for row in rows(tmp_path / "ppo.csv")] == [0] * 4
+    assert "PPO did not raise the score: +0.000" in printed.splitlines()[-1]
+
+
+def test_ppo_says_if_the_reward_model_gives_everything_the_same_score(trained, tmp_path):
+    data, out, _ = trained
+    end_earlier(out, tmp_path, data)
+    reward = constant_reward(tmp_path, tmp_path)
+    models = ["--sft", tmp_path / "sft.pt", "--reward", reward]
+    flags = ["--max-new-tokens", "40", "--missing-eos-score", "0.7"]
+    printed = script("ppo", "--data", data, "--out", tmp_path / "runs", *models, *flags).stdout
+    assert printed.count("or the reward model does not tell them apart)") == 2
+
+
+def test_one_held_out_comparison_has_no_other_prompt(trained, tmp_path):
+    """swapped_accuracy is empty, and the count is said."""
+    data = cut(trained[0], tmp_path / "data", comparisons_heldout=1)
+    printed = script("reward", *inputs_of("reward", data, trained[1]), "--out", tmp_path).stdout
+    result = rows(tmp_path / "reward_evaluation.csv")[0]
+    assert result["swapped_accuracy"] == "" and result["comparisons"] == "1"
+    assert "evaluated on 1 comparisons only" in printed and "another row" not in printed
+
+
+def test_shuffled_prompts_need_two_prompts(trained, tmp_path):
+    data = cut(trained[0], tmp_path / "data", comparisons=1)
+    inputs = inputs_of("reward", data, trained[1])
+    done = script("reward", *inputs, "--out", tmp_path, "--shuffle-prompts", ok=False)
+    assert done.returncode == 2 and "all comparisons have the same prompt" in done.stderr
+
+
+def test_closing_evaluation_of_the_reward_model_shows_its_progress(trained, tmp_path, monkeypatch):
+    """In micro-batches of four times the training's, shortest rows first; with a line every ten
+    seconds."""
+    data, out, _ = trained
+    sizes, widths, score = [], [], RewardModel.forward
+
+    def spy(model, tokens, lengths):
+        if not torch.is_grad_enabled():
+            sizes.append(len(tokens))
+            widths.append(tokens.size(1))
+        return score(model, tokens, lengths)
+
+    monkeypatch.setattr(RewardModel, "forward", spy)
+    clock = SimpleNamespace(perf_counter=itertools.count(0, 6).__next__)  # 6 s from look to look
+    monkeypatch.setattr(progress, "time", clock)
+    flags = ["--micro-batch-size", "2", "--eval-every", "6"]
+    inputs = inputs_of("reward", data, out)
+    printed = script("reward", *inputs, "--out", tmp_path, *flags).stdout
+    assert sizes == [16] * 15  # eight pairs: 40 for the scale, 40 held out, and 40 swapped
+    assert widths[:5] == sorted(widths[:5]) and widths[5:10] == sorted(widths[5:10])
+    assert len(re.findall(r"scores, micro-batch: \d of 5, .* left", printed)) >= 3
+    one = rows(out / "reward_evaluation.csv")[0]
+    assert rows(tmp_path / "reward_evaluation.csv")[0] == one
 
 
 # ---- one run, one folder ----

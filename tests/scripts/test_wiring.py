@@ -348,8 +348,11 @@ def test_reward_model_starts_from_sft_and_learns_from_comparisons(trained, tmp_p
         prompt = tokenizer.encode(row["Prompt"])
         chosen = tuple(prompt + encode_response(tokenizer, row["Chosen"]))
         known.add((chosen, tuple(prompt + encode_response(tokenizer, row["Rejected"]))))
-    assert [len(batch) for batch in batches] == [8] * 6
-    assert all(set(batch) <= known for batch in batches)
+    # After three steps 40 held-out rows; at the end the 40 training rows, for the scale, then twice
+    # the held-out ones.
+    assert [len(batch) for batch in batches] == [8, 8, 8, 40, 8, 8, 8, 40, 40, 40]
+    assert all(set(batch) <= known for batch in batches if len(batch) == 8)
+    assert set(batches[7]) == known
     assert same_weights(steps[0].gpt, sft) and not same_weights(steps[1].gpt, sft)
     # Two steps up; then 0.1 + 0.45 (1 + cos(pi k / 4)), k = 0 to 3.
     factors = [0.5, 1, 1, 0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1 + 0.45 * (1 - 0.5**0.5)]

@@ -3,9 +3,12 @@ model on the file."""
 
 import dataclasses
 import io
+import os
 import random
 import re
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 
 import train_reward
 from rlhf.data import load_comparisons
-from rlhf.run.errors import InputError
+from rlhf.run.errors import InputError, printable
 from rlhf.run.flags import parse_cli
 from rlhf.run.program import lock
 from rlhf.run.program import run as cli_run
@@ -79,12 +82,12 @@ def test_answer_file_cut_at_any_byte_loses_at_most_the_last_answer(tmp_path):
 
 
 def test_answer_file_survives_an_editor(tmp_path, capsys):
-    """Without quotation marks, with a single one inside a cell, and without the last line break,
+    """Without the quotation marks that are not needed, with CRLF, and without the last line break,
     all answers stay. If the last line breaks off, the file is copied first. A faulty row in the
     middle is an error, and the file stays."""
     path = tmp_path / "answers.csv"
     header = ",".join(COLUMNS)
-    path.write_text(f'{header}\n1,p,12" nail,bad,first\n2,p,a,b,tie')
+    path.write_bytes(f'\ufeff{header}\r\n1,p,"12"" nail",bad,first\r\n2,p,a,b,tie'.encode())
     assert read_choices(path) == [
         Choice(1, "p", '12" nail', "bad", "first"),
         Choice(2, "p", "a", "b", "tie"),
@@ -94,11 +97,18 @@ def test_answer_file_survives_an_editor(tmp_path, capsys):
     assert [choice.pair for choice in read_choices(path)] == [1]
     assert "breaks off" in capsys.readouterr().out
     assert (tmp_path / "answers.csv.cut").read_text() == broken
-    for bad in ("x,p,a,b,first", "1,p,a,b,maybe", "1,p,a,b", "1,,a,b,first"):
-        path.write_text(f"{header}\n{bad}\n2,p,a,b,first\n")
-        with pytest.raises(InputError, match="row 1: expected a number"):
+    expected = dict.fromkeys(
+        ("x,p,a,b,first", "1,p,a,b,maybe", "1,p,a,b", "1,,a,b,first"), "row 1: expected a number"
+    )
+    for line in ('1,p,12" nail,b,first', '1,p,"12" nail",b,first', "1,p,a\rb,c,first"):
+        expected[line] = "line 2: the quotation marks do not match, or a lone CR"
+    expected["1,p,\udce9,b,first"] = "not a CSV file in UTF-8"
+    for line, message in expected.items():
+        content = f"{header}\n{line}\n2,p,a,b,first\n".encode(errors="surrogateescape")
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
             read_choices(path)
-        assert path.read_text() == f"{header}\n{bad}\n2,p,a,b,first\n"
+        assert path.read_bytes() == content
 
 
 def test_rewritten_file_is_the_same_as_one_that_was_appended_to(tmp_path):
@@ -113,20 +123,11 @@ def test_rewritten_file_is_the_same_as_one_that_was_appended_to(tmp_path):
     assert path.read_bytes() == one and read_choices(path) == choices[:1]
 
 
-def test_answer_file_rejects_a_field_too_long_to_read(tmp_path):
-    path = tmp_path / "answers.csv"
-    header = '"Pair","Prompt","Chosen","Rejected","Answer"'
-    prompt = "p" * 140_000
-    path.write_text(f'{header}\n"0","{prompt}","a","b","first"\n')
-    with pytest.raises(InputError, match="cannot be read: field larger than"):
-        read_choices(path)
-
-
-@pytest.mark.parametrize("text", ["", "Prompt,Chosen,Rejected\na,b,c\n", '"Pair"\n'])
+@pytest.mark.parametrize("text", ["", "\n", "Prompt,Chosen,Rejected\na,b,c\n", '"Pair"\n'])
 def test_answer_file_rejects_another_file_and_leaves_it_unchanged(tmp_path, text):
     path = tmp_path / "answers.csv"
     path.write_text(text)
-    with pytest.raises(InputError, match="not a file of this program"):
+    with pytest.raises(InputError, match="not a file of this program|is empty"):
         read_choices(path)
     assert path.read_text() == text
 
@@ -155,7 +156,7 @@ def test_keys_write_the_answers_they_stand_for(trained, tmp_path, monkeypatch, c
     assert [row["Answer"] for row in got] == ["first", "second", "tie", "first"]
     assert "4 answered, 3 of them with a choice; the reward model agrees with" in shown
     pairs = [shown.split("  1: ")[i + 1].split("\n")[0] for i in range(2)]
-    assert got[0]["Chosen"] == pairs[0] and got[1]["Rejected"] == pairs[1]
+    assert printable(got[0]["Chosen"]) == pairs[0] and printable(got[1]["Rejected"]) == pairs[1]
     more = run(trained, tmp_path, monkeypatch, "2t")
     assert more[:4] == got and [row["Answer"] for row in more[4:]] == ["second", "tie"]
     assert "going on after 4 answered" in capsys.readouterr().out
@@ -164,6 +165,102 @@ def test_keys_write_the_answers_they_stand_for(trained, tmp_path, monkeypatch, c
     straight.mkdir()
     assert run(trained, straight, monkeypatch, "12t12t") == more
     assert len({row["Pair"] for row in more}) == 6
+
+
+def test_control_characters_of_a_pair_are_shown_and_not_sent(monkeypatch, capsys):
+    """ESC[2J would clear the screen. Line breaks and tabs stay."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n"))
+    label.ask(Pair(0, "a\x1b[2Jb", "one\n\ttwo\x07", "\x9b31mred\r"))
+    shown = capsys.readouterr().out
+    assert "\na\\x1b[2Jb\n" in shown
+    assert "  1: one\n\ttwo\\x07\n  2: \\x9b31mred\\r\n" in shown
+
+
+# ---- keys of a terminal ----
+
+# What the keys of a usual keyboard send. {} is a modifier: 2 Shift, 3 Alt, 5 Ctrl, 8 all of them.
+MODIFIERS = range(2, 9)
+VT100 = ["\x1bO" + letter for letter in "ABCDHFPQRSMjklmnopqrstuvwxyX"]
+VT100 += ["\x1b[" + letter for letter in "ABCD"]
+NUMBERS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15, 17, 18, 19, 20, 21, 23, 24]
+NUMBERS += [25, 26, 28, 29, 31, 32, 33, 34]
+XTERM = ["\x1b[" + letter for letter in "ABCDEFHZ"] + [f"\x1b[{n}~" for n in NUMBERS]
+XTERM += [f"\x1b[{n};{m}~" for n in NUMBERS for m in MODIFIERS]
+XTERM += [f"\x1b[1;{m}{letter}" for letter in "ABCDEFHPQRS" for m in MODIFIERS]
+XTERM += [f"\x1bO{m}{letter}" for letter in "ABCDPQRS" for m in MODIFIERS]
+XTERM += [f"\x1b[27;{m};{ord(letter)}~" for letter in "12tsuq" for m in MODIFIERS]
+XTERM += [f"\x1b[{ord(letter)};{m}u" for letter in "12tsuq" for m in MODIFIERS]
+LINUX = ["\x1b[[" + letter for letter in "ABCDE"]
+ALT = ["\x1b" + letter for letter in "12tsuqxTSUQ~\r\t\x7f"]
+ALT += ["\x1b" + sequence for sequence in ("\x1b[A", "\x1b[1~", "\x1bOP", "\x1b[[A")]
+
+
+def keys_of(*parts, pause=0.0):
+    """What next_key returns, up to the end of the input, for bytes that arrive in these parts."""
+    terminal, keyboard = os.pipe()
+
+    def type_parts():
+        for part in parts:
+            os.write(keyboard, part.encode("latin-1"))
+            time.sleep(pause)
+        os.close(keyboard)
+
+    typing = threading.Thread(target=type_parts)
+    typing.start()
+    keys = []
+    while not keys or keys[-1]:
+        keys.append(label.next_key(terminal))
+    typing.join()
+    os.close(terminal)
+    return keys[:-1]
+
+
+def test_letters_are_keys_in_lower_case():
+    assert keys_of("12tSuQ") == ["1", "2", "t", "s", "u", "q"]
+
+
+@pytest.mark.parametrize("sequences", [VT100, XTERM, LINUX, ALT], ids=len)
+def test_key_that_sends_several_bytes_is_one_key_and_no_answer(sequences):
+    """The key after it counts."""
+    for sequence in sequences:
+        got = keys_of(f"{sequence}1{sequence}{sequence}t")
+        assert got == ["\x1b", "1", "\x1b", "\x1b", "t"], repr(sequence)
+    assert label.ESCAPE not in label.KEYS
+
+
+@pytest.mark.parametrize(
+    "sequence", ["\x1b[1~", "\x1b[2;5~", "\x1bOP", "\x1b[[A", "\x1b1"], ids=repr
+)
+def test_key_whose_bytes_arrive_one_by_one_is_no_answer(sequence):
+    assert keys_of(*sequence, "2", pause=0.05) == ["\x1b", "2"]
+
+
+@pytest.mark.parametrize("sequence", ["\x1b[1~", "\x1bOq", "\x1b[[A"], ids=repr)
+def test_sequence_that_arrives_long_after_its_escape_is_no_answer(monkeypatch, sequence):
+    monkeypatch.setattr(label, "ALT_SECONDS", 0.01)
+    assert keys_of(*sequence, "2", pause=0.1) == ["\x1b", "\x1b", "2"]
+
+
+def test_escape_by_itself_does_nothing(monkeypatch):
+    """Not even to the key that comes later."""
+    monkeypatch.setattr(label, "ALT_SECONDS", 0.01)
+    assert keys_of("\x1b", "1", pause=0.2) == ["\x1b", "1"]
+    assert keys_of("\x1b") == ["\x1b"]
+
+
+def test_keys_at_a_terminal_are_read_without_enter(monkeypatch):
+    """Home, which sends ESC [ 1 ~, is not the answer 1."""
+    pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+    keyboard, terminal = pty.openpty()
+    with os.fdopen(terminal, "r") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        typing = threading.Timer(0.5, os.write, [keyboard, b"\x1b[1~"])
+        typing.start()
+        assert label.read_key() == "\x1b"
+        typing = threading.Timer(0.5, os.write, [keyboard, b"T"])
+        typing.start()
+        assert label.read_key() == "t"
+    os.close(keyboard)
 
 
 def test_agreement_counts_a_pair_that_does_not_fit_as_disagreement(reward_model):
@@ -193,19 +290,21 @@ def test_agreement_after_undo_is_that_of_the_new_answer(trained, tmp_path, monke
 
 def test_pairs_with_cut_off_or_equal_responses_are_not_shown(trained, monkeypatch):
     """Prompt i of a block has responses 2i and 2i + 1. In the first pair one was cut off. The
-    second pair has two equal responses. In the third, one does not fit when it is read again. The
-    fourth is shown. Without it, nothing is left to show, which is an error."""
+    second pair has two equal responses. In the third, one does not fit when it is read again. In
+    the fourth, one holds a NUL byte, which no reader takes. The fifth is shown. Without it, nothing
+    is left to show, which is an error."""
     cfg = LabelConfig(max_new_tokens=8)
     gpt, checkpoint = label.load_policy(trained[1] / "sft.pt", "sft")
     tokenizer = label.tokenizer_of(trained[1] / "sft.pt", checkpoint, str(trained[0]))
-    texts = ["cut", "a", "same", "same", "x " * 90, "b", "good", "bad"] + ["same"] * 24
+    bad_pairs = ["cut", "a", "same", "same", "x " * 90, "b", "a", "b\0"]
+    texts = [*bad_pairs, "good", "bad"] + ["same"] * 22
     monkeypatch.setattr(label, "decode_responses", lambda *_: list(texts))
     ended = torch.tensor([False] + [True] * 31)
     monkeypatch.setattr(label, "has_ended", lambda *_: ended)
     prompts = [label.Prompt("p", [1, 2])]
     pair = Pairs(gpt, prompts, tokenizer, cfg).first_from(0)
-    assert pair == Pair(3, "p", "good", "bad")
-    texts[6] = "bad"
+    assert pair == Pair(4, "p", "good", "bad")
+    texts[8] = "bad"
     with pytest.raises(InputError, match="left nothing to choose"):
         Pairs(gpt, prompts, tokenizer, cfg).first_from(0)
 

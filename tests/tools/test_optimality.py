@@ -1,8 +1,9 @@
 """The rows best_of_n and optimum of evaluation.csv, and the optimality of PPO: by hand, and as a
-program."""
+program. Several policies beside one optimum."""
 
 import copy
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -10,16 +11,20 @@ import pytest
 import torch
 
 import train_ppo
+from rlhf import evaluate
 from rlhf.data import Prompt
 from rlhf.evaluate import summarise
 from rlhf.methods.optimum import (
-    Samples,
+    Evaluation,
+    best_of_n_kl,
     estimate_optimum,
-    ppo_and_optimum,
-    rows_with_optimum,
+    optimum,
+    policy_metrics,
+    prompt_rows,
 )
 from rlhf.model import GPT
 from rlhf.rollout import Frozen
+from rlhf.run import program
 from rlhf.run.checkpoints import load_checkpoint
 from rlhf.run.errors import InputError
 from rlhf.run.files import digests
@@ -27,236 +32,251 @@ from rlhf.run.flags import parse_cli
 from rlhf.run.loading import load_policy
 from rlhf.tools.optimality import (
     OptimalityConfig,
+    RunConfig,
     describe,
     load_run,
     main,
-    reference_samples,
-    respond,
+    sample_all,
     trained_file,
 )
-from tests.core.test_exact import EOS, LONGEST, MISSING_EOS, PROMPTS, World
+from tests.core.test_exact import EOS, LONGEST, MISSING_EOS, PROMPTS, World, responses
 from tests.helpers import TINY, Digits, end_earlier, noisy, rows
-from tests.methods.test_optimum import one
+from tests.methods.test_optimum import HAND, HAND_OPTIMUM, one, samples_of
 
 LN2, LN3, LN6 = math.log(2), math.log(3), math.log(6)
 
 
-def table_of(sft, ppo, kl_coef):
-    """The rows that train_ppo.py writes. The win rates play no part here."""
-    return [summarise(name, [row], [row], kl_coef) for name, row in (("sft", sft), ("ppo", ppo))]
+def evaluated(before, after, kl_coef):
+    """The rows that train_ppo.py writes, and their responses."""
+    table = [summarise("sft", before, before, kl_coef), summarise("ppo", after, before, kl_coef)]
+    return Evaluation(table, before, after)
 
 
-def add_optimum(table, samples, kl_coef):
-    """What the program makes of a table and samples: rows of evaluation.csv, rows of
+def add_optimum(evaluation, samples, kl_coef):
+    """What the program makes of an evaluation and samples: rows of evaluation.csv and of
     optimality.csv, and the report."""
-    estimate = estimate_optimum(table, samples, kl_coef)
-    per_prompt = [prompt.row() for prompt in estimate.prompts]
-    return rows_with_optimum(table, estimate), per_prompt, describe(estimate, "PPO")
+    (estimate,) = estimate_optimum([evaluation], samples, kl_coef)
+    prompts = [f"prompt {at}" for at in range(samples.scores.size(1))]
+    per_prompt = prompt_rows(prompts, samples.scores[:, 0].numel(), estimate)
+    return estimate.rows, per_prompt, describe(estimate, "PPO", samples)
 
 
 # ---- the optimum beside PPO ----
 
-HAND = Samples(
-    [one(2 * LN3, 0, 4), one(0, 0, 0), one(0, 0, 0), one(0, 0, -6)],
-    [one(2 * LN6, LN3, 2), one(2 * LN2, LN3, 0), one(2 * LN2, LN3, 0), one(2 * LN2, LN3, 0)],
-)
-# J* - J_sft with HAND, if PPO's J is 1.1 and J_sft 0.25
-GAIN = 0.85 + 2 * math.log(1.5) - (2 * LN2 - 1.5 * LN3)
-
 
 def test_add_optimum_matches_hand_computation():
-    """HAND: one prompt, kl_coef 2, four responses of the reference and four of PPO, so a = 1/2. The
-    first four have pi / pi_ref = 1 and q = 1, the others 3 and 2. exp(score / 2) is 3, 1, 1, 1 and
-    6, 2, 2, 2. Divided by q both are 3, 1, 1, 1, so J* = 2 ln(3/2) and the weights are twice 1/4,
-    1/12, 1/12, 1/12: ess = 6, score = 1/4 (2 ln 3 + 2 ln 6) + 3/12 * 2 ln 2 = ln 6, KL = (ln 6 - 2
-    ln(3/2)) / 2, gold = 1/4 * 4 - 1/12 * 6 + 1/4 * 2.
+    """HAND, see test_metrics_and_jackknife_match_hand_computation: the optimum, and on that prompt
+    PPO has score ln 3 / 2 + 2 ln 2, gold 1/2 and KL ln 3. In the table it has score 3/2, gold 3 and
+    KL 0.2. The other rows move by the difference.
 
-    PPO has score (2 ln 6 + 6 ln 2) / 4 = ln 3 / 2 + 2 ln 2, KL ln 3 and gold 1/2 on that prompt, so
-    J = 2 ln 2 - 3/2 ln 3. In the table it has score 1.5, KL 0.2 and gold 3. Both rows move by the
-    difference.
-
-    best_of_n: the KL nearest to 0.2 is that of n = 2, ln 2 - 1/2. Half of the six pairs of the
-    reference's hold the first sample. In two of them the last is best, because of equal scores the
-    later wins. The score is 1/2 * 2 ln 3, gold 1/2 * 4 - 2/6 * 6. The KL does not move."""
-    table = table_of(one(0.25, 0, 0.0), one(1.5, 0.2, 3.0), kl_coef=2.0)
-    table, found, text = add_optimum(table, [HAND], 2.0)
+    n = 6 has the KL ln 6 - 5/6 = 0.958, n = 7 ln 7 - 6/7 = 1.089, n = 8 1.204, so 7 is nearest to
+    ln 3 = 1.099. In the row it is 1.089 + 0.2 - ln 3."""
+    evaluation = evaluated([one(0.25, 0, 0.0)], [one(1.5, 0.2, 3.0)], kl_coef=2.0)
+    table, found, text = add_optimum(evaluation, HAND, 2.0)
     sft, ppo, best, optimal = table
     assert [row["policy"] for row in table] == ["sft", "ppo", "best_of_n", "optimum"]
-    moved = 1.5 - (LN3 / 2 + 2 * LN2)
-    assert best["score"] == pytest.approx(LN3 + moved)
-    assert best["kl_ref"] == pytest.approx(LN2 - 0.5)
-    assert best["gold"] == pytest.approx(0 + 2.5)
-    assert optimal["score"] == pytest.approx(LN6 + moved)
-    assert optimal["gold"] == pytest.approx(1 + 2.5)
-    assert optimal["kl_ref"] == pytest.approx((LN6 - 2 * math.log(1.5)) / 2 + 0.2 - LN3)
-    assert optimal["objective"] == pytest.approx(GAIN + 0.25)
-    assert sft["optimality"] == 0 and optimal["optimality"] == 1
-    assert ppo["optimality"] == pytest.approx(0.85 / GAIN)
-    assert best["optimality"] == pytest.approx((LN3 + moved - 2 * (LN2 - 0.5) - 0.25) / GAIN)
-    assert [(row["prompt"], row["samples"]) for row in found] == [("p", 8)]
+    ppo_there = {"score": LN3 / 2 + 2 * LN2, "gold": 0.5, "kl_ref": LN3}
+    ppo_there["objective"] = 2 * LN2 - 1.5 * LN3
+    for name, there in ppo_there.items():
+        assert optimal[name] == pytest.approx(HAND_OPTIMUM[name] + ppo[name] - there)
+        assert found[0][f"ppo_{name}"] == pytest.approx(there)
+        assert found[0][name] == pytest.approx(HAND_OPTIMUM[name])
+    assert best["kl_ref"] == pytest.approx(math.log(7) - 6 / 7 + 0.2 - LN3)
+    for row in table:
+        assert row["objective"] == pytest.approx(row["score"] - 2 * row["kl_ref"])
+        J_sft, J_best = sft["objective"], optimal["objective"]
+        assert row["optimality"] == pytest.approx((row["objective"] - J_sft) / (J_best - J_sft))
+        assert row["optimality_se"] is None  # of a single prompt
+    assert (best["length"], best["prompts"], optimal["prompts"]) == (None, 1, 1)
+    assert [(row["prompt"], row["samples"]) for row in found] == [("prompt 0", 8)]
     assert found[0]["ess"] == pytest.approx(6)
-    assert found[0]["ppo_objective"] == pytest.approx(2 * LN2 - 1.5 * LN3)
-    assert found[0]["objective"] == pytest.approx(2 * math.log(1.5))
-    assert "best_of_n: n = 2, whose KL is nearest to PPO's\n" in text
-    assert "8 samples for each of 1 prompts" in text
-    assert "effective sample size 6.0 on average\n" in text
-    assert "below 10): 1 of 1 prompts: p\nwarning: that is too few samples to trust" in text
-
-
-def test_add_optimum_states_the_bias_of_too_few_samples():
-    """Half of HAND: exp(score / 2) / q is 3, 1 and 3, 1 with mean 2, or 1, 1 and 1, 1. The mean of
-    2 ln 2 and 0 is lower than 2 ln(3/2). PPO gained 0.85, so the slope of the optimality is 0.85 /
-    GAIN^2."""
-    table = table_of(one(0.25, 0, 0.0), one(1.5, 0.2, 3.0), kl_coef=2.0)
-    _, _, text = add_optimum(table, [HAND], 2.0)
-    assert f"biased upward by at least {(2 * math.log(1.5) - LN2) * 0.85 / GAIN**2:.3f}\n" in text
+    raised = 4 * math.log(1.5) - LN2 - 2 * math.log(1.5)
+    assert text.splitlines() == [
+        "best_of_n: n = 7, whose KL is nearest to PPO's (up to 1,000,000)",
+        "optimum: 8 samples for each of 1 prompts, 4 of the reference and of each policy",
+        "    effective sample size 6.0 on average, below 10 for 1",
+        f"    J* is raised by {raised:.4f}, about the bias of so few samples (jackknife)",
+        "optimality of PPO: unknown",
+        "optimality of best_of_n: unknown",
+        "warning: too few samples to trust; more --samples, or a larger --kl-coef",
+    ]
 
 
 def lacks(J, ratio):
     """Two responses of the reference and two of PPO, kl_coef 1. pi / pi_ref is 1 for the first, and
     their score is J. It is `ratio` for the others, q = (1 + ratio) / 2, and their score is J + log
-    q. So J* = J, and PPO, with the KL log(ratio), lacks log(ratio / q)."""
-    ppo = one(J + math.log((1 + ratio) / 2), math.log(ratio))
-    return Samples([one(J, 0)] * 2, [ppo] * 2)
+    q. So J* = J, and PPO, with the KL log(ratio), lacks log(ratio / q). The halves are equal, so
+    the jackknife changes nothing."""
+    score = J + math.log((1 + ratio) / 2)
+    return [[(J, 0, 0)] * 2, [(score, math.log(ratio), 0)] * 2]
 
 
-@pytest.mark.parametrize(("second", "error"), [(3, 0), (7, math.log(7 / 6) / 2)])
-def test_add_optimum_standard_error_matches_hand_computation(second, error):
-    """On the first prompt PPO lacks ln(3/2). On the second it lacks as much, or ln(7/4). Half of
-    the difference is the standard error of the mean L. In the table J is 0 for sft and 2 for ppo.
-    Optimality 2 / (2 + L) has the slope -2 / (2 + L)^2."""
-    table = table_of(one(0, 0), one(3, 1), kl_coef=1.0)
-    table, _, text = add_optimum(table, [lacks(2, 3), lacks(4, second)], 1.0)
-    L = (math.log(1.5) + math.log(2 * second / (1 + second))) / 2
-    assert f"a standard error of {error * 2 / (2 + L) ** 2:.3f} from" in text
-    assert "upward by at least 0.000\n" in text
+@pytest.mark.parametrize(("second", "lacking"), [(3, 0), (7, math.log(7 / 6))])
+def test_add_optimum_standard_error_matches_hand_computation(second, lacking):
+    """On the first prompt PPO lacks ln(3/2), on the second `lacking` more: L on average. In the
+    table J is 0 for sft, and 1 and 3 for ppo: 2 on average. So R = 2 / (2 + L), and the standard
+    error is half of the difference of (1 - R) J - R lacking, divided by 2 + L."""
+    evaluation = evaluated([one(0, 0)] * 2, [one(2, 1), one(4, 1)], kl_coef=1.0)
+    table, _, text = add_optimum(evaluation, samples_of(lacks(2, 3), lacks(4, second)), 1.0)
+    L = math.log(1.5) + lacking / 2
+    R = 2 / (2 + L)
+    error = abs((1 - R) * 2 - R * lacking) / 2 / (2 + L)
+    assert table[1]["optimality"] == pytest.approx(R)
+    assert table[1]["optimality_se"] == pytest.approx(error)
     assert table[3]["objective"] == pytest.approx(2 + L)
+    assert [table[at]["optimality_se"] for at in (0, 3)] == pytest.approx([0, 0], abs=1e-12)
+    low, high = R - 1.96 * error, R + 1.96 * error
+    assert f"of PPO: {R:.3f} ± {error:.3f} (95 %: {low:.3f} to {high:.3f})\n" in text
+    assert "J* is raised by 0.0000, about" in text
 
 
-def test_add_optimum_of_policy_worse_than_its_reference_has_bias_and_standard_error():
-    """SFT has J = 2.25 and PPO 2, so the optimality is -0.25 / G with G = L - 0.25, and its slope
-    0.25 / G^2. In the second case PPO has -1/2 and SFT 0. A J* that is too low makes the optimality
-    too low."""
-    table = table_of(one(2.25, 0), one(3, 1), kl_coef=1.0)
-    _, _, text = add_optimum(table, [lacks(2, 3), lacks(4, 7)], 1.0)
-    G = (math.log(1.5) + math.log(1.75)) / 2 - 0.25
-    assert f"a standard error of {math.log(7 / 6) / 2 * 0.25 / G**2:.3f} from" in text
-    table = table_of(one(0, 0, 0.0), one(-0.5, 0, 0.0), kl_coef=2.0)
-    table, _, text = add_optimum(table, [HAND], 2.0)
-    G = GAIN - 0.85 - 0.5
-    assert table[1]["optimality"] == pytest.approx(-0.5 / G)
-    bias = (2 * math.log(1.5) - LN2) * 0.5 / G**2
-    assert f"downward by at least {bias:.3f}\n" in text and "warning" in text
+def test_best_of_n_beside_ppo_matches_hand_computation():
+    """The ratio 3 has q = 2, scores 0 and ln 2, and v = 1 and 1/2. So F is 2/3 below ln 2, and the
+    best of n = 7 (the KL nearest to ln 3) has the score ln 2 (1 - (2/3)^7). On both prompts. PPO
+    has the score ln 2 and the KL ln 3; in the table 2 and 1. kl_coef is 1."""
+    evaluation = evaluated([one(0, 0)] * 2, [one(2, 1)] * 2, kl_coef=1.0)
+    table, _, _ = add_optimum(evaluation, samples_of(lacks(0, 3), lacks(0, 3)), 1.0)
+    score = LN2 * (1 - (2 / 3) ** 7)
+    kl = math.log(7) - 6 / 7
+    assert table[2]["score"] == pytest.approx(score + 2 - LN2)
+    assert table[2]["objective"] == pytest.approx(score - kl + 1 - (LN2 - LN3))
+    assert table[2]["optimality_se"] == pytest.approx(0, abs=1e-12)
 
 
-def test_add_optimum_says_if_the_samples_allow_no_larger_n():
-    """PPO's KL of 1 is nearer to that of n = 5, ln 5 - 4/5, than to that of n = 4. Four samples
-    allow n = 4."""
-    table = table_of(one(0, 0, 0.0), one(3, 1, 0.0), kl_coef=1.0)
-    _, _, text = add_optimum(table, [HAND], 1.0)
-    assert "n = 4, whose KL is below PPO's: 4 samples allow no larger n\n" in text
-
-
-def test_add_optimum_names_two_of_the_unreliable_prompts_and_warns_of_nothing_else():
-    """40 equal samples have the effective sample size 40. On the other prompts one response has all
-    the weight."""
-    good = Samples([one(1, 0)] * 20, [one(1, 0)] * 20)
-    poor = []
-    for name in "abc":
-        prompt = f"\nHuman: {name}\n\nAssistant:"
-        equal = one(1, 0, prompt=prompt)
-        best = one(1.001, 0, prompt=prompt)
-        poor.append(Samples([equal] * 20, [best] + [equal] * 19))
-    table = table_of(one(0, 0), one(0.5, 0), kl_coef=1e-5)
-    _, rows, text = add_optimum(table, [good] * 5 + poor, 1e-5)
-    assert [round(row["ess"]) for row in rows] == [40] * 5 + [1] * 3
-    assert text.endswith(
-        "(effective sample size below 10): 3 of 8 prompts: Human: a; Human: b; ..."
+def test_all_policies_have_the_same_optimum():
+    """PPO and a second policy with the ratio 5 on its samples, 1 on the others. q is the mean over
+    the three policies, and the optimum is that of all nine samples: whichever policy it is beside,
+    its rows are the same. The policies' own rows are not."""
+    scores = torch.tensor([[0.0, 1, 0.5, 0.2], [2, 1.5, 2, 1], [1, 3, 2, 0]]).double()
+    ratios = torch.ones(3, 3, 4).double()  # (policy, sampler, sample)
+    ratios[1, 1] = 3
+    ratios[2, 2] = 5
+    samples = samples_of([[(0, 0, 0)] * 4] * 2)._replace(
+        scores=scores[:, None], golds=scores[:, None], log_ratios=ratios.log()[:, :, None]
     )
+    sft = [one(0, 0, 1.0)] * 2
+    evaluations = [
+        evaluated(sft, [one(2, 1, 1.0), one(3, 1, 1.0)], 0.5),
+        evaluated(sft, [one(1, 2, 1.0), one(2, 1, 1.0)], 0.5),
+    ]
+    first, second = estimate_optimum(evaluations, samples, 0.5)
+    assert first.rows[3] == second.rows[3] and first.rows[0] == second.rows[0]
+    q = torch.tensor([1.0] * 4 + [5 / 3] * 4 + [7 / 3] * 4).double()
+    plain = optimum(scores.view(1, 12), 0.5, q.log()[None])
+    assert first.ess.item() == pytest.approx(plain.ess.item())
+    more = (first.optimum - first.policy).mean(dim=1).tolist()  # both are beside the first policy
+    J_best = first.rows[3]["objective"]
+    assert J_best == pytest.approx(2.0 + more[3])
+    for estimate, J in zip((first, second), (2.0, 0.75)):
+        assert estimate.rows[1]["objective"] == pytest.approx(J)
+        assert estimate.rows[1]["optimality"] == pytest.approx(J / J_best)
+        torch.testing.assert_close(estimate.optimum, first.optimum)
+    expected = [scores[2].mean(), scores[2].mean(), math.log(5)]
+    assert second.policy[:3, 0].tolist() == pytest.approx([float(x) for x in expected])
+    assert (first.n, second.n) == (7, 13)  # ln 13 - 12/13 = 1.642 is nearest to ln 5 = 1.609
+    moved = second.rows[2]["kl_ref"] - first.rows[2]["kl_ref"]  # both beside the first policy
+    assert moved == pytest.approx(best_of_n_kl(13) - best_of_n_kl(7))
 
 
 def test_add_optimum_without_possible_gain_has_no_optimality():
     """All samples have the same score and PPO has the score of SFT: there is nothing to divide
     by."""
-    table = table_of(one(1, 0), one(1, 0), kl_coef=0.5)
-    equal = Samples([one(1, 0)] * 2, [one(1, 0)] * 2)
-    table, _, text = add_optimum(table, [equal], 0.5)
+    equal = samples_of(*[[[(1, 0, 0)] * 2] * 2] * 2)
+    table, _, text = add_optimum(evaluated([one(1, 0)] * 2, [one(1, 0)] * 2, 0.5), equal, 0.5)
     assert [row["optimality"] for row in table] == [None] * 4 and "warning" in text
+    assert [row["optimality_se"] for row in table] == [None] * 4
     assert table[3]["score"] == 1
 
 
+def test_add_optimum_warns_of_nothing_if_the_samples_are_enough():
+    """40 equal samples have the effective sample size 40. On the second prompt one response has
+    all the weight."""
+    good = [[(1, 0, 0)] * 20] * 2
+    poor = [[(1, 0, 0)] * 20, [(1.001, 0, 0)] + [(1, 0, 0)] * 19]
+    evaluation = evaluated([one(0, 0)] * 3, [one(0.5, 0)] * 3, 1e-5)
+    _, found, text = add_optimum(evaluation, samples_of(good, good, poor), 1e-5)
+    assert [round(row["ess"]) for row in found] == [40, 40, 1]
+    assert "below 10 for 1\n" in text and "warning" not in text
+
+
 def test_add_optimum_without_judge_has_no_gold():
-    table = table_of(one(0, 0), one(1, 0.1), kl_coef=1.0)
-    table, rows, _ = add_optimum(table, [lacks(2, 3)], 1.0)
-    assert [row["gold"] for row in table + rows] == [None] * 5
+    samples = samples_of(lacks(2, 3), lacks(2, 3))
+    samples = samples._replace(golds=samples.golds * math.nan)
+    evaluation = evaluated([one(0, 0)] * 2, [one(1, 0.1)] * 2, kl_coef=1.0)
+    table, found, _ = add_optimum(evaluation, samples, 1.0)
+    assert [row["gold"] for row in table + found] == [None] * 6
+    assert found[0]["ppo_gold"] is None and found[0]["score"] > 1
 
 
 def test_add_optimum_does_not_modify_its_inputs():
-    table = table_of(one(0.25, 0, 0.0), one(1.5, 0.2, 3.0), kl_coef=2.0)
-    before = copy.deepcopy(table)
-    add_optimum(table, [HAND], 2.0)
-    assert table == before
+    evaluation = evaluated([one(0.25, 0, 0.0)], [one(1.5, 0.2, 3.0)], kl_coef=2.0)
+    before = copy.deepcopy(evaluation)
+    add_optimum(evaluation, HAND, 2.0)
+    assert evaluation == before
 
 
-# ---- respond, in the exact world ----
+# ---- samples, in the exact world ----
 
 
-def test_responses_of_both_policies_give_the_exact_optimum():
-    """Sampled and scored as in the program: 2,000 responses of the reference and of another policy
-    to each prompt of the world in test_exact.py, which lists all responses. J* is a sum over them,
-    and so is the policy's J."""
+@pytest.fixture(scope="module")
+def world_samples():
+    """Sampled and scored as in the program: 1,500 responses of the reference and of two other
+    policies to each prompt of the world in test_exact.py. With the exact log-probabilities of the
+    40 responses to each prompt under the three policies, and what the judge was asked."""
     world = World(seed=1, channels=32)
-    policy = noisy(GPT(world.config).double(), seed=2)
+    policies = [world.reference]
+    for seed in (2, 3):
+        policy = noisy(GPT(world.config).double(), seed=seed)
+        with torch.no_grad():
+            policy.wte.weight *= 8  # far from the reference
+        policies.append(policy)
     with torch.no_grad():
-        policy.wte.weight *= 8  # far from the reference
-        log_ref = world.ref_logprobs.sum(dim=1).view(3, -1)  # (3, 40)
-        log_pi = world.logprobs(policy).sum(dim=1).view(3, -1)  # (3, 40)
-    scores, kl_coef = world.scores.view(3, -1), 1.5
-    J = (log_pi.exp() * (scores - kl_coef * (log_pi - log_ref))).sum(dim=1)
-    best = kl_coef * (log_ref + scores / kl_coef).logsumexp(dim=1)
+        exact = [world.logprobs(policy).sum(dim=1).view(3, -1) for policy in policies]
+    policies = [copy.deepcopy(policy).float() for policy in policies]
+    asked = []
 
-    frozen = Frozen(
-        world.reference.float(), world.reward_model, Digits(EOS), LONGEST, MISSING_EOS, rows=1000
-    )
+    def score(prompts, texts):
+        asked.extend(zip(prompts, texts))
+        return [float(len(text)) for text in texts]
+
+    judge = SimpleNamespace(__file__="judge.py", score=score)
+    frozen = Frozen(policies[0], world.reward_model, Digits(EOS), LONGEST, MISSING_EOS, rows=1000)
     prompts = [Prompt(str(tokens), tokens) for tokens in PROMPTS]
-    reference, policy = world.reference, policy.float()
-    of_reference = respond(reference, policy, prompts, 2000, frozen, None, 0)
-    of_policy = respond(policy, reference, prompts, 2000, frozen, None, 1)
-    for at, samples in enumerate(map(Samples, of_reference, of_policy)):
-        responses = samples.reference + samples.ppo
-        assert {response.prompt for response in responses} == {str(PROMPTS[at])}
-        row = ppo_and_optimum(samples, kl_coef).row()
-        # The standard error of J*, to first order.
-        error = kl_coef * (1 / row["ess"] - 1 / row["samples"]) ** 0.5
-        assert row["objective"] == pytest.approx(best[at].item(), abs=4 * error) and error < 0.03
-        assert row["ppo_objective"] == pytest.approx(J[at].item(), abs=0.15)
+    samples = sample_all(policies, frozen, judge, prompts, 1500, seed=0)
+    return world, torch.stack(exact), samples, asked
 
 
-# ---- reference_samples ----
+def test_samples_have_the_log_ratios_of_every_policy(world_samples):
+    """Each sampled response has its exact log-probability under each policy, minus that under the
+    reference. The 40 responses have different texts."""
+    world, exact, samples, asked = world_samples
+    listed = ["".join(str(token) for token in tokens if token != EOS) for tokens in responses()]
+    number = {text: at for at, text in enumerate(listed)}
+    assert len(number) == 40 and len(asked) == 3 * 3 * 1500
+    at_prompt = torch.tensor([[int(p == str(q)) for q in PROMPTS] for p, _ in asked]).argmax(dim=1)
+    picked = torch.tensor([number[text] for _, text in asked])
+    expected = (exact - exact[0])[:, at_prompt, picked].view(3, 3, 3, 1500)
+    torch.testing.assert_close(samples.log_ratios, expected, atol=1e-4, rtol=1e-4)
+    scores = world.scores.view(3, -1)[at_prompt, picked].view(3, 3, 1500)
+    torch.testing.assert_close(samples.scores, scores, atol=1e-5, rtol=1e-5)
+    lengths = torch.tensor([float(len(text)) for _, text in asked]).view(3, 3, 1500)
+    torch.testing.assert_close(samples.golds, lengths.double())
 
 
-def test_reference_samples_have_the_exact_mean_score(gpt, reward_model):
-    """Responses of one token: end-of-text with its score or, cut off, -7. The mean of 4,000 samples
-    is within 4 standard errors of the exact mean. The judge counts letters: an ended response has
-    none."""
-    judge = SimpleNamespace(
-        __file__="judge.py", score=lambda prompts, responses: [len(text) for text in responses]
-    )
-    frozen = Frozen(gpt, reward_model, Digits(), max_new_tokens=1, missing_eos_score=-7.0, rows=300)
-    scores, golds = reference_samples([Prompt("1 2", [1, 2])], 4000, frozen, judge)
-    with torch.no_grad():
-        p = torch.softmax(gpt(torch.tensor([[1, 2]]))[0, -1], dim=0)
-        ended = reward_model(torch.tensor([[1, 2, 10]]), torch.tensor([3])).item()
-    exact = p[10].item() * ended + (1 - p[10].item()) * -7
-    assert scores.shape == golds.shape == (1, 4000)
-    assert scores.mean().item() == pytest.approx(exact, abs=4 * scores.std().item() / 4000**0.5)
-    assert set(golds[0].tolist()) == {0.0, 1.0} and ((golds[0] == 0) == (scores[0] > -7)).all()
-
-
-def test_reference_samples_without_judge_have_no_gold(gpt, reward_model):
-    frozen = Frozen(gpt, reward_model, Digits(), max_new_tokens=2)
-    scores, golds = reference_samples([Prompt("1", [1]), Prompt("2 3", [2, 3])], 6, frozen, None)
-    assert scores.shape == (2, 6) and golds.isnan().all()
+def test_samples_give_the_exact_optimum(world_samples):
+    """J* and the J of each policy are sums over the 40 responses."""
+    world, exact, samples, _ = world_samples
+    scores, kl_coef = world.scores.view(3, -1), 1.5
+    best = kl_coef * (exact[0] + scores / kl_coef).logsumexp(dim=1)
+    pooled, _, log_q = samples.pooled()
+    got = optimum(pooled, kl_coef, log_q)
+    error = kl_coef * (1 / got.ess - 1 / 4500) ** 0.5  # of J*, to first order
+    assert ((got.objective - best).abs() < 4 * error).all() and (error < 0.03).all()
+    for number, logprobs in enumerate(exact):
+        J = (logprobs.exp() * (scores - kl_coef * (logprobs - exact[0]))).sum(dim=1)
+        assert policy_metrics(samples, kl_coef, number)[3].tolist() == pytest.approx(
+            J.tolist(), abs=0.2
+        )
 
 
 # ---- trained_file ----
@@ -326,6 +346,13 @@ def test_optimality_rejects_impossible_counts(flags, capsys):
     assert stop.value.code == 2 and f"{flags[0]} is {flags[1]}" in capsys.readouterr().err
 
 
+def test_optimality_rejects_two_policies_in_one_folder():
+    """They would write the same tables."""
+    with pytest.raises(ValueError, match="each policy must be in a folder of its own"):
+        OptimalityConfig(checkpoint=("a/ppo.pt", "a/b/../dpo.pt"))
+    assert OptimalityConfig().checkpoint == ("runs/ppo.pt",)
+
+
 PROGRAM = ["--prompts", "3", "--samples", "8", "--device", "cpu"]
 
 
@@ -365,22 +392,35 @@ def config(folder, *flags):
     return parse_cli(OptimalityConfig, flags)
 
 
+def run_config(folder):
+    cfg = config(folder)
+    return RunConfig(cfg.checkpoint[0], data=cfg.data, device="cpu")
+
+
 def run(folder, *flags):
     main(config(folder, *PROGRAM, *flags))
     return rows(folder / "evaluation.csv")
 
 
 def test_optimality_keeps_the_rows_of_train_ppo(trained, tmp_path):
-    """It adds the rows best_of_n and optimum and the column optimality."""
+    """It adds the rows best_of_n and optimum and the columns optimality and optimality_se."""
     folder = shutil.copytree(trained[1], tmp_path / "copy")
     before = rows(folder / "evaluation.csv")
     assert [row["policy"] for row in before] == ["sft", "ppo"] and "optimality" not in before[0]
     after = run(folder)
     assert [row["policy"] for row in after] == ["sft", "ppo", "best_of_n", "optimum"]
-    assert list(after[0]) == [*before[0], "optimality"]
+    assert list(after[0]) == [*before[0], "optimality", "optimality_se"]
     for old, new in zip(before, after):
-        kept = {name: cell for name, cell in numbers(new).items() if name != "optimality"}
+        kept = {name: cell for name, cell in numbers(new).items() if "optimality" not in name}
         assert kept == pytest.approx(numbers(old), rel=1e-5, abs=1e-6)
+
+
+def test_metrics_page_lists_the_columns_of_evaluation_csv(copied, root):
+    """docs/metrics.md has a row for each column, in the same order."""
+    page = (root / "docs" / "metrics.md").read_text(encoding="utf-8")
+    section = page.split("\n## evaluation.csv\n")[1].split("\n## ")[0]
+    documented = re.findall(r"^\| `(\w+)` \|", section, flags=re.M)
+    assert documented == list(run(copied)[0])
 
 
 def test_optimality_of_the_written_rows_follows_from_their_objectives(copied, capsys):
@@ -394,7 +434,9 @@ def test_optimality_of_the_written_rows_follows_from_their_objectives(copied, ca
         )
     gain = optimum["objective"] - sft["objective"]
     assert gain > 0 and (sft["optimality"], optimum["optimality"]) == (0, 1)
+    assert (sft["optimality_se"], optimum["optimality_se"]) == pytest.approx((0, 0), abs=1e-9)
     for row in (ppo, best):
+        assert row["optimality_se"] > 0
         assert row["optimality"] == pytest.approx(
             (row["objective"] - sft["objective"]) / gain, abs=1e-4
         )
@@ -415,7 +457,7 @@ def test_optimality_writes_a_row_for_each_prompt(copied):
     kl_coef = load_checkpoint(copied / "ppo.pt", "ppo")["kl_coef"]
     columns = "prompt samples ess ppo_score ppo_gold ppo_kl_ref ppo_objective".split()
     assert list(found[0]) == [*columns, "score", "gold", "kl_ref", "objective"]
-    loaded = load_run(config(copied))
+    loaded = load_run(run_config(copied))
     assert [row.pop("prompt") for row in found] == [prompt.text for prompt in loaded.prompts[:3]]
     found = list(map(numbers, found))
     for row in found:
@@ -432,7 +474,7 @@ def test_optimality_writes_a_row_for_each_prompt(copied):
 def test_load_run_restores_the_models_of_the_run(copied):
     """The policy has all weights of ppo.pt, its value network included. Policy and reference have
     the temperature of the run, and sampling has its settings."""
-    loaded = load_run(config(copied))
+    loaded = load_run(run_config(copied))
     torch.testing.assert_close(
         dict(loaded.policy.state_dict()),
         load_checkpoint(copied / "ppo.pt", "ppo")["model"],
@@ -457,7 +499,7 @@ def test_load_run_of_a_shared_value_head_has_no_value_network(trained, ended_run
     more = ["--steps", 1, "--value-network", "shared"]
     flags = [*files, "--out", tmp_path, *TINY["ppo"].split(), *more]
     train_ppo_with("--data", trained[0], *flags)
-    loaded = load_run(config(tmp_path))
+    loaded = load_run(run_config(tmp_path))
     assert loaded.policy.value_gpt is None
 
 
@@ -487,3 +529,124 @@ def test_optimality_rejects_another_reward_model(copied):
     ):
         run(copied, "--reward", str(copied / "reward.pt"))
     assert (copied / "evaluation.csv").read_bytes() == before
+
+
+# ---- several policies ----
+
+
+@pytest.fixture(scope="module")
+def two_runs(trained, ended_run, tmp_path_factory):
+    """Two runs from the same files, with different learning rates. A tiny --kl-coef, so that their
+    objectives differ."""
+    folders = []
+    files = ["--sft", ended_run / "sft.pt", "--reward", ended_run / "reward.pt"]
+    for lr in ("0.003", "0.0005"):
+        folder = tmp_path_factory.mktemp("several")
+        more = ["--lr", lr, "--kl-target", 0]
+        train_ppo_with("--data", trained[0], "--out", folder, *files, *TINY["ppo"].split(), *more)
+        folders.append(folder)
+    return folders
+
+
+@pytest.fixture
+def two(two_runs, tmp_path):
+    """Their copies, which a test may change."""
+    return [shutil.copytree(folder, tmp_path / str(at)) for at, folder in enumerate(two_runs)]
+
+
+def several(folders, *flags):
+    checkpoints = [str(folder / "ppo.pt") for folder in folders]
+    data = load_checkpoint(folders[0] / "ppo.pt", "ppo")["config"]["data"]
+    flags = ["--checkpoint", *checkpoints, "--data", data, "--device", "cpu", *PROGRAM, *flags]
+    main(parse_cli(OptimalityConfig, flags))
+
+
+def test_several_policies_have_one_optimum(two, capsys):
+    """The rows sft and optimum are the same in both folders, and each has its own ppo row and
+    report. On each prompt there are 3 * 8 samples, one J*, and each policy's own metrics."""
+    own = [rows(folder / "evaluation.csv")[1] for folder in two]
+    several(two)
+    tables = [rows(folder / "evaluation.csv") for folder in two]
+    first, second = tables
+    assert first[0] == second[0] and first[3] == second[3] and first[1] != second[1]
+    for before, table in zip(own, tables):
+        ppo = numbers(table[1])
+        for name, number in numbers(before).items():
+            assert ppo[name] == pytest.approx(number, rel=1e-5, abs=1e-6)
+        J_sft, J_best = (numbers(table[at])["objective"] for at in (0, 3))
+        assert ppo["optimality"] == pytest.approx(
+            (ppo["objective"] - J_sft) / (J_best - J_sft), abs=1e-4
+        )
+    prompts = [rows(folder / "optimality.csv") for folder in two]
+    for one_row, other_row in zip(*prompts):
+        assert one_row["samples"] == "24" and one_row["ppo_score"] != other_row["ppo_score"]
+        for name in ("prompt", "ess", "score", "kl_ref", "objective"):
+            assert one_row[name] == other_row[name]
+    shown = capsys.readouterr().out
+    assert shown.count("24 samples for each of 3 prompts, 8 of the reference and of each") == 2
+    assert all(f"wrote {folder / 'evaluation.csv'}" in shown for folder in two)
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--kl-coef", 0.2], "kl_coef"),
+        (["--seed", 1], "seed"),
+        (["--temperature", 0.9], "temperature"),
+        (["--max-new-tokens", 7], "max_new_tokens"),
+        (["--eval-prompts", 9], "list of held-out prompts"),
+    ],
+)
+def test_several_policies_must_have_the_same_objective(two, trained, ended_run, flags, name):
+    files = ["--sft", ended_run / "sft.pt", "--reward", ended_run / "reward.pt", "--overwrite"]
+    more = [*TINY["ppo"].split(), "--kl-target", 0, "--steps", 1, *flags]
+    train_ppo_with("--data", trained[0], "--out", two[1], *files, *more)
+    before = [(folder / "evaluation.csv").read_bytes() for folder in two]
+    with pytest.raises(InputError, match=f"1/ppo.pt has another {name} than .*0/ppo.pt"):
+        several(two)
+    assert [(folder / "evaluation.csv").read_bytes() for folder in two] == before
+
+
+# ---- what belongs together stays together ----
+
+
+def test_optimality_holds_the_lock_of_every_folder(two, monkeypatch):
+    """So no training run can begin there and have its tables replaced by those of the old
+    policy."""
+    compare = evaluate.compare
+    refused = []
+
+    def try_to_lock(*args):
+        for folder in two:
+            with pytest.raises(InputError, match="another program writes here"):
+                with program.lock(folder / ".lock"):
+                    pass
+            refused.append(folder)
+        return compare(*args)
+
+    monkeypatch.setattr(evaluate, "compare", try_to_lock)
+    several(two)
+    assert refused == two * 2
+    with program.lock(two[1] / ".lock"):
+        before = (two[0] / "evaluation.csv").read_bytes()
+        with pytest.raises(InputError, match="another program writes here and holds .*1/.lock"):
+            several(two)
+    assert (two[0] / "evaluation.csv").read_bytes() == before
+
+
+def test_optimality_keeps_the_table_of_another_policy(two):
+    """DPO has written in this folder since."""
+    path = two[0] / "evaluation.csv"
+    path.write_text(path.read_text().replace("\nppo,", "\ndpo,"))
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="evaluation.csv is of another policy than .*ppo.pt"):
+        run(two[0])
+    assert path.read_bytes() == before
+    path.unlink()
+    assert len(run(two[0])) == 4
+
+
+def test_optimality_makes_no_folder_for_a_missing_checkpoint(tmp_path):
+    with pytest.raises(InputError, match="nothing/ppo.pt does not exist"):
+        main(OptimalityConfig(checkpoint=(str(tmp_path / "nothing/ppo.pt"),)))
+    assert not (tmp_path / "nothing").exists()

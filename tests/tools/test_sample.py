@@ -3,6 +3,7 @@
 import io
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +91,11 @@ HELLO = ["--prompt", "Hello?", "--max-new-tokens", 5]
 
 def run(*flags):
     sample.main(parse_cli(SampleConfig, ["--device", "cpu", *map(str, flags)]))
+
+
+def test_blanks_around_a_plain_prompt_are_removed_as_in_a_data_set():
+    policy = sample.Policy(Path("p.pt"), gpt=None, tokenizer=None)
+    assert policy.prompt_for(" \n\nAsk: \n", plain=True) == "\n\nAsk:"
 
 
 def test_two_checkpoints_respond_with_score_and_gold(trained, capsys):

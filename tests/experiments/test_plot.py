@@ -1,16 +1,17 @@
-"""rlhf.tools.plot reads what train_ppo.py writes, and says what is missing. --tensorboard writes
-the same metrics."""
+"""docs.experiments.plot reads what train_ppo.py writes, and says what is missing. --tensorboard
+writes the same metrics."""
 
 import builtins
 
 import pytest
 
 import train_sft
+from docs.experiments import plot
+from docs.experiments.plot import PANELS, PlotConfig, main, read_metrics
 from rlhf.run.errors import InputError
 from rlhf.run.flags import parse_cli
+from rlhf.run.program import lock, run
 from rlhf.run.training import Training
-from rlhf.tools import plot
-from rlhf.tools.plot import PANELS, PlotConfig, main, read_metrics
 
 
 def without(monkeypatch, package):
@@ -95,6 +96,33 @@ def test_plot_writes_a_figure(trained, tmp_path):
     path = tmp_path / "curve.png"
     main(PlotConfig(runs=(str(trained[1]), str(trained[1])), out=str(path)))
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_is_refused_while_a_run_writes_to_its_folder(trained, tmp_path, monkeypatch, capsys):
+    """Another program writes into the folder. A figure for another folder can be drawn."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    (folder / "ppo.csv").write_bytes((trained[1] / "ppo.csv").read_bytes())
+    with lock(folder / ".lock"):
+        monkeypatch.setattr("sys.argv", ["plot", str(folder)])
+        with pytest.raises(SystemExit) as stop:
+            run(main, PlotConfig)
+        assert stop.value.code == 2
+        assert "error: another program writes here and holds" in capsys.readouterr().err
+        monkeypatch.setattr("sys.argv", ["plot", str(folder), "--out", str(tmp_path / "x.png")])
+        run(main, PlotConfig)
+    assert not (folder / "learning_curve.png").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "x.png"]
+
+
+def test_plot_does_not_write_through_a_link(trained, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    (tmp_path / "other").write_text("of somebody else")
+    (tmp_path / "curve.png").symlink_to(tmp_path / "other")
+    main(PlotConfig(runs=(str(trained[1]),), out=str(tmp_path / "curve.png")))
+    assert (tmp_path / "other").read_text() == "of somebody else"
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_missing_package_gives_one_line(monkeypatch, tmp_path):

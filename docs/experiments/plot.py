@@ -1,27 +1,27 @@
 """The learning curve of PPO: score, gold, kl_ref, entropy, clip fraction and optimality over the
 steps.
 
-    python -m rlhf.tools.plot runs                       # writes runs/learning_curve.png
-    python -m rlhf.tools.plot runs runs/seed1 runs/seed2 --out docs/learning_curve.png
-    python -m rlhf.tools.plot docs/results/methods_seed*/* --panels optimality,gold \\
+    python -m docs.experiments.plot runs                       # writes runs/learning_curve.png
+    python -m docs.experiments.plot runs runs/seed1 runs/seed2 --out docs/learning_curve.png
+    python -m docs.experiments.plot docs/results/methods_seed*/* --panels optimality,gold \\
         --out docs/alternatives.png
 
 Reads ppo.csv in each folder. Several folders share the panels, and folders of the same name have
 the same colour. Needs matplotlib: pip install matplotlib.
 
-optimality is there if rlhf/tools/optimality.py has been run (optimality_curve in
-rlhf/methods/optimum.py).
+optimality is there if rlhf/tools/optimality.py has been run.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas
 
-from rlhf.methods.optimum import optimality_curve
 from rlhf.run.errors import InputError
+from rlhf.run.files import replacing
 from rlhf.run.flags import arg
-from rlhf.run.program import run
+from rlhf.run.program import lock_of_run, run
 
 PANELS = {
     "score": "score (reward model)",
@@ -46,6 +46,12 @@ class PlotConfig:
         if not set(self.panels.split(",")) <= {"", *PANELS}:
             raise ValueError(f"--panels {self.panels}: give some of {','.join(PANELS)}")
 
+    def figure(self) -> Path:
+        return Path(self.out or Path(self.runs[0]) / "learning_curve.png")
+
+    def lock_file(self) -> Path | None:
+        return lock_of_run(self.figure().parent)
+
 
 def read_metrics(path: Path) -> Metrics:
     """The panels' columns of a ppo.csv; those without numbers, such as gold without a judge, are
@@ -59,6 +65,24 @@ def read_metrics(path: Path) -> Metrics:
         if name in frame and frame[name].notna().all():
             metrics[name] = frame[name].tolist()
     return metrics
+
+
+def optimality_curve(metrics: pandas.DataFrame, evaluation: Path) -> pandas.Series | float:
+    """Optimality over the steps of a run: (J - J_sft) / (J* - J_sft), where J is the mean objective
+    of 15 steps.
+
+    J is that of the prompts trained on; J_sft and J* are the held-out ones of evaluation.csv. NaN
+    without a J* there.
+
+    Args: metrics: ppo.csv; evaluation: the path of evaluation.csv.
+    """
+    if not evaluation.is_file():
+        return math.nan
+    J = pandas.read_csv(evaluation).set_index("policy")["objective"]
+    if "optimum" not in J:
+        return math.nan
+    smoothed = metrics["objective"].rolling(15, center=True, min_periods=8).mean()
+    return (smoothed - J["sft"]) / (J["optimum"] - J["sft"])
 
 
 def load_pyplot():
@@ -114,8 +138,9 @@ def main(cfg: PlotConfig) -> None:
         draw_panel(ax, name, runs, colours)
     lines = [pyplot.Line2D([], [], color=colour) for colour in colours.values()]
     axes[0][0].legend(lines, colours, fontsize=6)
-    path = Path(cfg.out or Path(cfg.runs[0]) / "learning_curve.png")
-    figure.savefig(path, dpi=130)
+    path = cfg.figure()
+    with replacing(path, "wb") as file:
+        figure.savefig(file, format=path.suffix[1:] or "png", dpi=130)
     print(f"wrote {path}")
 
 
