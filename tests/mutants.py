@@ -49,7 +49,10 @@ SUITES = {
     "optimum": ("rlhf/methods/optimum.py", ["tests/methods/test_optimum.py"]),
     "dpo": ("rlhf/methods/dpo.py", ["tests/methods/test_dpo.py"]),
     "ptx": ("rlhf/methods/ptx.py", ["tests/methods/test_ptx.py"]),
-    "checkpoints": ("rlhf/run/checkpoints.py", ["tests/run/test_checkpoints.py"]),
+    "checkpoints": (
+        "rlhf/run/checkpoints.py",
+        ["tests/run/test_checkpoints.py", "tests/run/test_training.py"],
+    ),
     "training": ("rlhf/run/training.py", ["tests/run/test_training.py"]),
     "optimizer": ("rlhf/run/optimizer.py", ["tests/run/test_optimizer.py", TWO_PROCESSES]),
     "checks": ("rlhf/run/checks.py", ["tests/run/test_checks.py"]),

@@ -116,8 +116,8 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def csv_line(cells: Iterable) -> str:
     """A row of a CSV file. None becomes an empty cell; floats are rounded to six digits.
 
-    Up to Python 3.12 the csv module writes a lone CR without quotation marks, and for pandas it ends
-    the row.
+    Up to Python 3.12 the csv module writes a lone CR without quotation marks, and for pandas that
+    ends the row.
     """
     texts = [cell_text(cell) for cell in cells]
     if texts == [""]:

@@ -81,11 +81,10 @@ def optimizer_step(
     return grad_norm
 
 
-def check_trained(optimizer: torch.optim.Optimizer, scaler) -> None:
-    """Raise InputError if in float16 every step was skipped."""
-    if not scaler.is_enabled():
-        return
-    if not any(state["step"] > 0 for state in optimizer.state.values()):
+def check_trained(optimizer: torch.optim.Optimizer) -> None:
+    """Raise InputError if every step was skipped, as it may be in float16."""
+    taken = [state["step"].item() for state in optimizer.state.values()]
+    if taken and max(taken) == 0:
         raise InputError(
             "every gradient step was skipped, as no gradient was finite: nothing was learned; give "
             "more --steps, or use --amp bf16"

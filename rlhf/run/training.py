@@ -207,7 +207,7 @@ class Training:
         """
         finished = step == self.cfg.steps
         if finished:
-            check_trained(self.optimizer, self.compute.scaler)
+            check_trained(self.optimizer)
         network = getattr(self.model, "gpt", self.model)
         contents = {
             "format": FORMAT,

@@ -41,7 +41,7 @@ from rlhf.run.loading import (
 from rlhf.run.training import Training
 from rlhf.sampling import generate
 from rlhf.tools import optimality, sample
-from tests.helpers import CPU, TINY, copy_some_rows, rows, stopped_by_its_first_checkpoint
+from tests.helpers import TINY, copy_some_rows, rows, stopped_by_its_first_checkpoint
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install .[hf]"
@@ -821,7 +821,8 @@ class Config(TrainConfig):
 def save_finished(folder, kind, model, temperature=1.0):
     """The finished checkpoint of a run of one step."""
     cfg = Config(out=str(folder), kind=kind, temperature=temperature)
-    run = Training(cfg, model, None, CPU, getattr(model, "gpt", model).tokenizer, {})
+    optimizer = torch.optim.SGD(model.parameters())
+    run = Training(cfg, model, optimizer, None, getattr(model, "gpt", model).tokenizer, {})
     run.rows = [{"step": 1}]
     run.save(1)
     return run.path

@@ -138,11 +138,11 @@ def test_check_trained_rejects_a_run_in_which_every_step_was_skipped():
         scaler.scale(model(torch.tensor([x])).sum()).backward()
         optimizer_step(model, optimizer, scaler, 1.0)
 
+    check_trained(optimizer)  # nothing was skipped so far
     for _ in range(3):
-        with pytest.raises(InputError, match="every gradient step was skipped"):
-            check_trained(optimizer, scaler)
         step(math.inf)
-    check_trained(optimizer, setup("cpu", "off").scaler)
+        with pytest.raises(InputError, match="every gradient step was skipped"):
+            check_trained(optimizer)
     step(1.0)
     step(math.nan)
-    check_trained(optimizer, scaler)
+    check_trained(optimizer)

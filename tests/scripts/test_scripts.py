@@ -375,6 +375,26 @@ def test_nan_between_logged_steps_is_not_saved(trained, tmp_path, name, monkeypa
     assert len(calls) >= 2 and not (tmp_path / f"{name}.pt").exists()
 
 
+def test_run_in_float16_whose_steps_were_all_skipped_does_not_finish(
+    trained, tmp_path, monkeypatch
+):
+    """The loss is finite, its gradient is not: the scaler skips both steps, and the weights would
+    be those of the start."""
+    data, out, _ = trained
+    true_loss = rlhf.losses.sft_loss
+
+    def break_the_gradient(logits, *args):
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * math.inf)
+        return true_loss(logits, *args)
+
+    monkeypatch.setattr(rlhf.losses, "sft_loss", break_the_gradient)
+    flags = ["--data", data, "--out", tmp_path, "--steps", "2", "--amp", "fp16"]
+    done = script("sft", *flags, ok=False)
+    assert done.returncode == 2 and "every gradient step was skipped" in done.stderr
+    assert not (tmp_path / "sft.pt").exists()
+
+
 def constant_reward(out, folder):
     """A copy of reward.pt whose head reads nothing: every score is 0.7."""
     reward = torch.load(out / "reward.pt", weights_only=True)
