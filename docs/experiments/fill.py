@@ -137,7 +137,7 @@ def mean_and_each(numbers: Series) -> list[str]:
 
 def policies(root: Path) -> list[str]:
     """Each row of evaluation.csv."""
-    columns = ["score", "gold", "kl_ref", "objective", "optimality"]
+    columns = ["score", "gold", "kl_ref", "objective", "optimality", "optimality_se"]
     rows = []
     for policy, group in load(root, "seed*", "evaluation").groupby("policy", sort=False):
         rows.append([policy, *means(group, columns)])
@@ -248,25 +248,24 @@ SHOWN = ["gold", "kl_ref"]
 
 
 def method_cells(rows: DataFrame) -> list[str]:
-    """Of one method: objective, that of each seed, optimality, and the columns SHOWN."""
-    objective = mean_and_each(rows["objective"])
-    return [*objective, *means(rows, ["optimality", *SHOWN])]
+    """Of one method: objective; optimality, that of each seed, and the standard error of one; the
+    columns SHOWN."""
+    optimality = mean_and_each(rows["optimality"])
+    return [mean(rows["objective"]), *optimality, *means(rows, ["optimality_se", *SHOWN])]
 
 
 def methods(root: Path) -> list[str]:
-    """The final evaluation and the training time of each method on the bundled set."""
+    """The final evaluation of each method on the bundled set."""
     table = []
     for name, folder in METHODS.items():
         evaluation = load(root, f"methods_seed*/{folder}", "evaluation")
         trained = evaluation[evaluation["policy"].isin(["ppo", "dpo"])]
-        metrics = "dpo" if folder == "dpo" else "ppo"
-        log = load(root, f"methods_seed*/{folder}", metrics)
-        seconds = log.groupby("seed")["seconds"].last()
-        table.append([name, *method_cells(trained), f"{seconds.mean():.0f}"])
+        table.append([name, *method_cells(trained)])
     evaluation = load(root, "methods_seed*/gae", "evaluation")
     best = evaluation[evaluation["policy"] == "best_of_n"]
-    table.append(["best-of-n", *method_cells(best), "–"])
-    return markdown(["method", "objective", BY_SEED, "optimality", *SHOWN, "seconds"], table)
+    table.append(["best-of-n", *method_cells(best)])
+    header = ["method", "objective", "optimality", BY_SEED, "standard error", *SHOWN]
+    return markdown(header, table)
 
 
 def movie_methods(root: Path) -> list[str]:

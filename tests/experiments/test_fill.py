@@ -10,7 +10,7 @@ from rlhf.run.errors import InputError
 from tests.helpers import ROOT
 
 TABLE = "<!-- table: two -->\n| a |\n| --- |\n| 2 |\n<!-- end -->\n"
-EVALUATION = "policy,score,gold,kl_ref,objective,optimality,win_rate_vs_sft\n"
+EVALUATION = "policy,score,gold,kl_ref,objective,optimality,optimality_se,win_rate_vs_sft\n"
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_stages_and_policies_match_hand_computation(tmp_path):
         recorded(tmp_path, f"results/seed{k}/sft.csv", sft)
         recorded(tmp_path, f"results/seed{k}/reward.csv", "step,accuracy\n1,0.5\n2,0.9\n")
         recorded(tmp_path, f"results/seed{k}/reward_evaluation.csv", f"{reward}0.8{k},0.9,0.6\n")
-        rows = f"sft,0.1,{-k},0,0.1,0,0.5\nppo,1,{2 + k / 2},{3 + k},0.7,0.9{k},0.9\n"
+        rows = f"sft,0.1,{-k},0,0.1,0,0,0.5\nppo,1,{2 + k / 2},{3 + k},0.7,0.9{k},0.0{k},0.9\n"
         recorded(tmp_path, f"results/seed{k}/evaluation.csv", EVALUATION + rows)
     assert fill.stages(tmp_path) == [
         "|  | start | end | seeds 0, 1, 2 |",
@@ -117,8 +117,8 @@ def test_stages_and_policies_match_hand_computation(tmp_path):
         "| PPO: optimality | 0.00 | 0.910 | 0.900, 0.910, 0.920 |",
     ]
     assert fill.policies(tmp_path)[2:] == [
-        "| sft | 0.100 | -1.00 | 0.00 | 0.100 | 0.00 |",
-        "| ppo | 1.00 | 2.50 | 4.00 | 0.700 | 0.910 |",
+        "| sft | 0.100 | -1.00 | 0.00 | 0.100 | 0.00 | 0.00 |",
+        "| ppo | 1.00 | 2.50 | 4.00 | 0.700 | 0.910 | 0.0100 |",
     ]
 
 
