@@ -244,8 +244,8 @@ def check_evaluation(folder: Path, kind: str) -> None:
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if f"\n{other}," in text and f"\n{kind}," not in text:
         raise InputError(
-            f"{path} is of another run, by {script_of(other)}; move the files of that run to "
-            f"another folder"
+            f"{path} is of another run, by `python {script_of(other)}`; move the files of that run "
+            f"to another folder"
         )
 
 
