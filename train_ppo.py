@@ -167,7 +167,7 @@ def main(cfg: PPOConfig) -> None:
         check_first_step(step, metrics["kl_ref"], metrics["first_log_ratio"], compute.amp)
         run.count_tokens(int(rollout.mask.sum()))
         run.log(done, metrics, SHOWN)
-        run.warnings.add(warnings.equal_scores(run.rows, cfg.steps))
+        run.warnings.add(warnings.equal_scores(run.rows, cfg))
         if cfg.kl_target:
             kl_ref = metrics["kl_ref"]
             kl_coef = adapt_kl_coef(kl_coef, kl_ref, cfg.kl_target, cfg.kl_horizon, cfg.batch_size)

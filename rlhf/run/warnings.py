@@ -33,13 +33,14 @@ class Warnings:
 # ---- while it trains ----
 
 
-def equal_scores(rows: list[dict], steps: int) -> str:
+def equal_scores(rows: list[dict], cfg) -> str:
     """A warning if all scores that are compared were equal in the last three steps of PPO, or "".
 
-    Args: rows: of ppo.csv; steps: of the run, which may have fewer than three.
+    Args: rows: of ppo.csv; cfg: a PPOConfig. The run may have fewer than three steps, and a batch
+        of one response has nothing to compare.
     """
     last = rows[-3:]
-    enough = len(last) == min(3, steps)
+    enough = len(last) == min(3, cfg.steps) and cfg.batch_size > 1
     different = [row for row in last if row["score_std"] > 1e-6 * max(1, abs(row["score"]))]
     if different or not enough:
         return ""
@@ -67,8 +68,8 @@ def overfitting(losses: dict[int | str, float], name: str, noise: float) -> list
 def few_rows(count: int, what: str) -> list[str]:
     if count >= 20:
         return []
-    error = 0.5 / math.sqrt(count)
-    return [f"evaluated on {count} {what} only: shares and win rates have an error of {error:.2f}"]
+    error = 0.5 / math.sqrt(count)  # of a share of one half, the largest
+    return [f"evaluated on {count} {what} only: standard errors of shares are up to {error:.2f}"]
 
 
 def of_sft(rows: list[dict]) -> list[str]:

@@ -83,7 +83,7 @@ class OptimalityConfig(RunConfig):
             raise ValueError(f"--samples is {self.samples}: give an even number, 4 or more")
         folders = {Path(checkpoint).parent.resolve() for checkpoint in self.checkpoint}
         if len(folders) < len(self.checkpoint):
-            raise ValueError("--checkpoint: each policy must be in a folder of its own")
+            raise ValueError("--checkpoint: each policy must be in another folder")
 
 
 def main(cfg: OptimalityConfig) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from rlhf.run import warnings
 from rlhf.run.warnings import Warnings
+from train_ppo import PPOConfig
 
 
 def test_a_warning_is_printed_once_as_it_arises_and_again_at_the_end(capsys):
@@ -47,13 +48,18 @@ def rollouts(*stds, score=0.1, eos_rate=1.0):
     ],
 )
 def test_equal_scores_looks_at_the_last_three_steps(rows, steps, warns):
-    assert bool(warnings.equal_scores(rows, steps)) == warns
+    assert bool(warnings.equal_scores(rows, PPOConfig(steps=steps))) == warns
+
+
+def test_equal_scores_of_one_response_are_no_warning():
+    cfg = PPOConfig(batch_size=1, minibatch_size=1)
+    assert warnings.equal_scores(rollouts(0, 0, 0), cfg) == ""
 
 
 def test_equal_scores_says_so_if_no_response_ends():
     none_ends = rollouts(0, 0, 0, score=-3.0, eos_rate=0.0)
-    assert "raise --max-new-tokens" in warnings.equal_scores(none_ends, 9)
-    assert "or the reward model" in warnings.equal_scores(rollouts(0, 0, 0), 9)
+    assert "raise --max-new-tokens" in warnings.equal_scores(none_ends, PPOConfig())
+    assert "or the reward model" in warnings.equal_scores(rollouts(0, 0, 0), PPOConfig())
 
 
 # ---- at the end ----
@@ -115,7 +121,7 @@ def test_measures_from_few_rows_are_said_to_be(pairs, error):
     """The standard error of a share is at most 0.5 / sqrt(rows)."""
     text = rewarded(1.0, None, pairs)
     assert text == (
-        f"evaluated on {pairs} comparisons only: shares and win rates have an error of {error}"
+        f"evaluated on {pairs} comparisons only: standard errors of shares are up to {error}"
         if error
         else ""
     )
@@ -140,5 +146,5 @@ def test_policy_is_warned_of_if_its_score_has_not_risen():
 def test_policy_evaluated_on_few_prompts_is_said_to_be():
     texts = warnings.of_policy("PPO", responses(0.0, 0.0), responses(1.0, 1.0))
     assert texts == [
-        "evaluated on 2 prompts only: shares and win rates have an error of 0.35",
+        "evaluated on 2 prompts only: standard errors of shares are up to 0.35",
     ]

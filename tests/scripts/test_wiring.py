@@ -371,7 +371,7 @@ def test_accuracy_by_hand():
     def model(tokens, lengths):
         return torch.tensor([table[row[2]] for row in tokens.tolist()])
 
-    assert train_reward.accuracy(model, pairs, 0, CPU) == 0.625
+    assert train_reward.accuracy(model, pairs, train_reward.Scoring(0, CPU, 64)) == 0.625
 
 
 def test_sft_validation_loss_is_the_mean_over_held_out_tokens(trained):

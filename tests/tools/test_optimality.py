@@ -348,7 +348,7 @@ def test_optimality_rejects_impossible_counts(flags, capsys):
 
 def test_optimality_rejects_two_policies_in_one_folder():
     """They would write the same tables."""
-    with pytest.raises(ValueError, match="each policy must be in a folder of its own"):
+    with pytest.raises(ValueError, match="each policy must be in another folder"):
         OptimalityConfig(checkpoint=("a/ppo.pt", "a/b/../dpo.pt"))
     assert OptimalityConfig().checkpoint == ("runs/ppo.pt",)
 
