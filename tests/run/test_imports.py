@@ -48,7 +48,7 @@ import torch
 torch_before = torch_state()
 import rlhf
 names = [module.name for module in pkgutil.walk_packages(rlhf.__path__, "rlhf.")]
-assert {"rlhf.ppo", "rlhf.run.program", "rlhf.networks.hf", "rlhf.tools.walk"} <= set(names)
+assert {"rlhf.ppo", "rlhf.run.program", "rlhf.networks.hf"} <= set(names)
 for name in names:
     importlib.import_module(name)
     assert python_state() == python_before, name

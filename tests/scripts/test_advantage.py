@@ -9,11 +9,12 @@ import torch
 from torch.testing import assert_close
 
 import train_ppo
+from docs.experiments import walk
 from rlhf.model import PolicyWithoutValue
 from rlhf.run.errors import InputError
 from rlhf.run.flags import parse_cli
 from rlhf.run.loading import load_policy
-from rlhf.tools import export, label, optimality, sample, walk
+from rlhf.tools import export, label, optimality, sample
 from tests.helpers import end_earlier, rows, script, stopped_by_its_first_checkpoint, tiny
 
 METHODS = ["rloo", "grpo", "reinforce"]

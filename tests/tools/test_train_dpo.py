@@ -7,13 +7,14 @@ import re
 import pytest
 import torch
 
+from docs.experiments import walk
 from rlhf.data import encode_response
 from rlhf.methods import dpo
 from rlhf.run.errors import InputError
 from rlhf.run.flags import parse_cli
 from rlhf.run.loading import load_policy, load_reward_model
 from rlhf.tokenizer import find_tokenizer
-from rlhf.tools import export, optimality, sample, train_dpo, walk
+from rlhf.tools import export, optimality, sample, train_dpo
 from rlhf.tools.train_dpo import DPOConfig
 from tests.helpers import ROOT, rows, stopped_by_its_first_checkpoint
 

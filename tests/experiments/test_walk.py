@@ -1,4 +1,4 @@
-"""rlhf.tools.walk: each number of a walk recomputed with plain Python arithmetic."""
+"""docs.experiments.walk: each number of a walk recomputed with plain Python arithmetic."""
 
 import math
 import statistics
@@ -6,10 +6,10 @@ import statistics
 import pytest
 import torch
 
+from docs.experiments.walk import WalkConfig, after_step, gradient_step, main, walk
 from rlhf.ppo import make_experience
 from rlhf.rollout import Rollout
 from rlhf.run.errors import InputError
-from rlhf.tools.walk import WalkConfig, after_step, gradient_step, main, walk
 from tests.helpers import f64
 
 MASK = torch.tensor([[False, True, True, True], [True, True, False, False]])

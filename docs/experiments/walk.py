@@ -1,7 +1,7 @@
 """One response in numbers: every quantity of a PPO step, slot by slot.
 
-    python -m rlhf.tools.walk                          # reads runs/sft.pt, reward.pt and ppo.pt
-    python -m rlhf.tools.walk --prompt 3               # the fourth held-out prompt
+    python -m docs.experiments.walk                # reads runs/sft.pt, reward.pt and ppo.pt
+    python -m docs.experiments.walk --prompt 3     # the fourth held-out prompt
 
 Samples responses to 32 held-out prompts from the policy and follows one of them through parts 1 to
 6 of train_ppo.py: log-probabilities, KL cost, rewards, values, TD errors, advantages, returns;
