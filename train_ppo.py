@@ -243,8 +243,8 @@ def load_both_prompts(
     """
     context = min(context, frozen.reward_model.gpt.config.block_size)
     limit = max(0, context - cfg.max_new_tokens)
-    prompts = load_prompts(cfg.data, frozen.tokenizer, limit)
-    heldout = load_prompts(cfg.data, frozen.tokenizer, limit, heldout=True)
+    prompts = load_prompts(cfg.data, frozen.tokenizer, limit, share=cfg.heldout)
+    heldout = load_prompts(cfg.data, frozen.tokenizer, limit, True, cfg.heldout)
     return prompts, heldout[: cfg.eval_prompts]
 
 

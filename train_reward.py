@@ -161,12 +161,11 @@ def make_model(
 
 def load_training_rows(cfg: RewardConfig, tokenizer: Tokenizer, limit: int) -> list:
     """Comparisons, or rankings: both have a size in tokens."""
-    files = cfg.training_files()
     if cfg.rankings:
         from rlhf.methods.rankings import load_rankings
 
-        return load_rankings(files[0], tokenizer, limit)[: cfg.comparisons or None]
-    rows = load_comparisons(files, tokenizer, limit)[: cfg.comparisons or None]
+        return load_rankings(cfg.data, tokenizer, limit, cfg.heldout)[: cfg.comparisons or None]
+    rows = load_sides(cfg, tokenizer, limit)[: cfg.comparisons or None]
     if cfg.shuffle_prompts:
         rows = swap_prompts(rows, cfg.seed, limit)
     if not rows:
@@ -177,8 +176,15 @@ def load_training_rows(cfg: RewardConfig, tokenizer: Tokenizer, limit: int) -> l
 def load_rows(cfg: RewardConfig, tokenizer: Tokenizer, limit: int) -> tuple[list, list[Comparison]]:
     """The rows to train on, and the held-out comparisons. limit: tokens that the model reads."""
     rows = load_training_rows(cfg, tokenizer, limit)
-    path = csv_path(cfg.data, "comparisons", heldout=True)
-    return rows, load_comparisons([path], tokenizer, limit)[: cfg.eval_rows or None]
+    heldout = load_sides(cfg, tokenizer, limit, heldout=True)
+    return rows, heldout[: cfg.eval_rows or None]
+
+
+def load_sides(
+    cfg: RewardConfig, tokenizer: Tokenizer, limit: int, heldout: bool = False
+) -> list[Comparison]:
+    files = tuple(map(Path, cfg.comparison_files))
+    return load_comparisons(cfg.data, tokenizer, limit, heldout, cfg.heldout, files)
 
 
 # ---- loss, scores, scale ----

@@ -45,7 +45,7 @@ from rlhf.run.optimizer import (
 from rlhf.run.processes import total_of
 from rlhf.run.training import Training
 from rlhf.sampling import generate
-from rlhf.tokenizer import Tokenizer, find_tokenizer
+from rlhf.tokenizer import Tokenizer
 
 SHOWN = ("loss", "valid", "grad_norm", "lr")
 
@@ -100,8 +100,8 @@ def main(cfg: SFTConfig) -> None:
     torch.manual_seed(cfg.seed)  # for the initial weights; all else random has its own generator
     gpt, tokenizer, inputs = make_model(cfg)
     gpt = gpt.to(compute.device)
-    train_rows = load_demonstrations(cfg.data, tokenizer, gpt.config.block_size)
-    valid_rows = load_demonstrations(cfg.data, tokenizer, gpt.config.block_size, heldout=True)
+    train_rows = load_rows(cfg, tokenizer, gpt.config.block_size)
+    valid_rows = load_rows(cfg, tokenizer, gpt.config.block_size, heldout=True)
     valid_rows = valid_rows[: cfg.eval_rows or None]
 
     optimizer = make_optimizer(gpt, cfg.lr, cfg.weight_decay)
@@ -142,12 +142,19 @@ def make_model(cfg: SFTConfig) -> tuple[GPT, Tokenizer, dict[str, str]]:
     if cfg.init:
         gpt, tokenizer, inputs = loading.start_from(cfg)
     else:
-        tokenizer = find_tokenizer(cfg.data, cfg.tokenizer)
+        tokenizer = loading.find_tokenizer(cfg.data, cfg.tokenizer)
         gpt = GPT(cfg.gpt_config(tokenizer.vocab_size))
         inputs = {}
     inputs |= digests(demonstrations=csv_path(cfg.data, "demonstrations"))
     generator = make_generator("cpu", cfg.seed, "adapters")
     return loading.with_adapters(gpt, cfg.lora_rank, generator), tokenizer, inputs
+
+
+def load_rows(
+    cfg: SFTConfig, tokenizer: Tokenizer, limit: int, heldout: bool = False
+) -> list[Demonstration]:
+    """limit: the most tokens that the model reads."""
+    return load_demonstrations(cfg.data, tokenizer, limit, heldout, cfg.heldout)
 
 
 def describe(gpt: GPT, tokenizer: Tokenizer) -> str:

@@ -1,6 +1,8 @@
-"""A data set's three kinds of rows, read with pandas, and the batches of tokens made from them.
+"""A data set's three kinds of rows, and the batches of tokens made from them.
 
-A data set is a folder. Each CSV has a twin *_heldout.csv, whose prompts are in no training file:
+A data set is a folder. `python -m rlhf.tools.prepare` makes one from other files. Each CSV may have
+a twin *_heldout.csv, whose prompts are in no training file; rlhf/run/heldout.py says what is held
+out without it.
 
     prompts.csv         Prompt                       what PPO responds to
     demonstrations.csv  Prompt, Response             what fine-tuning imitates
@@ -14,19 +16,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pandas import DataFrame
 from torch import Tensor
 
 from rlhf.run.device import make_generator
 from rlhf.run.errors import InputError
-from rlhf.run.files import csv_path
-from rlhf.run.tables import check_lengths, read_csv
+from rlhf.run.heldout import SHARE, read_rows
+from rlhf.run.messages import as_text
+from rlhf.run.tables import check_lengths
 from rlhf.tokenizer import Tokenizer
 
 
 class Prompt(NamedTuple):
-    text: str
+    given: str | list[dict[str, str]]  # text, or messages: see rlhf/run/messages.py
     tokens: list[int]
+
+    @property
+    def text(self) -> str:
+        return as_text(self.given)
 
 
 class Demonstration(NamedTuple):
@@ -50,10 +56,6 @@ class Comparison(NamedTuple):
         return 2 * len(self.prompt.tokens) + len(self.chosen) + len(self.rejected)
 
     @property
-    def differs(self) -> bool:
-        return self.chosen != self.rejected
-
-    @property
     def longest(self) -> int:
         """Tokens of the prompt with its longer side."""
         return len(self.prompt.tokens) + max(len(self.chosen), len(self.rejected))
@@ -62,87 +64,70 @@ class Comparison(NamedTuple):
 # ---- reading ----
 
 
-def encode_response(tokenizer: Tokenizer, response: str) -> list[int]:
-    """Tokens of a response: one space, the text, end-of-text. The only such function, for all three
-    stages.
-
-    (A prompt ends in "Assistant:", and a word's token holds the space before it.) Prompt and
-    response are encoded separately, so that a prompt has the same tokens whatever follows it.
-    """
-    return tokenizer.encode(" " + response.strip()) + [tokenizer.eos_id]
-
-
 def load_prompts(
-    folder: str, tokenizer: Tokenizer, limit: int, heldout: bool = False
+    folder: str, tokenizer: Tokenizer, limit: int, heldout: bool = False, share: float = SHARE
 ) -> list[Prompt]:
     """limit: the most tokens that a prompt may take, the model's context minus the response."""
-    path = csv_path(folder, "prompts", heldout)
-    texts = read_csv(path, ("Prompt",))["Prompt"]
-    prompts = [Prompt(text, tokenizer.encode(text)) for text in texts]
+    [(path, frame)] = read_rows(folder, "prompts", heldout, share)
+    prompts = [Prompt(given, tokenizer.prompt_ids(given)) for given in frame["Prompt"]]
     lengths = [len(prompt.tokens) for prompt in prompts]
-    check_lengths(path, lengths, limit, "the prompt", fix="give a smaller --max-new-tokens, ")
+    check_lengths(
+        path, frame.index, lengths, limit, "the prompt", fix="give a smaller --max-new-tokens, "
+    )
     return prompts
 
 
 def load_demonstrations(
-    folder: str, tokenizer: Tokenizer, limit: int, heldout: bool = False
+    folder: str, tokenizer: Tokenizer, limit: int, heldout: bool = False, share: float = SHARE
 ) -> list[Demonstration]:
     """limit: the most tokens that prompt and response may take together."""
-    path = csv_path(folder, "demonstrations", heldout)
+    [(path, frame)] = read_rows(folder, "demonstrations", heldout, share)
     rows = []
-    for prompt, response in read_csv(path, ("Prompt", "Response")).itertuples(index=False):
-        ids = tokenizer.encode(prompt)
-        rows.append(Demonstration(ids + encode_response(tokenizer, response), len(ids)))
-    check_lengths(path, [len(row.tokens) for row in rows], limit, "the prompt with its response")
+    for row in frame.itertuples():
+        ids = tokenizer.prompt_ids(row.Prompt)
+        rows.append(Demonstration(ids + tokenizer.response_ids(row.Response), len(ids)))
+    lengths = [row.size for row in rows]
+    check_lengths(path, frame.index, lengths, limit, "the prompt with its response")
     return rows
 
 
-def load_comparisons(paths: list[Path], tokenizer: Tokenizer, limit: int) -> list[Comparison]:
-    """The comparisons of one or more files.
+def load_comparisons(
+    folder: str,
+    tokenizer: Tokenizer,
+    limit: int,
+    heldout: bool = False,
+    share: float = SHARE,
+    files: tuple[Path, ...] = (),
+) -> list[Comparison]:
+    """files: to train on instead of the folder's comparisons.csv.
 
-    Pairs whose two sides have the same tokens teach nothing, and neither do those that an optional
-    column Answer calls a tie or a skip (rlhf/tools/label.py): they are dropped, and the count is
+    Pairs whose two sides have the same tokens teach nothing: they are dropped, and the count is
     printed.
     """
     kept = []
-    for path in paths:
-        frame = read_csv(path, ("Prompt", "Chosen", "Rejected"), optional=("Answer",))
+    for path, frame in read_rows(folder, "comparisons", heldout, share, files):
         rows = [encode_comparison(row, tokenizer) for row in frame.itertuples()]
-        check_lengths(path, [row.longest for row in rows], limit, "the prompt with its longer side")
-        decided = is_decided(path, frame)
-        useful = [row for row, is_vote in zip(rows, decided) if is_vote and row.differs]
+        lengths = [row.longest for row in rows]
+        check_lengths(path, frame.index, lengths, limit, "the prompt with its longer side")
+        useful = [row for row in rows if row.chosen != row.rejected]
         if len(useful) < len(rows):
-            ties = decided.count(False)
-            also = f", or ties or skipped ({ties})" if ties else ""
             pairs = f"{len(rows) - len(useful)} of {len(rows)} pairs dropped"
-            print(f"{path}: {pairs}, chosen and rejected are the same{also}")
+            print(f"{path}: {pairs}, chosen and rejected are the same")
         kept += useful
     if not kept:
-        names = ", ".join(map(str, paths))
         raise InputError(
-            f"{names}: in every row chosen and rejected are the same, or it is a tie or a skip; "
-            f"there is nothing to learn"
+            f"{path}: no row has a chosen response that differs from the rejected one; there is "
+            f"nothing to learn"
         )
     return kept
 
 
 def encode_comparison(row, tokenizer: Tokenizer) -> Comparison:
     """row: with fields Prompt, Chosen and Rejected."""
-    prompt = Prompt(row.Prompt, tokenizer.encode(row.Prompt))
-    chosen = encode_response(tokenizer, row.Chosen)
-    rejected = encode_response(tokenizer, row.Rejected)
+    prompt = Prompt(row.Prompt, tokenizer.prompt_ids(row.Prompt))
+    chosen = tokenizer.response_ids(row.Chosen)
+    rejected = tokenizer.response_ids(row.Rejected)
     return Comparison(prompt, chosen, rejected)
-
-
-def is_decided(path: Path, frame: DataFrame) -> list[bool]:
-    """Whether each row has a better side. Raises InputError if its Answer is unknown."""
-    if "Answer" not in frame:
-        return [True] * len(frame)
-    for number, answer in enumerate(frame["Answer"], start=1):
-        if answer not in ("first", "second", "tie", "skip"):
-            choices = "first, second, tie or skip"
-            raise InputError(f"{path}, row {number}: Answer is {answer!r}; it must be {choices}")
-    return frame["Answer"].isin(["first", "second"]).tolist()
 
 
 def swap_prompts(rows: list[Comparison], seed: int, limit: int) -> list[Comparison]:

@@ -6,7 +6,8 @@ from pathlib import Path
 import tiktoken
 
 from rlhf.run.errors import InputError
-from rlhf.run.files import check_folder, read_ranks
+from rlhf.run.files import read_ranks
+from rlhf.run.messages import Prompt, as_text
 
 # GPT-2's pattern (Radford et al. 2019): contractions, words, numbers and signs, each with the space
 # before it.
@@ -36,6 +37,18 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the text. "<|endoftext|>" inside it is text, not the special token."""
         return self.encoding.encode_ordinary(text)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Ids of a prompt: text, or messages (rlhf/run/messages.py)."""
+        return self.encode(as_text(prompt))
+
+    def response_ids(self, response: str) -> list[int]:
+        """Ids of a response: one space, the text, end-of-text.
+
+        (A prompt ends in "Assistant:", and a word's token holds the space before it.) Prompt and
+        response are encoded separately, so that a prompt has the same ids whatever follows it.
+        """
+        return self.encode(" " + response.strip()) + [self.eos_id]
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids; bytes that form no character become U+FFFD."""
@@ -74,12 +87,3 @@ def load_gpt2_tokenizer() -> Tokenizer:
     # stays 50,257.
     pad_id = encoding.encode_single_token(b"\x00")
     return Tokenizer("gpt2", encoding, encoding.eot_token, pad_id)
-
-
-def find_tokenizer(folder: str, choice: str = "auto") -> Tokenizer:
-    """The tokenizer of a data set. auto: the folder's tokenizer.tiktoken if it has one, else
-    GPT-2's."""
-    check_folder(folder, for_rows=choice == "auto")
-    own = Path(folder) / "tokenizer.tiktoken"
-    default = str(own) if own.is_file() else "gpt2"
-    return load_tokenizer(default if choice == "auto" else choice)

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlhf.run import program
 from rlhf.run.device import Compute
 from rlhf.run.files import digests
+from rlhf.run.loading import find_tokenizer
 from rlhf.run.training import Training
-from rlhf.tokenizer import find_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "data" / "tiny_assistant"

@@ -8,7 +8,7 @@ import torch
 
 import train_ppo
 from rlhf.run.flags import parse_cli
-from rlhf.tokenizer import find_tokenizer
+from rlhf.run.loading import find_tokenizer
 from tests.helpers import ROOT, rows, tiny
 
 

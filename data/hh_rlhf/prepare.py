@@ -29,7 +29,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # where rlhf/ is
 from data.bpe import train_bpe, write_ranks
 from data.download import fetch
-from rlhf.data import encode_response
 from rlhf.run.errors import InputError
 from rlhf.run.files import csv_path, write_csv
 from rlhf.run.flags import arg, check_positive
@@ -227,7 +226,7 @@ def fit(
     """
     prompts = []
     for done, row in enumerate(frame.itertuples(index=False), start=1):
-        lengths = [len(encode_response(tokenizer, reply)) for reply in (row.Chosen, row.Rejected)]
+        lengths = [len(tokenizer.response_ids(reply)) for reply in (row.Chosen, row.Rejected)]
         room = max(*lengths, cfg.reply_room)
         prompts.append(shorten(row.Prompt, tokenizer, cfg.context - room))
         if done % 5000 == 0:

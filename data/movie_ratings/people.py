@@ -29,7 +29,7 @@ from torch import Tensor
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))  # rlhf, from a plain checkout
 
-from rlhf.data import encode_response, pad_rows
+from rlhf.data import pad_rows
 from rlhf.networks import hf
 from rlhf.run.files import check_file, csv_path
 from rlhf.run.flags import arg
@@ -62,7 +62,7 @@ def encode(table: pandas.DataFrame, side: str, tokenizer) -> list[list[int]]:
     """The ids of each row's Prompt with the response in the column `side`."""
     rows = []
     for prompt, response in zip(table["Prompt"], table[side]):
-        rows.append(tokenizer.encode(prompt) + encode_response(tokenizer, response))
+        rows.append(tokenizer.encode(prompt) + tokenizer.response_ids(response))
     return rows
 
 

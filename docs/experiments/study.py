@@ -43,12 +43,10 @@ from rlhf.methods.optimum import best_of_n_kl, column
 from rlhf.rollout import Frozen
 from rlhf.run.device import pick_device
 from rlhf.run.errors import InputError
-from rlhf.run.files import csv_path
 from rlhf.run.flags import arg, check_positive
 from rlhf.run.judge import load_judge
-from rlhf.run.loading import load_policy, load_reward_model
+from rlhf.run.loading import find_tokenizer, load_policy, load_reward_model
 from rlhf.run.program import run
-from rlhf.tokenizer import find_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 # The columns of study.csv.
@@ -296,7 +294,7 @@ def check_data(cfg: StudyConfig, largest: int) -> None:
         raise InputError(
             f"{cfg.data} has no judge.py: without gold there is nothing to compare the score with"
         )
-    comparisons = load_comparisons([csv_path(cfg.data, "comparisons")], tokenizer, 10**9)
+    comparisons = load_comparisons(cfg.data, tokenizer, 10**9)
     if largest > len(comparisons):
         raise InputError(f"--comparisons {largest}: {cfg.data} has {len(comparisons)}")
 

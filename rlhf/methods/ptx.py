@@ -25,7 +25,7 @@ class PretrainingMix:
         self.cfg = cfg
         self.compute = compute
         self.pad_id = tokenizer.pad_id
-        self.rows = load_demonstrations(cfg.data, tokenizer, limit)
+        self.rows = load_demonstrations(cfg.data, tokenizer, limit, share=cfg.heldout)
 
     def backward(self, gpt: nn.Module, scaler, step: int, gradient_step: int) -> None:
         """Add the gradient of one minibatch of demonstrations to that of a PPO minibatch, in

@@ -15,12 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.data import encode_response, pad_rows
+from rlhf.data import pad_rows
 from rlhf.losses import ranking_loss
 from rlhf.model import RewardModel
 from rlhf.run.device import Compute
 from rlhf.run.errors import InputError
-from rlhf.run.tables import check_lengths, read_csv
+from rlhf.run.heldout import SHARE, read_rows
+from rlhf.run.tables import check_lengths
 from rlhf.tokenizer import Tokenizer
 
 # ---- reading ----
@@ -36,28 +37,32 @@ class Ranking(NamedTuple):
         return sum(map(len, self.responses))
 
 
-def load_rankings(path: Path, tokenizer: Tokenizer, limit: int) -> list[Ranking]:
-    """One Ranking per prompt (and group), in the order in which they first come.
+def load_rankings(
+    folder: str, tokenizer: Tokenizer, limit: int, share: float = SHARE
+) -> list[Ranking]:
+    """The folder's rankings to train on: one per prompt (and group), in the order in which they
+    first come.
 
     A response that comes again in its ranking counts once, where it stands first: against itself it
     can teach nothing. A ranking without a pair (a single response, or all tied) is dropped. Both
     counts are printed.
     """
-    frame = read_csv(path, ("Prompt", "Response", "Rank"), optional=("Group",))
+    [(path, frame)] = read_rows(folder, "rankings", heldout=False, share=share)
     rankings = {}
     lengths = []
     repeated = 0
-    for row, (prompt, response, rank, *group) in enumerate(frame.itertuples(index=False), start=1):
-        check_rank(path, row, rank)
-        ranking = rankings.setdefault((prompt, *group), Ranking([], []))
-        tokens = tokenizer.encode(prompt) + encode_response(tokenizer, response)
+    for row in frame.itertuples():
+        check_rank(path, row.Index + 1, row.Rank)
+        key = (row.Cell, getattr(row, "Group", ""))
+        ranking = rankings.setdefault(key, Ranking([], []))
+        tokens = tokenizer.prompt_ids(row.Prompt) + tokenizer.response_ids(row.Response)
         lengths.append(len(tokens))
         if tokens in ranking.responses:
             repeated += 1
             continue
         ranking.responses.append(tokens)
-        ranking.ranks.append(int(rank))
-    check_lengths(path, lengths, limit, "the prompt with its response")
+        ranking.ranks.append(int(row.Rank))
+    check_lengths(path, frame.index, lengths, limit, "the prompt with its response")
     if repeated:
         print(f"{path}: {repeated} responses left out, which come twice in their ranking")
     return drop_without_pair(path, list(rankings.values()))

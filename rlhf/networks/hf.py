@@ -32,7 +32,9 @@ from rlhf.networks.gpt2 import PRETRAINED
 from rlhf.networks.lora import add_adapters
 from rlhf.run.errors import InputError
 from rlhf.run.files import csv_path, digests
+from rlhf.run.messages import as_text, read_prompt
 from rlhf.run.tables import read_csv
+from rlhf.tokenizer import Tokenizer
 
 ATTENTION = {"full_attention", "sliding_attention"}  # layers whose memory is keys and values
 
@@ -50,7 +52,7 @@ class HFConfig:
 # ---- the tokenizer ----
 
 
-class HFTokenizer:
+class HFTokenizer(Tokenizer):
     """A model's own tokenizer, with the interface of rlhf.tokenizer.Tokenizer.
 
     With `kept`, token i is the model's token kept[i]. A token that is not kept is spelled in bytes.
@@ -419,7 +421,9 @@ def training_texts(data: str) -> list[str]:
     for name in ("prompts", "demonstrations", "comparisons", "rankings"):
         path = csv_path(data, name)
         if path.is_file():
-            cells = read_csv(path, ("Prompt",), ("Response", "Chosen", "Rejected")).stack()
+            frame = read_csv(path, ("Prompt",), ("Response", "Chosen", "Rejected"))
+            frame["Prompt"] = [as_text(read_prompt(cell)) for cell in frame["Prompt"]]
+            cells = frame.stack()
             texts.update(cells)
             texts.update(" " + cell.strip() for cell in cells)
     return list(texts)

@@ -45,6 +45,7 @@ class TrainConfig:
     kind: ClassVar[str] = ""  # the name of the run's checkpoint: "sft", "reward", "ppo" or "dpo"
 
     data: str = arg("data/tiny_assistant", "data set folder", group="run")
+    heldout: float = arg(0.1, "share of prompts held out if *_heldout.csv is missing")
     out: str = arg("runs", "folder for checkpoints and metrics")
     resume: bool = arg(False, "resume from the checkpoint in --out")
     overwrite: bool = arg(False, "replace the results of another run in --out")
@@ -64,6 +65,8 @@ class TrainConfig:
     def __post_init__(self):
         check_numbers(type(self), vars(self))
         check_positive(self, "steps", "batch_size", "lr", "max_grad_norm", "eval_every")
+        if not 0 < self.heldout < 1:
+            raise ValueError(f"--heldout is {self.heldout}: it must lie between 0 and 1")
         if not self.data or not self.out:
             raise ValueError("--data and --out must name a folder")
         if self.resume and self.overwrite:

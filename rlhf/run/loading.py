@@ -12,9 +12,9 @@ import torch
 from rlhf.model import GPT, GPTConfig, RewardModel
 from rlhf.run.checkpoints import check_input, check_tokenizer, load_checkpoint, load_weights
 from rlhf.run.errors import InputError, printable
-from rlhf.run.files import digests
+from rlhf.run.files import check_folder, digests
 from rlhf.run.judge import load_judge
-from rlhf.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from rlhf.tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).resolve().parents[2] / "data" / "tiny_assistant"
 
@@ -125,6 +125,15 @@ def tokenizer_of(path: Path, checkpoint: dict, folder: str) -> Tokenizer:
         tokenizer = find_own_tokenizer(checkpoint, folder)
     check_tokenizer(path, checkpoint, tokenizer)
     return tokenizer
+
+
+def find_tokenizer(folder: str, choice: str = "auto") -> Tokenizer:
+    """The tokenizer of a data set. auto: the folder's tokenizer.tiktoken if it has one, else
+    GPT-2's."""
+    check_folder(folder, for_rows=choice == "auto")
+    own = Path(folder) / "tokenizer.tiktoken"
+    default = str(own) if own.is_file() else "gpt2"
+    return load_tokenizer(default if choice == "auto" else choice)
 
 
 def find_own_tokenizer(checkpoint: dict, folder: str) -> Tokenizer:

@@ -11,6 +11,7 @@ Line ends at its beginning stay, because prompts may start with them.
 
 import codecs
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from pandas import DataFrame
@@ -150,24 +151,36 @@ def text_fault(text: str) -> str:
     return ""
 
 
-def check_rows(path: Path, what: str, faults: list[str], fix: str = "fix or remove them") -> None:
+def check_rows(
+    path: Path,
+    what: str,
+    faults: Sequence[str],
+    fix: str = "fix or remove them",
+    index: Sequence[int] | None = None,
+) -> None:
     """Raise InputError that names the first faulty row and counts them.
 
-    Args: faults: what is wrong with `what` in each row, "" if nothing is.
+    Args: faults: what is wrong with `what` in each row, "" if nothing is; index: the rows' numbers
+        in the file, from 0, if they are not all of its rows.
     """
-    wrong = [row for row, fault in enumerate(faults, start=1) if fault]
+    numbered = zip(range(len(faults)) if index is None else index, faults)
+    wrong = [(number, fault) for number, fault in numbered if fault]
     if wrong:
-        fault = faults[wrong[0] - 1]
-        raise InputError(f"{path}, row {wrong[0]}: {what} {fault} ({len(wrong)} such rows); {fix}")
+        number, fault = wrong[0]
+        raise InputError(
+            f"{path}, row {number + 1}: {what} {fault} ({len(wrong)} such rows); {fix}"
+        )
 
 
-def check_lengths(path: Path, lengths: list[int], limit: int, what: str, fix: str = "") -> None:
+def check_lengths(
+    path: Path, index: Sequence[int], lengths: list[int], limit: int, what: str, fix: str = ""
+) -> None:
     """Raise InputError if a row is longer than limit, in tokens.
 
-    Args: lengths: of the rows; what: is measured; fix: one more way out, for the message.
+    Args: index: the rows' numbers in the file, from 0; lengths: of the rows; what: is measured;
+        fix: one more way out, for the message.
     """
     room = f"tokens and there is room for {limit}"
     faults = [f"takes {length} {room}" if length > limit else "" for length in lengths]
-    check_rows(
-        path, what, faults, f"shorten or remove them, {fix}or give SFT a larger --block-size"
-    )
+    fix = f"shorten or remove them, {fix}or give SFT a larger --block-size"
+    check_rows(path, what, faults, fix, index)

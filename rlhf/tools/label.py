@@ -33,7 +33,6 @@ from types import ModuleType
 from rlhf.data import (
     Prompt,
     choose_batch,
-    encode_response,
     load_prompts,
     pad_prompts,
     pad_rows,
@@ -44,6 +43,7 @@ from rlhf.run.device import make_generator, pick_device
 from rlhf.run.errors import InputError, printable
 from rlhf.run.files import quoted, replacing, writing
 from rlhf.run.flags import arg, check_positive
+from rlhf.run.heldout import SHARE
 from rlhf.run.judge import gold_scores, vote_probabilities
 from rlhf.run.loading import judge_of, load_policy, tokenizer_of
 from rlhf.run.program import run
@@ -256,7 +256,7 @@ class Pairs:
         not read one again: it does not fit, or holds a NUL byte, as untrained models say it."""
         if not first or not second or first == second or "\0" in first + second:
             return False
-        lengths = [len(encode_response(self.tokenizer, side)) for side in (first, second)]
+        lengths = [len(self.tokenizer.response_ids(side)) for side in (first, second)]
         return len(prompt.tokens) + max(lengths) <= self.gpt.config.block_size
 
 
@@ -349,7 +349,7 @@ def agrees(reward_model: RewardModel, tokenizer: Tokenizer, choice: Choice) -> b
     """Whether the reward model makes the same choice. If a side is too long for it to read, it does
     not."""
     ids = tokenizer.encode(choice.prompt)
-    sides = [ids + encode_response(tokenizer, side) for side in (choice.chosen, choice.rejected)]
+    sides = [ids + tokenizer.response_ids(side) for side in (choice.chosen, choice.rejected)]
     if max(map(len, sides)) > reward_model.gpt.config.block_size:
         return False
     device = next(reward_model.parameters()).device
@@ -423,7 +423,7 @@ def main(cfg: LabelConfig) -> None:
     data = cfg.data or checkpoint["config"]["data"]
     tokenizer = tokenizer_of(path, checkpoint, data)
     limit = gpt.config.block_size - cfg.max_new_tokens
-    prompts = load_prompts(data, tokenizer, limit)
+    prompts = load_prompts(data, tokenizer, limit, share=checkpoint["config"].get("heldout", SHARE))
     pairs = Pairs(gpt.to(device), prompts, tokenizer, cfg)
     reward_model = find_reward_model(cfg.reward, path, tokenizer, device)
     agrees_with = agreement_with(reward_model, tokenizer)

@@ -48,6 +48,7 @@ from rlhf.run.device import Compute, autocast, setup
 from rlhf.run.errors import InputError
 from rlhf.run.files import check_file, write_csv
 from rlhf.run.flags import DEVICES, arg, check_positive
+from rlhf.run.heldout import SHARE
 from rlhf.run.loading import judge_of, load_policy, load_reward_model, new_network, tokenizer_of
 from rlhf.run.progress import print_table
 from rlhf.tokenizer import Tokenizer
@@ -186,7 +187,8 @@ def load_run(cfg: RunConfig) -> Run:
     frozen = frozen_models(reference, reward_model, tokenizer, config, compute)
     context = min(reference.config.block_size, reward_model.gpt.config.block_size)
     limit = context - config["max_new_tokens"]
-    prompts = load_prompts(data, tokenizer, limit, heldout=True)[: config["eval_prompts"]]
+    prompts = load_prompts(data, tokenizer, limit, True, config.get("heldout", SHARE))
+    prompts = prompts[: config["eval_prompts"]]
     policy = policy.to(compute.device)
     kl_coef = checkpoint["kl_coef"]
     inputs = checkpoint["inputs"]

@@ -144,15 +144,16 @@ def load_models(
 
 
 def load_rows(cfg: DPOConfig, gpt: GPT, frozen: Frozen, heldout: bool = False) -> list[Comparison]:
-    path = csv_path(cfg.data, "comparisons", heldout)
-    return load_comparisons([path], frozen.tokenizer, gpt.config.block_size)
+    limit = gpt.config.block_size
+    return load_comparisons(cfg.data, frozen.tokenizer, limit, heldout, cfg.heldout)
 
 
 def load_heldout_prompts(cfg: DPOConfig, gpt: GPT, frozen: Frozen) -> list[Prompt]:
     """The prompts of the closing evaluation, after which a response fits."""
     context = min(gpt.config.block_size, frozen.reward_model.gpt.config.block_size)
     limit = max(0, context - cfg.max_new_tokens)
-    return load_prompts(cfg.data, frozen.tokenizer, limit, heldout=True)[: cfg.eval_prompts]
+    prompts = load_prompts(cfg.data, frozen.tokenizer, limit, True, cfg.heldout)
+    return prompts[: cfg.eval_prompts]
 
 
 # ---- metrics, and the closing evaluation ----

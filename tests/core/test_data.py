@@ -17,7 +17,6 @@ from rlhf.data import (
     batch_indices,
     comparison_batch,
     demonstration_batch,
-    encode_response,
     load_comparisons,
     load_demonstrations,
     load_prompts,
@@ -26,7 +25,6 @@ from rlhf.data import (
     swap_prompts,
 )
 from rlhf.run.errors import InputError
-from rlhf.run.files import csv_path
 from rlhf.run.judge import load_judge
 from rlhf.run.tables import read_csv
 from rlhf.tokenizer import load_tokenizer
@@ -78,40 +76,40 @@ def test_load_demonstrations_rejects_rows_that_do_not_fit(small_data, tokenizer)
 
 def test_load_comparisons_rejects_rows_that_do_not_fit(small_data, tokenizer):
     with pytest.raises(InputError, match="prompt with its longer side"):
-        load_comparisons([csv_path(small_data, "comparisons")], tokenizer, 10)
+        load_comparisons(str(small_data), tokenizer, 10)
 
 
 def test_load_comparisons_drops_and_counts_identical_pairs(tmp_path, tokenizer, capsys):
     """ " yes" and "yes " are the same response after trimming."""
-    path = write(tmp_path / "comparisons.csv", "Prompt,Chosen,Rejected\np,yes,no\np, yes,yes \n")
-    assert len(load_comparisons([path], tokenizer, 50)) == 1
+    write(tmp_path / "comparisons.csv", "Prompt,Chosen,Rejected\np,yes,no\np, yes,yes \n")
+    assert len(load_comparisons(str(tmp_path), tokenizer, 50)) == 1
     assert "1 of 2 pairs dropped" in capsys.readouterr().out
 
 
 def test_load_comparisons_rejects_a_file_of_identical_pairs(tmp_path, tokenizer):
-    path = write(tmp_path / "comparisons.csv", "Prompt,Chosen,Rejected\np,yes,yes\n")
-    with pytest.raises(InputError, match="every row"):
-        load_comparisons([path], tokenizer, 50)
+    write(tmp_path / "comparisons.csv", "Prompt,Chosen,Rejected\np,yes,yes\n")
+    with pytest.raises(InputError, match="no row has a chosen response that differs"):
+        load_comparisons(str(tmp_path), tokenizer, 50)
 
 
 def test_load_comparisons_reads_several_files_in_order(tmp_path, tokenizer):
-    paths = [
-        write(tmp_path / f"{name}.csv", f"Prompt,Chosen,Rejected\n{name},yes,no\n")
-        for name in ("b", "a")
-    ]
-    assert [row.prompt.text for row in load_comparisons(paths, tokenizer, 50)] == ["b", "a"]
+    header = "Prompt,Chosen,Rejected\n"
+    files = [write(tmp_path / f"{name}.csv", f"{header}{name},yes,no\n") for name in ("b", "a")]
+    write(tmp_path / "comparisons_heldout.csv", f"{header}c,yes,no\n")
+    loaded = load_comparisons(str(tmp_path), tokenizer, 50, files=tuple(files))
+    assert [row.prompt.text for row in loaded] == ["b", "a"]
 
 
 def test_responses_have_the_same_tokens_in_all_stages(tmp_path, tokenizer):
     """One space, the trimmed text, end-of-text: in demonstrations and in comparisons."""
     write(tmp_path / "demonstrations.csv", "Prompt,Response\nAsk:,  Of course. \n")
-    path = write(tmp_path / "comparisons.csv", "Prompt,Chosen,Rejected\nAsk:,Of course.,no\n")
+    write(tmp_path / "comparisons.csv", "Prompt,Chosen,Rejected\nAsk:,Of course.,no\n")
     expected = tokenizer.encode(" Of course.") + [tokenizer.eos_id]
     demonstration = load_demonstrations(str(tmp_path), tokenizer, 50)[0]
     assert demonstration.tokens[demonstration.prompt_len :] == expected
     assert demonstration.tokens[: demonstration.prompt_len] == tokenizer.encode("Ask:")
-    assert load_comparisons([path], tokenizer, 50)[0].chosen == expected
-    assert encode_response(tokenizer, "Of course.") == expected
+    assert load_comparisons(str(tmp_path), tokenizer, 50)[0].chosen == expected
+    assert tokenizer.response_ids("Of course.") == expected
 
 
 def test_tokens_do_not_depend_on_blanks_and_line_ends_of_the_file(tmp_path, tokenizer):
@@ -122,7 +120,7 @@ def test_tokens_do_not_depend_on_blanks_and_line_ends_of_the_file(tmp_path, toke
     kinds = {
         "prompts": ("Prompt", 1, load_prompts),
         "demonstrations": ("Prompt,Response", 2, load_demonstrations),
-        "comparisons": ("Prompt,Chosen,Rejected", 3, None),
+        "comparisons": ("Prompt,Chosen,Rejected", 3, load_comparisons),
     }
     expected = tokenizer.encode("\n\nAsk:\nme")
     for name, (header, count, load) in kinds.items():
@@ -130,10 +128,7 @@ def test_tokens_do_not_depend_on_blanks_and_line_ends_of_the_file(tmp_path, toke
         for cells in (plain, padded):
             path = tmp_path / f"{name}.csv"
             path.write_bytes(f"{header}\r\n{','.join(cells[:count])}\r\n".encode())
-            if load is None:
-                loaded += load_comparisons([path], tokenizer, 50)
-            else:
-                loaded += load(str(tmp_path), tokenizer, 50)
+            loaded += load(str(tmp_path), tokenizer, 50)
         assert loaded[0] == loaded[1]
         tokens = {"prompts": lambda row: row.tokens, "comparisons": lambda row: row.prompt.tokens}
         get = tokens.get(name, lambda row: row.tokens[: row.prompt_len])

@@ -5,7 +5,8 @@ import base64
 import pytest
 
 from rlhf.run.errors import InputError
-from rlhf.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from rlhf.run.loading import find_tokenizer
+from rlhf.tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture
@@ -92,12 +93,12 @@ def test_load_tokenizer_gpt2_has_the_ids_of_gpt2(gpt2_ranks):
 def test_find_tokenizer_takes_the_folders_own_or_gpt2s(small_data, monkeypatch):
     assert find_tokenizer(str(small_data)).vocab_size <= 1024
     (small_data / "tokenizer.tiktoken").unlink()
-    monkeypatch.setattr("rlhf.tokenizer.load_tokenizer", lambda name: name)
+    monkeypatch.setattr("rlhf.run.loading.load_tokenizer", lambda name: name)
     assert find_tokenizer(str(small_data)) == "gpt2"
 
 
 def test_find_tokenizer_takes_the_one_that_is_named(small_data, monkeypatch):
-    monkeypatch.setattr("rlhf.tokenizer.load_tokenizer", lambda name: name)
+    monkeypatch.setattr("rlhf.run.loading.load_tokenizer", lambda name: name)
     assert find_tokenizer(str(small_data), "gpt2") == "gpt2"
 
 

@@ -18,9 +18,8 @@ import train_reward
 import train_sft
 from rlhf.data import load_comparisons, load_demonstrations, load_prompts
 from rlhf.run.errors import InputError
-from rlhf.run.files import csv_path
 from rlhf.run.flags import parse_cli
-from rlhf.tokenizer import find_tokenizer
+from rlhf.run.loading import find_tokenizer
 from rlhf.tools.optimality import OptimalityConfig
 from tests.helpers import ROOT
 
@@ -72,10 +71,6 @@ def prepare(source, out, *flags):
     folders = ["--source", source, "--out", out]
     hh.main(parse_cli(hh.PrepareConfig, [*map(str, [*folders, *flags])]))
     return out
-
-
-def comparisons_of(out):
-    return [csv_path(out, "comparisons")]
 
 
 def table(path):
@@ -203,7 +198,7 @@ def test_odd_text_is_read_back_unchanged(tmp_path):
     tokenizer = find_tokenizer(str(out))
     prompts = [ask(f"{i} {text}?") for i, text in enumerate(ODD)]
     assert [prompt.text for prompt in load_prompts(str(out), tokenizer, 384)] == prompts
-    comparisons = load_comparisons(comparisons_of(out), tokenizer, 512)
+    comparisons = load_comparisons(str(out), tokenizer, 512)
     assert [comparison.prompt.text for comparison in comparisons] == prompts
     responses = [f" {text}" for text in ODD]
     assert [tokenizer.decode(row.chosen[:-1]) for row in comparisons] == responses
@@ -219,7 +214,7 @@ def test_line_ends_become_newlines_and_nul_is_removed(tmp_path):
     source = make_source(tmp_path / "in", [line(bad + " c\rd", bad + " \x00e\r\nf")])
     out = prepare(source, tmp_path / "out", *BYTES)
     assert table(out / "comparisons.csv") == [[ask("a\nb"), "c\nd", "e\nf"]]
-    assert len(load_comparisons(comparisons_of(out), find_tokenizer(str(out)), 512)) == 1
+    assert len(load_comparisons(str(out), find_tokenizer(str(out)), 512)) == 1
 
 
 def test_rows_limit_counts_faulty_rows_too(tmp_path, capsys):
@@ -494,7 +489,7 @@ def test_lengths_with_gpt2_tokenizer_are_in_its_tokens(tmp_path, gpt2_ranks):
     for context, kept in ((21, TWO), (20, ONE), (11, ONE)):
         out = prepare(source, tmp_path / str(context), "--context", context, "--reply-room", 1)
         assert table(out / "prompts.csv") == [[kept]]
-        assert len(load_comparisons(comparisons_of(out), find_tokenizer(str(out)), context)) == 1
+        assert len(load_comparisons(str(out), find_tokenizer(str(out)), context)) == 1
     assert "no rows left" in refused(source, tmp_path / "none", "--context", 10, "--reply-room", 1)
 
 

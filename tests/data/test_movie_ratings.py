@@ -23,10 +23,9 @@ import torch
 from rlhf.data import load_comparisons, load_demonstrations, load_prompts
 from rlhf.methods.rankings import load_rankings
 from rlhf.run.errors import InputError
-from rlhf.run.files import csv_path
 from rlhf.run.flags import parse_cli
 from rlhf.run.judge import load_judge
-from rlhf.tokenizer import find_tokenizer
+from rlhf.run.loading import find_tokenizer
 from tests.helpers import ROOT, real_data
 from tests.helpers import rows as rows_of
 
@@ -580,8 +579,8 @@ def check_data_set(prepare, folder, limit):
     for heldout in (False, True):
         assert load_prompts(str(folder), tokenizer, limit, heldout)
         assert load_demonstrations(str(folder), tokenizer, limit, heldout)
-        assert load_comparisons([csv_path(folder, "comparisons", heldout)], tokenizer, limit)
-    load_rankings(folder / "rankings.csv", tokenizer, limit)
+        assert load_comparisons(str(folder), tokenizer, limit, heldout)
+    load_rankings(str(folder), tokenizer, limit)
 
     tables = {name: rows_of(folder / f"{name}.csv") for name in FILES}
     heldout = {prepare.letters(row["Response"]) for row in tables["ratings_heldout"]}

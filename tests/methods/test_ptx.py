@@ -44,7 +44,7 @@ def batches(monkeypatch):
         asked.append(Batch(*args))
         return [4, 1, 2]
 
-    monkeypatch.setattr(ptx, "load_demonstrations", lambda *where: DEMONSTRATIONS)
+    monkeypatch.setattr(ptx, "load_demonstrations", lambda *where, share: DEMONSTRATIONS)
     monkeypatch.setattr(data, "batch_indices", batch_indices)
     return asked
 
@@ -124,8 +124,10 @@ def test_ptx_reads_demonstrations_of_the_data_set(monkeypatch):
     monkeypatch.setattr(
         ptx, "load_demonstrations", lambda *where, **options: asked.append((where, options))
     )
-    PretrainingMix(PPOConfig(ptx_coef=1.0, data="here"), tokenizer, 16, setup("cpu", "off"))
-    assert asked == [(("here", tokenizer, 16), {})]
+    PretrainingMix(
+        PPOConfig(ptx_coef=1.0, data="here", heldout=0.2), tokenizer, 16, setup("cpu", "off")
+    )
+    assert asked == [(("here", tokenizer, 16), {"share": 0.2})]
 
 
 class Forward(NamedTuple):

@@ -21,9 +21,10 @@ def tokenizer():
 
 
 def write(tmp_path, *lines):
-    path = tmp_path / "rankings.csv"
-    path.write_text("\n".join(["Prompt,Response,Rank", *lines]) + "\n")
-    return path
+    """rankings.csv, and a held-out file, so that no prompt of it is held out."""
+    text = "\n".join(["Prompt,Response,Rank", *lines]) + "\n"
+    (tmp_path / "rankings.csv").write_text(text)
+    (tmp_path / "comparisons_heldout.csv").write_text("Prompt,Chosen,Rejected\nz,x,y\n")
 
 
 # ---- reading ----
@@ -32,7 +33,7 @@ def write(tmp_path, *lines):
 def test_load_rankings_makes_one_ranking_per_prompt(tokenizer, tmp_path, capsys):
     """Prompt a has three responses that are not in neighbouring rows. The two of b are tied and c
     has one: both are dropped. Ranks may be anything from 0 to 2**31 - 1."""
-    path = write(
+    write(
         tmp_path,
         "a,one,2147483647",
         "b,one,1",
@@ -41,7 +42,7 @@ def test_load_rankings_makes_one_ranking_per_prompt(tokenizer, tmp_path, capsys)
         "b,two,1",
         "a,three,2147483647",
     )
-    (got,) = load_rankings(path, tokenizer, 80)
+    (got,) = load_rankings(str(tmp_path), tokenizer, 80)
     assert got.ranks == [2147483647, 0, 2147483647]
     assert [tokenizer.decode(row[:-1]) for row in got.responses] == ["a one", "a two", "a three"]
     assert all(row[-1] == tokenizer.eos_id for row in got.responses)
@@ -51,10 +52,8 @@ def test_load_rankings_makes_one_ranking_per_prompt(tokenizer, tmp_path, capsys)
 def test_load_rankings_keeps_first_of_equal_responses(tokenizer, tmp_path, capsys):
     """Ranking a keeps "one" with its first rank. Ranking b has nothing else and is dropped. Another
     ranking may hold the same response."""
-    path = write(
-        tmp_path, "a,one,1", "a,two,2", "a,one,3", "b,one,1", "b,one,2", "c,one,2", "c,two,1"
-    )
-    first, second = load_rankings(path, tokenizer, 80)
+    write(tmp_path, "a,one,1", "a,two,2", "a,one,3", "b,one,1", "b,one,2", "c,one,2", "c,two,1")
+    first, second = load_rankings(str(tmp_path), tokenizer, 80)
     assert (first.ranks, second.ranks) == ([1, 2], [2, 1]) and len(first.responses) == 2
     printed = capsys.readouterr().out
     assert "2 responses left out" in printed and "1 of 3 rankings dropped" in printed
@@ -63,7 +62,7 @@ def test_load_rankings_keeps_first_of_equal_responses(tokenizer, tmp_path, capsy
 def test_load_rankings_separates_groups_of_one_prompt(tokenizer, tmp_path):
     path = tmp_path / "rankings.csv"
     path.write_text("Group,Rank,Prompt,Response\nx,1,a,one\ny,2,a,two\nx,2,a,three\ny,1,a,four\n")
-    first, second = load_rankings(path, tokenizer, 80)
+    first, second = load_rankings(str(tmp_path), tokenizer, 80)
     texts = [tokenizer.decode(row[:-1]) for row in first.responses + second.responses]
     assert texts == ["a one", "a three", "a two", "a four"]
     assert (first.ranks, second.ranks) == ([1, 2], [2, 1])
@@ -82,7 +81,8 @@ def test_load_rankings_separates_groups_of_one_prompt(tokenizer, tmp_path):
 )
 def test_load_rankings_rejects_bad_rows(tokenizer, tmp_path, line, message):
     with pytest.raises(InputError, match=message):
-        load_rankings(write(tmp_path, "a,one,2", line), tokenizer, 80)
+        write(tmp_path, "a,one,2", line)
+        load_rankings(str(tmp_path), tokenizer, 80)
 
 
 # ---- the loss ----

@@ -11,6 +11,7 @@ from rlhf.model import GPT, PolicyWithoutValue, PolicyWithValue, RewardModel
 from rlhf.run.errors import InputError
 from rlhf.run.files import digests
 from rlhf.run.loading import (
+    find_tokenizer,
     frozen_copy,
     judge_of,
     load_policy,
@@ -20,7 +21,7 @@ from rlhf.run.loading import (
     tokenizer_of,
     with_adapters,
 )
-from rlhf.tokenizer import find_tokenizer, load_tokenizer
+from rlhf.tokenizer import load_tokenizer
 from tests.helpers import BUNDLED, ROOT, noisy
 from tests.run.small_run import (
     SHAPE,

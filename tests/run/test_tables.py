@@ -162,10 +162,10 @@ def test_read_csv_rejects_missing_file(tmp_path):
 
 
 def test_check_lengths_names_the_first_row_that_is_too_long():
-    check_lengths(Path("x.csv"), [3, 5], 5, "the prompt")
-    message = r"x.csv, row 2: the prompt takes 6 tokens and there is room for 5 \(2 such"
+    check_lengths(Path("x.csv"), [0, 3], [3, 5], 5, "the prompt")
+    message = r"x.csv, row 4: the prompt takes 6 tokens and there is room for 5 \(2 such"
     with pytest.raises(InputError, match=message):
-        check_lengths(Path("x.csv"), [3, 6, 7], 5, "the prompt")
+        check_lengths(Path("x.csv"), [0, 3, 4], [3, 6, 7], 5, "the prompt")
 
 
 # ---- writing and reading again ----

@@ -15,12 +15,11 @@ import rlhf.losses
 import train_ppo
 import train_reward
 import train_sft
-from rlhf.data import encode_response
 from rlhf.model import GPT, GPTConfig, RewardModel
 from rlhf.run import progress
 from rlhf.run.flags import parse_cli
+from rlhf.run.loading import find_tokenizer
 from rlhf.run.training import RESULTS, Training
-from rlhf.tokenizer import find_tokenizer
 from tests.helpers import (
     TINY,
     change_sft,
@@ -86,7 +85,7 @@ def scores_of(checkpoint, data, file, *columns):
     for row in rows(data / file):
         prompt = tokenizer.encode(row["Prompt"])
         for column in columns:
-            ids = torch.tensor([prompt + encode_response(tokenizer, row[column])])
+            ids = torch.tensor([prompt + tokenizer.response_ids(row[column])])
             with torch.no_grad():
                 scores.append(model(ids, torch.tensor([ids.size(1)])).item())
     return torch.tensor(scores)
@@ -548,7 +547,7 @@ def test_help_fits_a_screen_and_names_the_common_flags(config, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_cli(config, ["--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert stop.value.code == 0 and len(lines) <= 52 and max(map(len, lines)) <= 110
+    assert stop.value.code == 0 and len(lines) <= 56 and max(map(len, lines)) <= 110
     flags = {line.split()[0].rstrip(",") for line in lines if line.startswith("  -")}
     assert {"--data", "--out", "--device", "--amp", "--seed", "--steps", "--resume"} <= flags
     assert any(line.startswith("  --out") and line.endswith("(default: runs)") for line in lines)

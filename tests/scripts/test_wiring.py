@@ -18,15 +18,14 @@ import train_ppo
 import train_reward
 import train_sft
 from rlhf import ppo
-from rlhf.data import Comparison, Prompt, encode_response
+from rlhf.data import Comparison, Prompt
 from rlhf.evaluate import decode_responses
 from rlhf.model import GPT
 from rlhf.run.device import make_generator
 from rlhf.run.flags import parse_cli
 from rlhf.run.judge import load_judge
-from rlhf.run.loading import load_policy, load_reward_model
+from rlhf.run.loading import find_tokenizer, load_policy, load_reward_model
 from rlhf.sampling import generate
-from rlhf.tokenizer import find_tokenizer
 from tests.helpers import CPU, end_earlier, rows, tiny
 
 FLAGS = (
@@ -306,7 +305,7 @@ def test_reward_model_is_evaluated_on_held_out_comparisons(trained):
         for row in rows(data / f"comparisons{suffix}.csv"):
             scores = []
             for side in ("Chosen", "Rejected"):
-                ids = tokenizer.encode(row["Prompt"]) + encode_response(tokenizer, row[side])
+                ids = tokenizer.encode(row["Prompt"]) + tokenizer.response_ids(row[side])
                 ids = torch.tensor([ids])
                 with torch.no_grad():
                     scores.append(model(ids, torch.tensor([ids.size(1)])).item())
@@ -346,8 +345,8 @@ def test_reward_model_starts_from_sft_and_learns_from_comparisons(trained, tmp_p
     known = set()
     for row in rows(data / "comparisons.csv"):
         prompt = tokenizer.encode(row["Prompt"])
-        chosen = tuple(prompt + encode_response(tokenizer, row["Chosen"]))
-        known.add((chosen, tuple(prompt + encode_response(tokenizer, row["Rejected"]))))
+        chosen = tuple(prompt + tokenizer.response_ids(row["Chosen"]))
+        known.add((chosen, tuple(prompt + tokenizer.response_ids(row["Rejected"]))))
     # After three steps 40 held-out rows; at the end the 40 training rows, for the scale, then twice
     # the held-out ones.
     assert [len(batch) for batch in batches] == [8, 8, 8, 40, 8, 8, 8, 40, 40, 40]
@@ -382,7 +381,7 @@ def test_sft_validation_loss_is_the_mean_over_held_out_tokens(trained):
     losses = []
     for row in rows(data / "demonstrations_heldout.csv"):
         prompt = tokenizer.encode(row["Prompt"])
-        ids = torch.tensor([prompt + encode_response(tokenizer, row["Response"])])
+        ids = torch.tensor([prompt + tokenizer.response_ids(row["Response"])])
         with torch.no_grad():
             logprobs = gpt(ids)[0].log_softmax(dim=1)
         losses += [-logprobs[t - 1, ids[0, t]].item() for t in range(len(prompt), ids.size(1))]
@@ -408,7 +407,7 @@ def test_sft_learns_from_demonstrations_at_the_scheduled_rate(trained, tmp_path,
     for known, name in ((training, "demonstrations.csv"), (heldout, "demonstrations_heldout.csv")):
         for row in rows(data / name):
             prompt = tokenizer.encode(row["Prompt"])
-            known.add((tuple(prompt + encode_response(tokenizer, row["Response"])), len(prompt)))
+            known.add((tuple(prompt + tokenizer.response_ids(row["Response"])), len(prompt)))
     # Validation takes eight rows at a time: after the last step, all 40 held-out rows.
     assert [len(batch) for batch in batches] == [8] * (4 + 5)
     assert all(batch <= training for batch in batches[:4])

@@ -20,7 +20,7 @@ from rlhf.run.errors import InputError, printable
 from rlhf.run.flags import parse_cli
 from rlhf.run.program import lock
 from rlhf.run.program import run as cli_run
-from rlhf.tokenizer import load_tokenizer
+from rlhf.tokenizer import Tokenizer, load_tokenizer
 from rlhf.tools import label
 from rlhf.tools.label import (
     COLUMNS,
@@ -267,10 +267,16 @@ def test_agreement_counts_a_pair_that_does_not_fit_as_disagreement(reward_model)
     """The reward model reads 16 tokens, and the last two pairs take more. Of two short responses it
     agrees with one order only."""
 
-    def encode(text):
-        return [len(text) % 7 + 1] * len(text)
+    class Lengths(Tokenizer):
+        eos_id, pad_id = 9, 10
 
-    tokenizer = SimpleNamespace(encode=encode, eos_id=9, pad_id=10)
+        def __init__(self):
+            pass
+
+        def encode(self, text):
+            return [len(text) % 7 + 1] * len(text)
+
+    tokenizer = Lengths()
 
     def model_agrees(chosen, rejected):
         return agrees(reward_model, tokenizer, first(0, chosen, rejected, prompt="p"))
@@ -388,13 +394,15 @@ def test_load_comparisons_drops_ties_and_skips(tmp_path, capsys):
         append_choice(path, choice)
     tokenizer = load_tokenizer(str(BUNDLED / "tokenizer.tiktoken"))
     (tmp_path / "other.csv").write_text("Prompt,Chosen,Rejected\np,x,y\n")
-    got = load_comparisons([path, tmp_path / "other.csv"], tokenizer, 80)
+    (tmp_path / "comparisons_heldout.csv").write_text("Prompt,Chosen,Rejected\nq,x,y\n")
+    other = tmp_path / "other.csv"
+    got = load_comparisons(str(tmp_path), tokenizer, 80, files=(path, other))
     assert [tokenizer.decode(row.chosen[:-1]) for row in got] == [" good 0", " good 2", " x"]
     assert [tokenizer.decode(row.rejected[:-1]) for row in got] == [" bad 0", " bad 2", " y"]
-    assert "2 of 4 pairs dropped" in capsys.readouterr().out
+    assert "2 of 4 rows are ties or skipped" in capsys.readouterr().out
     (tmp_path / "other.csv").write_text("Prompt,Chosen,Rejected,Answer\np,x,y,first\np,x,y,Tie\n")
     with pytest.raises(InputError, match="row 2: Answer is 'Tie'"):
-        load_comparisons([tmp_path / "other.csv"], tokenizer, 80)
+        load_comparisons(str(tmp_path), tokenizer, 80, files=(other,))
 
 
 def test_train_reward_learns_from_several_files(trained, tmp_path, capsys):

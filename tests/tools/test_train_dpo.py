@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from docs.experiments import walk
-from rlhf.data import encode_response
 from rlhf.methods import dpo
 from rlhf.run.errors import InputError
 from rlhf.run.flags import parse_cli
-from rlhf.run.loading import load_policy, load_reward_model
-from rlhf.tokenizer import find_tokenizer
+from rlhf.run.loading import find_tokenizer, load_policy, load_reward_model
 from rlhf.tools import export, optimality, sample, train_dpo
 from rlhf.tools.train_dpo import DPOConfig
 from tests.helpers import ROOT, rows, stopped_by_its_first_checkpoint
@@ -105,8 +103,8 @@ def test_train_dpo_learns_from_comparisons_against_a_frozen_reference(
         known[name] = {
             tuple(
                 tokenizer.encode(row["Prompt"])
-                + encode_response(tokenizer, row["Chosen"])
-                + encode_response(tokenizer, row["Rejected"])
+                + tokenizer.response_ids(row["Chosen"])
+                + tokenizer.response_ids(row["Rejected"])
             )
             for row in rows(data / f"{name}.csv")
         }

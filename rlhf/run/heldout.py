@@ -1,0 +1,108 @@
+"""The rows of a data set: those that are trained on, and those that are held out.
+
+NAME_heldout.csv holds the held-out rows of NAME.csv. If it is missing, about a tenth of the prompts
+of NAME.csv is held out (--heldout), each with all of its rows. A hash of the prompt chooses them,
+so the same prompt is on the same side in every file and in every run.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from pandas import DataFrame
+
+from rlhf.run.errors import InputError
+from rlhf.run.files import csv_path
+from rlhf.run.messages import prompt_fault, read_prompt
+from rlhf.run.tables import check_rows, read_csv
+
+SHARE = 0.1  # of the prompts
+
+
+class Columns(NamedTuple):
+    needed: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    twin: str = ""  # the table whose held-out file counts, if it is another one's
+
+
+COLUMNS = {
+    "prompts": Columns(("Prompt",)),
+    "demonstrations": Columns(("Prompt", "Response")),
+    "comparisons": Columns(("Prompt", "Chosen", "Rejected"), ("Answer",)),
+    "rankings": Columns(("Prompt", "Response", "Rank"), ("Group",), "comparisons"),
+}
+ANSWERS = ("first", "second", "tie", "skip")  # of rlhf/tools/label.py; the first two have a winner
+
+
+def read_rows(
+    folder: str, name: str, heldout: bool, share: float = SHARE, files: tuple[Path, ...] = ()
+) -> list[tuple[Path, DataFrame]]:
+    """The rows of one side of a table of a data set: [(the file, its rows)].
+
+    The column Prompt holds text or messages (rlhf/run/messages.py). Rows of comparisons that the
+    column Answer calls a tie or a skip are left out.
+
+    Args: name: of COLUMNS; share: of the prompts that is held out if there is no held-out file;
+        files: instead of the folder's own to train on.
+    Raises: InputError as read_csv does, or if a prompt is no list of messages and looks like one.
+    """
+    twin = csv_path(folder, COLUMNS[name].twin or name, heldout=True)
+    files = files or (csv_path(folder, name),)
+    if twin.is_file():
+        return [(path, read_table(path, name)) for path in ((twin,) if heldout else files)]
+    tables = [(path, read_table(path, name)) for path in files]
+    prompts = [cell for _, frame in tables for cell in frame["Cell"]]
+    chosen = choose_heldout(prompts, share)
+    if heldout:
+        names = ", ".join(map(str, files))
+        if not chosen:
+            raise InputError(
+                f"{names}: there is one prompt only, so none can be held out; write {twin}"
+            )
+        print(
+            f"no {twin.name}: {len(chosen)} of {len(set(prompts))} prompts of {names} are held "
+            f"out, chosen by a hash (--heldout {share:g})"
+        )
+    return [(path, frame[frame["Cell"].isin(chosen) == heldout]) for path, frame in tables]
+
+
+def read_table(path: Path, name: str) -> DataFrame:
+    """The table's columns, prompts read. The column Cell holds the prompts as the file spells
+    them."""
+    frame = read_csv(path, COLUMNS[name].needed, COLUMNS[name].optional)
+    check_rows(path, "Prompt", [prompt_fault(cell) for cell in frame["Prompt"]])
+    prompts = [read_prompt(cell) for cell in frame["Prompt"]]
+    frame = frame.assign(Cell=frame["Prompt"], Prompt=prompts)
+    return decided(path, frame) if "Answer" in frame else frame
+
+
+def decided(path: Path, frame: DataFrame) -> DataFrame:
+    """The rows that have a better side. Raises InputError if an Answer is unknown."""
+    choices = "first, second, tie or skip"
+    faults = []
+    for answer in frame["Answer"]:
+        faults.append("" if answer in ANSWERS else f"is {answer!r}; it must be {choices}")
+    check_rows(path, "Answer", faults)
+    kept = frame[frame["Answer"].isin(ANSWERS[:2])]
+    if len(kept) < len(frame):
+        print(f"{path}: {len(frame) - len(kept)} of {len(frame)} rows are ties or skipped")
+    return kept
+
+
+# ---- which prompts ----
+
+
+def hash_of(text: str) -> float:
+    """A number from 0 to 1 that depends on the text only."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return int(digest[:8], 16) / 16**8
+
+
+def choose_heldout(prompts: Iterable[str], share: float) -> set[str]:
+    """Those of the prompts that are held out: about this share. Of two or more, one at least is
+    held out, and one at least is not."""
+    different = sorted(set(prompts), key=hash_of)
+    count = sum(hash_of(prompt) < share for prompt in different)
+    count = min(max(count, 1), len(different) - 1)
+    return set(different[:count])
