@@ -31,7 +31,6 @@ that is trained).
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -47,11 +46,12 @@ from rlhf.rollout import Frozen, Rollout, collect
 from rlhf.run import loading, program, warnings
 from rlhf.run.checks import check_finite, check_first_step
 from rlhf.run.device import Compute, make_generator, setup
-from rlhf.run.files import csv_path, digests, write_csv
-from rlhf.run.flags import TrainConfig, arg, check_positive
+from rlhf.run.files import csv_path, digests
+from rlhf.run.flags import TrainConfig, arg, check_positive, check_range
 from rlhf.run.judge import load_judge
 from rlhf.run.optimizer import linear_schedule, make_optimizer, set_lr
-from rlhf.run.progress import print_responses, print_table, sample_rows
+from rlhf.run.progress import print_responses
+from rlhf.run.reward_functions import Rewards, function_digests, named_rewards, part_means
 from rlhf.run.training import Training
 from rlhf.tokenizer import Tokenizer
 
@@ -73,14 +73,15 @@ class PPOConfig(TrainConfig):
     warmup: int = 20
     eval_every: int = 50
     sft: str = arg("", "starting policy and reference (empty: OUT/sft.pt)", group="rollout")
-    reward: str = arg("", "reward model (empty: OUT/reward.pt)")
+    reward: tuple[str, ...] = arg((), "reward.pt, FILE.py[:FUNCTION], or several")
+    reward_weights: tuple[float, ...] = arg((), "weight of each reward (empty: 1)")
     value_network: str = arg(
         "reward", "start from the reward model, or share the policy's", ("reward", "shared")
     )
-    max_new_tokens: int = arg(40, "longest response, end-of-text included")
+    max_new_tokens: tuple[int, ...] = arg((40,), "longest response; two: drawn between")
     sample_rows: int = arg(0, "responses sampled at once (0: the whole batch)")
-    missing_eos_score: float = arg(
-        -3.0, "score of a response without end-of-text", allow="negative"
+    missing_eos_score: float | None = arg(
+        -3.0, "score without end-of-text (none: as it is)", allow="negative"
     )
     temperature: float = arg(1.0, "sampling temperature of policy and reference")
     eval_prompts: int = arg(500, "held-out prompts of the closing evaluation")
@@ -93,9 +94,6 @@ class PPOConfig(TrainConfig):
     kl_horizon: float = arg(10_000, "responses over which kl_coef adapts")
     minibatch_size: int = arg(16, "minibatch size")
     inner_epochs: int = arg(2, "epochs over each rollout")
-    max_kl_old: float = arg(
-        float("inf"), "stop the inner epochs when KL(old, new) exceeds this", allow="inf"
-    )
     gamma: float = arg(1.0, "discount")
     lam: float = arg(0.95, "GAE lambda")
     clip_eps: float = arg(0.2, "PPO clip range")
@@ -106,21 +104,29 @@ class PPOConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        positive = ("max_new_tokens", "temperature", "eval_prompts", "group_size", "kl_horizon")
-        check_positive(self, *positive, "minibatch_size", "inner_epochs", "clip_eps")
+        positive = ("temperature", "eval_prompts", "group_size", "kl_horizon", "clip_eps")
+        check_positive(self, *positive, "minibatch_size", "inner_epochs")
+        check_range("max_new_tokens", self.max_new_tokens)
+        self.rewards()  # refuses weights that do not fit
         for size in ("minibatch_size", "group_size"):
             if self.batch_size % getattr(self, size):
                 raise ValueError(f"--batch-size must be a multiple of --{size.replace('_', '-')}")
-        if self.advantage in ("rloo", "grpo") and self.group_size < 2:
-            raise ValueError("rloo and grpo need --group-size 2 or more")
-        if self.advantage == "reinforce" and self.batch_size < 2:
-            raise ValueError("reinforce needs --batch-size 2 or more")
-        if self.kl_target and self.kl_horizon < self.batch_size:
-            raise ValueError("--kl-horizon must be --batch-size or more")
-        if self.kl_target and not self.kl_coef:
-            raise ValueError("--kl-target multiplies --kl-coef, which must start above 0")
+        compared = {"gae": 2, "reinforce": self.batch_size}.get(self.advantage, self.group_size)
+        if compared < 2:
+            raise ValueError(
+                "rloo and grpo need --group-size 2 or more, reinforce --batch-size 2 or more"
+            )
+        if self.kl_target and not (self.kl_coef and self.kl_horizon >= self.batch_size):
+            raise ValueError(
+                "--kl-target multiplies --kl-coef, which must start above 0, and needs a "
+                "--kl-horizon of --batch-size or more"
+            )
         if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
             raise ValueError("--gamma and --lam must lie between 0 and 1")
+
+    def rewards(self) -> Rewards:
+        default = Path(self.out) / "reward.pt"
+        return named_rewards(self.reward, self.reward_weights, default)
 
 
 def main(cfg: PPOConfig) -> None:
@@ -128,7 +134,7 @@ def main(cfg: PPOConfig) -> None:
     policy, frozen, inputs = load_models(cfg, compute)
     tokenizer = frozen.tokenizer
     judge = load_judge(cfg.data)
-    prompts, heldout = load_both_prompts(cfg, frozen, policy.gpt.config.block_size)
+    prompts, heldout = load_both_prompts(cfg, frozen)
     pretraining_mix = load_pretraining_mix(cfg, policy.gpt, tokenizer, compute)
 
     # No decay: it would pull the policy away from its reference. eps is that of OpenAI's baselines,
@@ -138,8 +144,8 @@ def main(cfg: PPOConfig) -> None:
     optimizer = make_optimizer(policy, cfg.lr, weight_decay=0.0, eps=1e-5)
     run = Training(cfg, policy, optimizer, compute, tokenizer, inputs)
     kl_coef = run.state.get("kl_coef", cfg.kl_coef)  # a resumed run goes on with its own
-    responses = cfg.steps * cfg.batch_size
-    run.announce(f"{len(prompts):,} prompts ({len(heldout):,} held out), {responses:,} responses")
+    total = cfg.steps * cfg.batch_size
+    run.announce(f"{len(prompts):,} prompts ({len(heldout):,} held out), {total:,} responses")
     for step in range(run.step, cfg.steps):
         batch = choose_prompts(prompts, step, cfg)
         # (B, P), (B,)
@@ -147,7 +153,7 @@ def main(cfg: PPOConfig) -> None:
 
         # ---- 1 generate, 2 score ----
         generator = make_generator(compute.device, cfg.seed, "rollout", step)
-        rollout = collect(policy, frozen, prompt_tokens, prompt_lens, generator)
+        rollout = collect(policy, frozen, prompt_tokens, prompt_lens, generator, batch)
         # ---- 3 shape ----
         rewards = shape_rewards(
             rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, kl_coef
@@ -159,18 +165,18 @@ def main(cfg: PPOConfig) -> None:
         update_metrics = update(policy, optimizer, compute, experience, cfg, step, pretraining_mix)
 
         done = step + 1
-        gold = evaluate.mean_gold(judge, batch, rollout, tokenizer)
-        metrics = step_metrics(cfg, rollout, experience, update_metrics, gold, kl_coef)
-        metrics["eos_rate"] = rollout.ended(tokenizer.eos_id).float().mean().item()
+        # For the log only: nothing is trained on it.
+        gold = evaluate.mean(evaluate.describe(batch, rollout, tokenizer, judge), "gold")
+        metrics = step_metrics(cfg, frozen, rollout, experience, update_metrics, gold, kl_coef)
         metrics["lr"] = lr
         check_finite(policy, done, *[metrics[name] for name in MUST_BE_FINITE])
         check_first_step(step, metrics["kl_ref"], metrics["first_log_ratio"], compute.amp)
         run.count_tokens(int(rollout.mask.sum()))
         run.log(done, metrics, SHOWN)
-        run.warnings.add(warnings.equal_scores(run.rows, cfg))
-        if cfg.kl_target:
-            kl_ref = metrics["kl_ref"]
-            kl_coef = adapt_kl_coef(kl_coef, kl_ref, cfg.kl_target, cfg.kl_horizon, cfg.batch_size)
+        run.warnings.add(warnings.of_step(run.rows, cfg))
+        kl_coef = adapt_kl_coef(
+            kl_coef, metrics["kl_ref"], cfg.kl_target, cfg.kl_horizon, cfg.batch_size
+        )
         if run.evaluates(done):
             samples = evaluate.respond(policy.gpt, heldout[:3], frozen, judge)
             print_responses(now=samples)
@@ -179,9 +185,9 @@ def main(cfg: PPOConfig) -> None:
             run.save(done, kl_coef=kl_coef)
     # The closing evaluation has no first ratio to keep at 1, so it scores more rows at once.
     frozen = frozen._replace(rows=cfg.micro_batch_size or 128)
-    run.warnings.close(
-        write_evaluation(run.path, policy.gpt, heldout, frozen, judge, kl_coef, cfg.seed)
-    )
+    print("\nbefore and after, on held-out prompts:")
+    results = evaluate.compare(policy.gpt, heldout, frozen, judge, kl_coef, cfg.seed)
+    run.write_policy_evaluation(*results, next_step=NEXT)
 
 
 # ---- what a run is made from ----
@@ -191,7 +197,10 @@ def load_models(
     cfg: PPOConfig, compute: Compute
 ) -> tuple[PolicyWithValue | PolicyWithoutValue, Frozen, dict[str, str]]:
     """The policy with its value estimate; what is frozen; digests of what the run is made from."""
-    gpt, reward_model, tokenizer, inputs = loading.load_stages(cfg)
+    rewards = cfg.rewards()
+    gpt, reward_model, tokenizer, inputs = loading.load_stages(cfg, rewards.model)
+    functions = rewards.load_functions()
+    inputs |= function_digests(functions)
     inputs |= digests(prompts=csv_path(cfg.data, "prompts"))
     if cfg.ptx_coef:
         inputs |= digests(demonstrations=csv_path(cfg.data, "demonstrations"))
@@ -199,50 +208,52 @@ def load_models(
     gpt.temperature = cfg.temperature
     generator = make_generator("cpu", cfg.seed, "adapters")
     gpt = loading.with_adapters(gpt, cfg.lora_rank, generator)
-    reference = loading.frozen_copy(gpt)
-    policy = make_policy(cfg, gpt, reward_model, generator)
+    reference = loading.frozen_copy(gpt).to(compute.device)
+    policy = make_policy(cfg, gpt, reward_model, generator).to(compute.device)
+    if reward_model is not None:
+        reward_model.to(compute.device)
+    *shorter, longest = cfg.max_new_tokens
     frozen = Frozen(
-        reference=reference.to(compute.device),
-        reward_model=reward_model.to(compute.device),
-        tokenizer=tokenizer,
-        max_new_tokens=cfg.max_new_tokens,
+        reference,
+        reward_model,
+        tokenizer,
+        max_new_tokens=longest,
         missing_eos_score=cfg.missing_eos_score,
         # Rounding depends on the number of rows in a pass, in half precision a lot. So the old
         # log-probabilities are computed with as many as the update takes: the first ratio is 1.
         rows=cfg.micro_batch_size or cfg.minibatch_size,
         amp=compute.amp,
         sample_rows=cfg.sample_rows,
+        shortest_limit=sum(shorter),  # of one, or none
+        functions=functions,
+        weights=rewards.weights,
     )
-    return policy.to(compute.device), frozen, inputs
+    return policy, frozen, inputs
 
 
 def make_policy(
-    cfg: PPOConfig, gpt: GPT, reward_model: RewardModel, generator: torch.Generator
+    cfg: PPOConfig, gpt: GPT, reward_model: RewardModel | None, generator: torch.Generator
 ) -> PolicyWithValue | PolicyWithoutValue:
     """The policy, with a value network if the advantages need one.
 
     A separate value network starts from the reward model, which already tells good responses from
-    bad ones: it takes over reward_model.gpt, which is replaced by a frozen copy. The value head is
-    new and starts at zero.
+    bad ones: it takes over reward_model.gpt, which is replaced by a frozen copy. Without a reward
+    model it starts from the fine-tuned model. The value head is new and starts at zero.
     """
     if cfg.advantage != "gae":
         return PolicyWithoutValue(gpt)
     if cfg.value_network == "shared":
         return PolicyWithValue(gpt)
+    if reward_model is None:
+        return PolicyWithValue(gpt, loading.trained_copy(gpt))
     value_gpt = loading.with_adapters(reward_model.gpt, cfg.lora_rank, generator)
     reward_model.gpt = loading.frozen_copy(value_gpt)
     return PolicyWithValue(gpt, value_gpt)
 
 
-def load_both_prompts(
-    cfg: PPOConfig, frozen: Frozen, context: int
-) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on, and those held out. A response has to fit after each of them.
-
-    context: the most tokens that the policy reads.
-    """
-    context = min(context, frozen.reward_model.gpt.config.block_size)
-    limit = max(0, context - cfg.max_new_tokens)
+def load_both_prompts(cfg: PPOConfig, frozen: Frozen) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on, and those held out. A response has to fit after each of them."""
+    limit = max(0, frozen.context - frozen.max_new_tokens)
     prompts = load_prompts(cfg.data, frozen.tokenizer, limit, share=cfg.heldout)
     heldout = load_prompts(cfg.data, frozen.tokenizer, limit, True, cfg.heldout)
     return prompts, heldout[: cfg.eval_prompts]
@@ -279,18 +290,19 @@ def assign_credit(rollout: Rollout, rewards: Tensor, cfg: PPOConfig) -> Experien
     return make_experience(rollout, advantages, returns)
 
 
-# ---- metrics, and the closing evaluation ----
+# ---- metrics ----
 
 
 def step_metrics(
     cfg: PPOConfig,
+    frozen: Frozen,
     rollout: Rollout,
     experience: Experience,
     update_metrics: dict[str, float],
     gold: float | None,
     kl_coef: float,
 ) -> dict[str, float | None]:
-    """The columns of ppo.csv but eos_rate, lr and the clock's; docs/metrics.md explains them."""
+    """The columns of ppo.csv but lr and the clock's; docs/metrics.md explains them."""
     score = rollout.scores.mean().item()
     group_size = cfg.group_size if cfg.advantage in ("rloo", "grpo") else cfg.batch_size
     compared = rollout.scores.view(-1, group_size)  # with each other, row by row
@@ -306,33 +318,12 @@ def step_metrics(
         **update_metrics,  # policy_loss to first_log_ratio: see rlhf/ppo.py
         "explained_variance": explained.item(),
         "length": rollout.mask.sum(dim=1).float().mean().item(),
+        "eos_rate": rollout.ended(frozen.tokenizer.eos_id).float().mean().item(),
+        **part_means(frozen.reward_model, frozen.functions, rollout.parts),
     }
     if cfg.advantage != "gae":
         metrics |= dict.fromkeys(VALUE_METRICS)  # empty cells: there is no value network
     return metrics
-
-
-def write_evaluation(
-    path: Path,
-    policy: GPT,
-    heldout: list[Prompt],
-    frozen: Frozen,
-    judge: ModuleType | None,
-    kl_coef: float,
-    seed: int,
-) -> list[str]:
-    """evaluation.csv and ppo_samples.csv beside the checkpoint at path: before and after.
-
-    Returns: warnings.
-    """
-    print("\nbefore and after, on held-out prompts:")
-    rows, before, after = evaluate.compare(policy, heldout, frozen, judge, kl_coef, seed)
-    write_csv(path.with_name("evaluation.csv"), rows)
-    write_csv(path.with_name("ppo_samples.csv"), sample_rows(before, after))
-    print_responses(before=before[:3], after=after[:3])
-    print(f"\nwrote {path}, evaluation.csv and ppo_samples.csv; next: {NEXT}\n")
-    print_table(rows)
-    return warnings.of_policy("PPO", before, after)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ from rlhf.model import RewardModel
 from rlhf.run import loading, program, warnings
 from rlhf.run.checks import check_finite, check_spread
 from rlhf.run.device import Compute, make_generator, setup
-from rlhf.run.errors import InputError
 from rlhf.run.files import csv_path, digests, write_csv
 from rlhf.run.flags import TrainConfig, arg, check_positive
 from rlhf.run.judge import judge_accuracies, load_judge, share_positive
@@ -79,15 +78,12 @@ class RewardConfig(TrainConfig):
     comparison_files: tuple[str, ...] = arg((), "files to learn from instead of comparisons.csv")
     comparisons: int = arg(0, "train on the first N comparisons or rankings (0: all)")
     rankings: bool = arg(False, "learn from rankings.csv, K responses to a prompt")
-    shuffle_prompts: bool = arg(False, "a control: learn with the prompts of other rows")
 
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "log_every")
-        if self.rankings and (self.shuffle_prompts or self.comparison_files):
-            raise ValueError(
-                "--shuffle-prompts and --comparison-files are for comparisons, not for --rankings"
-            )
+        if self.rankings and self.comparison_files:
+            raise ValueError("--comparison-files are for comparisons, not for --rankings")
 
     def kind_of_rows(self) -> str:
         return "rankings" if self.rankings else "comparisons"
@@ -159,32 +155,20 @@ def make_model(
     return model.to(device), tokenizer, inputs
 
 
-def load_training_rows(cfg: RewardConfig, tokenizer: Tokenizer, limit: int) -> list:
-    """Comparisons, or rankings: both have a size in tokens."""
+def load_rows(cfg: RewardConfig, tokenizer: Tokenizer, limit: int) -> tuple[list, list[Comparison]]:
+    """The rows to train on, comparisons or rankings, and the held-out comparisons.
+
+    limit: the most tokens that the model reads.
+    """
+    files = tuple(map(Path, cfg.comparison_files))
+    heldout = load_comparisons(cfg.data, tokenizer, limit, True, cfg.heldout, files)
     if cfg.rankings:
         from rlhf.methods.rankings import load_rankings
 
-        return load_rankings(cfg.data, tokenizer, limit, cfg.heldout)[: cfg.comparisons or None]
-    rows = load_sides(cfg, tokenizer, limit)[: cfg.comparisons or None]
-    if cfg.shuffle_prompts:
-        rows = swap_prompts(rows, cfg.seed, limit)
-    if not rows:
-        raise InputError("--shuffle-prompts: all comparisons have the same prompt")
-    return rows
-
-
-def load_rows(cfg: RewardConfig, tokenizer: Tokenizer, limit: int) -> tuple[list, list[Comparison]]:
-    """The rows to train on, and the held-out comparisons. limit: tokens that the model reads."""
-    rows = load_training_rows(cfg, tokenizer, limit)
-    heldout = load_sides(cfg, tokenizer, limit, heldout=True)
-    return rows, heldout[: cfg.eval_rows or None]
-
-
-def load_sides(
-    cfg: RewardConfig, tokenizer: Tokenizer, limit: int, heldout: bool = False
-) -> list[Comparison]:
-    files = tuple(map(Path, cfg.comparison_files))
-    return load_comparisons(cfg.data, tokenizer, limit, heldout, cfg.heldout, files)
+        rows = load_rankings(cfg.data, tokenizer, limit, cfg.heldout)
+    else:
+        rows = load_comparisons(cfg.data, tokenizer, limit, False, cfg.heldout, files)
+    return rows[: cfg.comparisons or None], heldout[: cfg.eval_rows or None]
 
 
 # ---- loss, scores, scale ----

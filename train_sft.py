@@ -25,16 +25,17 @@ from rlhf.data import (
     load_demonstrations,
     pad_rows,
 )
-from rlhf.evaluate import decode_responses
 from rlhf.losses import sft_loss
 from rlhf.masked import action_slots
 from rlhf.model import GPT, GPTConfig
+from rlhf.rollout import decode_responses
 from rlhf.run import loading, program, warnings
 from rlhf.run.checks import check_finite
 from rlhf.run.device import Compute, make_generator, setup
 from rlhf.run.errors import printable
 from rlhf.run.files import csv_path, digests
 from rlhf.run.flags import TrainConfig, arg, check_positive
+from rlhf.run.messages import in_one_line
 from rlhf.run.micro_batches import micro_batches
 from rlhf.run.optimizer import (
     cosine_schedule,
@@ -43,6 +44,7 @@ from rlhf.run.optimizer import (
     set_lr,
 )
 from rlhf.run.processes import total_of
+from rlhf.run.progress import count_parameters, print_training_row
 from rlhf.run.training import Training
 from rlhf.sampling import generate
 from rlhf.tokenizer import Tokenizer
@@ -108,8 +110,8 @@ def main(cfg: SFTConfig) -> None:
     run = Training(cfg, gpt, optimizer, compute, tokenizer, inputs)
     heldout = f"{len(valid_rows):,}"
     epochs = run.warnings.count_epochs(cfg, len(train_rows), "demonstrations", heldout)
-    run.announce(f"{describe(gpt, tokenizer)}, {epochs}")
-    show_row(train_rows[0], tokenizer)
+    run.announce(f"{count_parameters(gpt)}, {tokenizer.vocab_size} tokens, {epochs}")
+    print_training_row(train_rows[0].tokens, train_rows[0].prompt_len, tokenizer)
     for step in range(run.step, cfg.steps):
         rows = choose_batch(train_rows, cfg.batch_size, step, cfg.seed)
         lr = set_lr(optimizer, cfg.lr * cosine_schedule(step, cfg.steps, cfg.warmup))
@@ -157,18 +159,6 @@ def load_rows(
     return load_demonstrations(cfg.data, tokenizer, limit, heldout, cfg.heldout)
 
 
-def describe(gpt: GPT, tokenizer: Tokenizer) -> str:
-    parameters = sum(parameter.numel() for parameter in gpt.parameters())
-    return f"{parameters:,} parameters, {tokenizer.vocab_size} tokens"
-
-
-def show_row(row: Demonstration, tokenizer: Tokenizer) -> None:
-    """Print one row with its mask."""
-    prompt = tokenizer.decode(row.tokens[: row.prompt_len])
-    response = tokenizer.decode(row.tokens[row.prompt_len :])
-    print(f"one row, | where the loss begins: {prompt!r} | {response!r}")
-
-
 def weighted_loss(
     gpt: GPT, part: list[Demonstration], rows: list[Demonstration], pad_id: int, compute: Compute
 ) -> Tensor:
@@ -206,7 +196,8 @@ def print_samples(
         tokens, mask = generate(gpt, tokens, prompt_lens, room, tokenizer.eos_id, generator)
     responses = decode_responses(tokenizer, tokens, mask)
     for prompt, response in zip(prompts, responses):
-        print(f"    {tokenizer.decode(prompt).strip()!r}\n        -> {printable(response)}")
+        question = in_one_line(tokenizer.decode(prompt))
+        print(f"    {printable(question)}\n        -> {printable(response)}")
 
 
 if __name__ == "__main__":

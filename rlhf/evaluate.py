@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from rlhf.data import Prompt, pad_prompts
 from rlhf.model import GPT, PolicyWithoutValue
 from rlhf.rewards import kl_k1
-from rlhf.rollout import Frozen, Rollout, collect
+from rlhf.rollout import Frozen, Rollout, collect, decode_responses
 from rlhf.run.device import make_generator
 from rlhf.run.judge import gold_scores, share_positive
 from rlhf.run.progress import ticker
@@ -33,16 +32,6 @@ class Response:
     kl_ref: float  # nats
     length: int  # tokens, end-of-text included
     ended: bool
-
-
-def decode_responses(tokenizer: Tokenizer, tokens: Tensor, mask: Tensor) -> list[str]:
-    """tokens (B, T), mask (B, T-1) -> the text of each response, without end-of-text."""
-    texts = []
-    for row, row_mask in zip(tokens.cpu(), mask.cpu()):
-        ids = row[1:][row_mask].tolist()
-        text = tokenizer.decode([i for i in ids if i != tokenizer.eos_id])
-        texts.append(text.strip())
-    return texts
 
 
 def respond(
@@ -68,7 +57,7 @@ def rollouts(
         batch = prompts[at : at + frozen.rows]
         tokens, prompt_lens = pad_prompts(batch, frozen.tokenizer.pad_id, device)  # (B, P), (B,)
         generator = make_generator(device, seed, "evaluate", at)
-        yield batch, collect(policy, frozen, tokens, prompt_lens, generator)
+        yield batch, collect(policy, frozen, tokens, prompt_lens, generator, batch)
 
 
 def describe(
@@ -84,17 +73,6 @@ def describe(
     ended = rollout.ended(tokenizer.eos_id).tolist()
     columns = zip(questions, texts, scores, golds, kl_refs, lengths, ended)
     return [Response(*row) for row in columns]
-
-
-def mean_gold(
-    judge: ModuleType | None, prompts: list[Prompt], rollout: Rollout, tokenizer: Tokenizer
-) -> float | None:
-    """The judge's mean over a rollout; None without a judge. For the log only: nothing is trained
-    on it."""
-    if judge is None:
-        return None
-    texts = decode_responses(tokenizer, rollout.tokens, rollout.mask)
-    return sum(gold_scores(judge, [prompt.text for prompt in prompts], texts)) / len(texts)
 
 
 def mean(responses: list[Response], name: str) -> float | None:

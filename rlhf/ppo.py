@@ -25,7 +25,6 @@ A rollout (64 rows) has several minibatches (an optimizer step each). Micro-batc
 minibatch that fit memory, each with its own mean and weight: their gradients add up.
 """
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -173,10 +172,6 @@ def update(
                 pretraining_mix.backward(policy.gpt, compute.scaler, step, len(grad_norms))
             grad_norm = optimizer_step(policy, optimizer, compute.scaler, cfg.max_grad_norm)
             grad_norms.append(grad_norm)
-        # --max-kl-old: far from the old policy, the rollout's advantages say little about the new
-        # one. Looks at the epoch's last minibatch.
-        if cfg.max_kl_old < math.inf and history.latest("kl_old") > cfg.max_kl_old:
-            break
     return {
         **history.means(),
         "grad_norm": finite_mean(grad_norms),

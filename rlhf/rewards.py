@@ -101,7 +101,10 @@ def adapt_kl_coef(
     batch_size / horizon. A change of kl_coef moves the KL only slowly: too short a horizon makes it
     swing.
 
-    Args: kl_ref, target: nats per response; horizon, batch_size: in responses.
+    Args: kl_ref, target: nats per response, target 0: kl_coef stays; horizon, batch_size: in
+        responses.
     """
+    if target == 0:
+        return kl_coef
     error = min(max(kl_ref / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * batch_size / horizon)

@@ -1,14 +1,17 @@
 """Parts 1 and 2 of a PPO step: sample responses, and score them with all models. No gradients."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlhf.data import Prompt
 from rlhf.masked import action_slots, token_logprobs
 from rlhf.model import GPT, PolicyWithoutValue, PolicyWithValue, RewardModel
 from rlhf.run import processes
 from rlhf.run.device import autocast
+from rlhf.run.reward_functions import RewardFunction
 from rlhf.sampling import draw_uniforms, generate, has_ended
 from rlhf.tokenizer import Tokenizer
 
@@ -18,13 +21,29 @@ class Frozen(NamedTuple):
     sampled and scored."""
 
     reference: GPT
-    reward_model: RewardModel
+    reward_model: RewardModel | None  # None: only functions score
     tokenizer: Tokenizer
     max_new_tokens: int = 40
-    missing_eos_score: float = -3.0
+    missing_eos_score: float | None = -3.0  # None: what is cut off is scored as it is
     rows: int = 128  # how many are scored at once
     amp: torch.dtype | None = None
     sample_rows: int = 0  # how many are sampled at once, so that the cache fits in memory; 0: all
+    shortest_limit: int = 0  # 0: the longest response of each row is max_new_tokens
+    functions: tuple[RewardFunction, ...] = ()
+    weights: tuple[float, ...] = (1.0,)  # of the reward model, then of the functions
+
+    @property
+    def context(self) -> int:
+        """The most tokens that all models read."""
+        gpts = [self.reference] + ([self.reward_model.gpt] if self.reward_model else [])
+        return min(gpt.config.block_size for gpt in gpts)
+
+    def response_limits(self, uniforms: Tensor) -> int | Tensor:
+        """The longest response of each row, drawn with the last of its random numbers (B, N+1)."""
+        if self.shortest_limit == 0:
+            return self.max_new_tokens
+        limits = 1 + self.max_new_tokens - self.shortest_limit  # how many there are
+        return self.shortest_limit + (uniforms[:, -1] * limits).long()  # (B,)
 
 
 class Rollout(NamedTuple):
@@ -35,7 +54,8 @@ class Rollout(NamedTuple):
     logprobs: Tensor  # (B, T-1) of the policy that sampled them
     ref_logprobs: Tensor  # (B, T-1) of the reference
     values: Tensor  # (B, T-1)
-    scores: Tensor  # (B,) the reward model's
+    scores: Tensor  # (B,)
+    parts: Tensor | None = None  # (B, K): of K rewards; `scores` is their weighted sum
 
     def ended(self, eos_id: int) -> Tensor:
         """(B,) bool: did the policy say end-of-text, or was it cut off?"""
@@ -49,25 +69,30 @@ def collect(
     prompts: Tensor,
     prompt_lens: Tensor,
     generator: torch.Generator | Tensor | None,
+    prompt_list: Sequence[Prompt] = (),
 ) -> Rollout:
     """Sample a response to each prompt, and score it with all models.
 
     Under torchrun each process does its share of the rows, and all get the whole rollout.
 
-    Args: prompts (B, P), prompt_lens (B,); generator: as for generate.
+    Args: prompts (B, P), prompt_lens (B,); generator: as for generate; prompt_list: the same
+        prompts as they were read, for reward functions.
     """
-    uniforms = draw_uniforms(generator, prompts, frozen.max_new_tokens)  # (B, N)
+    columns = frozen.max_new_tokens + (frozen.shortest_limit > 0)
+    uniforms = draw_uniforms(generator, prompts, columns)  # (B, N), or (B, N+1)
     if len(prompts) < processes.WORLD:  # too few to share: every process does all of them
-        return collect_rows(policy, frozen, prompts, prompt_lens, uniforms)
-    mine = [processes.share(x) for x in (prompts, prompt_lens, uniforms)]
+        return collect_rows(policy, frozen, prompts, prompt_lens, uniforms, prompt_list)
+    mine = [processes.share(x) for x in (prompts, prompt_lens, uniforms, prompt_list)]
     return Rollout(*map(processes.gather, collect_rows(policy, frozen, *mine)))
 
 
-def collect_rows(policy, frozen: Frozen, prompts, prompt_lens, uniforms: Tensor) -> Rollout:
+def collect_rows(
+    policy, frozen: Frozen, prompts, prompt_lens, uniforms: Tensor, prompt_list: Sequence[Prompt]
+) -> Rollout:
     """collect, on one process.
 
     Args: prompts (B, P); prompt_lens (B,); uniforms (B, N): a random number for each token that may
-        be sampled, see sampling.draw_uniforms.
+        be sampled, see sampling.draw_uniforms; prompt_list: as for collect.
     """
     eos_id = frozen.tokenizer.eos_id
     with autocast(prompts.device, frozen.amp):
@@ -76,7 +101,7 @@ def collect_rows(policy, frozen: Frozen, prompts, prompt_lens, uniforms: Tensor)
             policy.gpt,
             prompts,
             prompt_lens,
-            frozen.max_new_tokens,
+            frozen.response_limits(uniforms),
             eos_id,
             uniforms,
             frozen.sample_rows,
@@ -84,41 +109,82 @@ def collect_rows(policy, frozen: Frozen, prompts, prompt_lens, uniforms: Tensor)
     # ---- 2 score ----
     parts = []
     for part in torch.arange(len(tokens), device=tokens.device).split(frozen.rows):  # row numbers
-        parts.append(score_rows(policy, frozen, tokens[part], mask[part], prompt_lens[part]))
+        batch = (tokens[part], mask[part], prompt_lens[part])
+        parts.append(score_rows(policy, frozen, *batch, prompt_list[part[0] : part[-1] + 1]))
     return Rollout(*map(torch.cat, zip(*parts)))  # the parts' tokens joined, their masks, ...
 
 
-def score_rows(policy, frozen: Frozen, tokens, mask, prompt_lens: Tensor) -> Rollout:
-    """What the policy, the reference and the reward model make of finished responses.
+def score_rows(
+    policy, frozen: Frozen, tokens, mask, prompt_lens: Tensor, prompt_list: Sequence[Prompt] = ()
+) -> Rollout:
+    """What the policy, the reference and the rewards make of finished responses.
 
     Old and reference log-probabilities come from a forward pass over the finished sequences, as in
     the update, and not from sampling: the two agree on paper but not bit for bit, and the ratio
     must be 1 in the first gradient step of an update (it is, within 4e-6).
 
-    Args: tokens (B, T), mask (B, T-1), prompt_lens (B,).
+    Args: tokens (B, T), mask (B, T-1), prompt_lens (B,); prompt_list: as for collect.
     """
     with autocast(tokens.device, frozen.amp):
         hidden, values = policy.hidden_and_values(tokens)  # (B, T, C), (B, T)
         ref_hidden = frozen.reference.hidden(tokens)  # (B, T, C)
-        scores = score_responses(frozen, tokens, mask, prompt_lens)  # (B,)
         logits = policy.gpt.logits(action_slots(hidden, mask))  # (S, V)
         ref_logits = frozen.reference.logits(action_slots(ref_hidden, mask))  # (S, V)
         logprobs = token_logprobs(logits, tokens, mask)  # (B, T-1)
         ref_logprobs = token_logprobs(ref_logits, tokens, mask)  # (B, T-1)
-    return Rollout(tokens, mask, logprobs, ref_logprobs, values[:, :-1], scores)
+    parts = score_responses(frozen, tokens, mask, prompt_lens, prompt_list)  # (B, K)
+    scores = total_scores(frozen, parts, tokens, mask)  # (B,)
+    return Rollout(tokens, mask, logprobs, ref_logprobs, values[:, :-1], scores, parts)
 
 
 @torch.no_grad()
-def score_responses(frozen: Frozen, tokens: Tensor, mask: Tensor, prompt_lens: Tensor) -> Tensor:
-    """tokens (B, T), mask (B, T-1), prompt_lens (B,) -> scores (B,).
+def score_responses(
+    frozen: Frozen,
+    tokens: Tensor,
+    mask: Tensor,
+    prompt_lens: Tensor,
+    prompt_list: Sequence[Prompt],
+) -> Tensor:
+    """The score of each reward: the reward model's, then the functions'.
+
+    tokens (B, T), mask (B, T-1), prompt_lens (B,), B prompts for the functions -> (B, K).
+    """
+    columns = []
+    if frozen.reward_model is not None:
+        lengths = prompt_lens + mask.sum(dim=1)  # (B,)
+        with autocast(tokens.device, frozen.amp):
+            columns.append(frozen.reward_model(tokens, lengths))  # (B,)
+    if frozen.functions:
+        given = [prompt.given for prompt in prompt_list]  # text or messages
+        responses = decode_responses(frozen.tokenizer, tokens, mask)
+    for function in frozen.functions:
+        scores = function(given, responses)
+        columns.append(torch.tensor(scores, device=tokens.device))  # (B,)
+    return torch.stack(columns, dim=1)
+
+
+def total_scores(frozen: Frozen, parts: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """The weighted sum of the rewards' scores: parts (B, K), tokens (B, T), mask (B, T-1) -> (B,).
 
     The score of a response without end-of-text is *replaced* by the fixed missing_eos_score,
     whatever the reward model makes of the fragment (Ziegler et al. 2019): it has only seen finished
     responses, so its score of a fragment means little, and the policy could learn never to end. The
     cut counts as a true end: V after it is 0. The KL penalty stays. The default, -3, is three
-    standard deviations below an average response of the comparisons.
+    standard deviations below an average response of the comparisons. For a reward that reads
+    fragments as well, missing_eos_score None leaves the score as it is.
     """
-    lengths = prompt_lens + mask.sum(dim=1)  # (B,)
-    scores = frozen.reward_model(tokens, lengths)  # (B,)
+    scores = (parts * parts.new_tensor(frozen.weights)).sum(dim=1)  # (B,)
+    if frozen.missing_eos_score is None:
+        return scores
     ended = has_ended(tokens, mask, frozen.tokenizer.eos_id)  # (B,)
     return torch.where(ended, scores, frozen.missing_eos_score)
+
+
+def decode_responses(tokenizer: Tokenizer, tokens: Tensor, mask: Tensor) -> list[str]:
+    """tokens (B, T), mask (B, T-1) -> the text of each response, without end-of-text."""
+    texts = []
+    for row, row_mask in zip(tokens.cpu(), mask.cpu()):
+        ids = row[1:][row_mask].tolist()
+        text = tokenizer.decode([i for i in ids if i != tokenizer.eos_id])
+        texts.append(text.strip())
+    return texts

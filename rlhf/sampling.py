@@ -43,20 +43,22 @@ class Batch:
 
     tokens: Tensor  # (B, P+N): prompt, response, then 0
     lengths: Tensor  # (B,): of prompt and response so far
+    longest: Tensor  # (B,): of prompt and longest response
     uniforms: Tensor  # (B, N) for at most N new tokens
     eos_id: int
 
-    def append(self, rows: Tensor, going: Tensor, logits: Tensor, t: int) -> Tensor:
+    def append(self, rows: Tensor, going: Tensor, logits: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Sample token number t of n rows. A row that is not going has ended: its length stays, and
         a 0 is written after its end.
 
         Args: rows (n,), their numbers; going (n,) bool; logits (n, V).
-        Returns: the sampled tokens (n,).
+        Returns: the sampled tokens (n,); going (n,) bool after them.
         """
         sampled = sample(logits, self.uniforms[rows, t])  # (n,)
         self.tokens[rows, self.lengths[rows]] = torch.where(going, sampled, 0)
         self.lengths[rows] += going
-        return sampled
+        ended = (sampled == self.eos_id) | (self.lengths[rows] == self.longest[rows])
+        return sampled, going & ~ended
 
 
 @torch.no_grad()
@@ -64,7 +66,7 @@ def generate(
     model: nn.Module,
     prompts: Tensor,
     prompt_lens: Tensor,
-    max_new_tokens: int,
+    max_new_tokens: int | Tensor,
     eos_id: int,
     generator: torch.Generator | Tensor | None = None,
     rows: int = 0,
@@ -79,19 +81,22 @@ def generate(
             is run with a cache. Any other callable is run on everything so far for each token; if
             it returns a tuple, its first entry counts.
         prompts (B, P), padded on the right; prompt_lens (B,), each at least 1.
+        max_new_tokens: one number, or one for each row (B,); N is the largest.
         generator: on the device of prompts; or the uniform random numbers themselves,
-            (B, max_new_tokens) in float64.
+            (B, N) in float64.
         rows: how many rows at once, which bounds the cache; 0: all. The responses do not depend on
             it.
     Returns: tokens (B, T), with 0 after a row's end, and T as short as the longest row allows;
         mask (B, T-1), True where the action was sampled here.
     """
-    check_prompts(prompts, prompt_lens, max_new_tokens)
-    uniforms = draw_uniforms(generator, prompts, max_new_tokens)  # (B, N)
+    limits = torch.as_tensor(max_new_tokens, device=prompts.device).expand(len(prompts))  # (B,)
+    check_prompts(prompts, prompt_lens, limits)
+    N = int(limits.max())
+    uniforms = draw_uniforms(generator, prompts, N)  # (B, N)
     P = int(prompt_lens.max())
     real = torch.arange(P, device=prompts.device) < prompt_lens.unsqueeze(1)  # (B, P)
-    tokens = F.pad(torch.where(real, prompts[:, :P], 0), (0, max_new_tokens))  # (B, P+N)
-    batch = Batch(tokens, prompt_lens.clone(), uniforms, eos_id)
+    tokens = F.pad(torch.where(real, prompts[:, :P], 0), (0, N))  # (B, P+N)
+    batch = Batch(tokens, prompt_lens.clone(), prompt_lens + limits, uniforms, eos_id)
 
     fill = fill_with_cache if hasattr(model, "make_cache") else fill_without_cache
     by_length = prompt_lens.argsort(stable=True)  # prompts of similar length: less is padded
@@ -101,27 +106,26 @@ def generate(
     return batch.tokens[:, :width], response_mask(prompt_lens, batch.lengths, width)
 
 
-def check_prompts(prompts: Tensor, prompt_lens: Tensor, max_new_tokens: int) -> None:
+def check_prompts(prompts: Tensor, prompt_lens: Tensor, limits: Tensor) -> None:
     B, P = prompts.shape
     if prompt_lens.shape != (B,) or prompt_lens.min() < 1 or prompt_lens.max() > P:
         raise ValueError(
             f"prompt_lens must be ({B},) numbers between 1 and {P}, got {prompt_lens.tolist()}"
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be at least 1")
+    if limits.min() < 1:
+        raise ValueError(f"max_new_tokens is {limits.tolist()}: it must be at least 1")
 
 
 def fill_without_cache(model: nn.Module, batch: Batch, rows: Tensor) -> None:
     """Sample the responses of some rows (n,): run the model on everything so far for each token."""
     P = int(batch.lengths[rows].max())
     every = torch.arange(len(rows), device=rows.device)  # (n,)
-    going = torch.ones_like(rows, dtype=torch.bool)  # (n,): not at end-of-text yet
+    going = torch.ones_like(rows, dtype=torch.bool)  # (n,): not ended yet
     for t in range(batch.uniforms.size(1)):
         output = model(batch.tokens[rows, : P + t])
         logits = output[0] if isinstance(output, tuple) else output  # (n, P+t, V)
         last = batch.lengths[rows] - 1  # (n,): the position of each row's last real token
-        sampled = batch.append(rows, going, logits[every, last], t)
-        going = going & (sampled != batch.eos_id)
+        _, going = batch.append(rows, going, logits[every, last], t)
         if not going.any():
             return
 
@@ -131,7 +135,7 @@ class Decoding:
     """The rows that are still being sampled, n of them, and what the model remembers of them."""
 
     rows: Tensor  # (n,): their numbers in the batch
-    going: Tensor  # (n,) bool: not at end-of-text yet
+    going: Tensor  # (n,) bool: not ended yet
     readable: Tensor  # (n, P+N) bool: columns of the cache that hold, or will hold, no pad
     cache: KVCache
 
@@ -171,8 +175,7 @@ def fill_with_cache(model: GPT, batch: Batch, rows: Tensor) -> None:
     every = torch.arange(len(rows), device=rows.device)  # (n,)
     logits = model.logits(hidden[every, prompt_lens - 1])  # (n, V)
     for t in range(N):
-        newest = batch.append(state.rows, state.going, logits, t)  # (n,)
-        state.going = state.going & (newest != batch.eos_id)
+        newest, state.going = batch.append(state.rows, state.going, logits, t)  # (n,), (n,)
         kept = state.going.nonzero().squeeze(1)  # the host waits for the device here, once a token
         if len(kept) == 0 or t == N - 1:
             return

@@ -224,7 +224,6 @@ MUTANTS = [
     ("processes", "gradients averaged over the processes", "gradient.copy_(summed.view_as(gradient))", "gradient.copy_(summed.view_as(gradient) / WORLD)"),
     ("processes", "metrics not summed", "gather(mine).sum(dim=0)", "mine.sum(dim=0)"),
     ("processes", "loss not summed", 'return total({"": number.item()})[""]', "return number.item()"),
-    ("metrics", "--max-kl-old looks at the process's own rows", "return total({name: self.steps[-1][name].item()})[name]", "return self.steps[-1][name].item()"),
     ("micro_batches", "every process does all rows of a minibatch", "mine = share(rows)", "mine = rows"),
 ]  # fmt: skip
 

@@ -14,7 +14,12 @@ from rlhf.run.errors import fail
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "off", "bf16", "fp16")
-SEVERAL = tuple[str, ...]  # the type of a flag that takes several values
+# The types of flags that take several values, with the type of one and its name in --help.
+SEVERAL = {
+    tuple[str, ...]: (str, "FILE"),
+    tuple[int, ...]: (int, "N"),
+    tuple[float, ...]: (float, "X"),
+}
 LARGEST = 2**32 - 1  # whole number of a flag
 
 
@@ -28,7 +33,7 @@ def arg(
 ):
     """A field of a config: `lr: float = arg(1e-3, "peak learning rate")` becomes the flag --lr.
 
-    A field of type tuple[str, ...] takes several values.
+    A field of type tuple[str, ...], of int or of float takes several values.
 
     Args: choices: the allowed values; group: the heading in --help from this field on; flag: False
         for positional arguments; allow: "inf" or "negative", which a number is not otherwise.
@@ -145,12 +150,18 @@ def make_parser(cls: type) -> argparse.ArgumentParser:
 def add_flag(group, field: dataclasses.Field, value_type: type, about: dict) -> None:
     """Add one field of a config to a group of the parser."""
     name = flag_name(field.name) if about["flag"] else field.name
-    default = " ".join(field.default) if value_type == SEVERAL else str(field.default)
+    several = SEVERAL.get(value_type)
+    default = " ".join(map(str, field.default)) if several else str(field.default)
     text = f"{about['help']} (default: {default})" if default else about["help"]
     options = {"help": text, "default": argparse.SUPPRESS}
-    if value_type == SEVERAL:
+    if several:
+        options |= {"type": several[0], "metavar": several[1]}
         count = "+" if about["flag"] else "*"
-        group.add_argument(name, nargs=count, action="extend", metavar="FILE", **options)
+        # Files of a flag that comes twice add up; of numbers, the last count.
+        action = "extend" if several[0] is str else "store"
+        group.add_argument(name, nargs=count, action=action, **options)
+    elif value_type == float | None:
+        group.add_argument(name, type=number_or_none, metavar="X", **options)
     elif value_type is bool:
         group.add_argument(name, action=argparse.BooleanOptionalAction, **options)
     elif about["choices"]:
@@ -160,6 +171,10 @@ def add_flag(group, field: dataclasses.Field, value_type: type, about: dict) -> 
         group.add_argument(name, type=value_type, metavar=metavar, **options)
 
 
+def number_or_none(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
 # ---- numbers in their range ----
 
 
@@ -167,10 +182,10 @@ def check_numbers(cls: type, values: dict) -> None:
     """Raise ValueError if one of the values of a config of this class is no number for its flag."""
     for field, about in described(cls):
         value = values.get(field.name)
-        if isinstance(value, int | float):
-            needed = unmet(value, about["allow"])
+        for number in value if isinstance(value, tuple) else [value]:
+            needed = unmet(number, about["allow"]) if isinstance(number, int | float) else ""
             if needed:
-                raise ValueError(f"{flag_name(field.name)} is {value}: it must be {needed}")
+                raise ValueError(f"{flag_name(field.name)} is {number}: it must be {needed}")
 
 
 def unmet(value: int | float, allow: str) -> str:
@@ -192,6 +207,13 @@ def check_positive(config, *names: str) -> None:
         value = getattr(config, name)
         if not 0 < value < math.inf:
             raise ValueError(f"{flag_name(name)} is {value}: it must be above 0, and finite")
+
+
+def check_range(name: str, values: tuple[int, ...]) -> None:
+    """Raise ValueError unless there is one value, or two in order, of 1 or more."""
+    if not (len(values) in (1, 2) and 1 <= values[0] <= values[-1]):
+        flag = flag_name(name)
+        raise ValueError(f"{flag} takes one number from 1, or a smaller and a larger one")
 
 
 def flag_name(name: str) -> str:

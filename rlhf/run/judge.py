@@ -4,11 +4,9 @@
     preference_probability(first, second)   optional: P(an annotator prefers the first), given two
                                             gold scores
 
-judge.py is code of the data set and runs as such. An error inside it keeps its traceback.
+judge.py is code of the data set and runs as such.
 """
 
-import math
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf.run.errors import InputError
+from rlhf.run.user_code import call_score, load_code
 
 
 def load_judge(folder: str) -> ModuleType | None:
@@ -27,11 +26,7 @@ def load_judge(folder: str) -> ModuleType | None:
     path = Path(folder) / "judge.py"
     if not path.is_file():
         return None
-    judge = ModuleType("judge")
-    judge.__file__ = str(path)
-    sys.modules["judge"] = judge  # dataclasses look their module up there
-    code = compile(path.read_bytes(), path, "exec")
-    exec(code, judge.__dict__)  # an import would leave a __pycache__ in the data
+    judge = load_code(path, "judge")
     prompts = ["\n\nHuman: Hello.\n\nAssistant:"] * 2
     gold_scores(judge, prompts, ["Hello.", ""])
     return judge
@@ -43,13 +38,7 @@ def gold_scores(
     """judge.score, checked: one finite number per response. Without a judge, one None each."""
     if judge is None:
         return [None] * len(responses)
-    scores = [float(score) for score in judge.score(prompts, responses)]
-    if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
-        raise InputError(
-            f"score() in {judge.__file__} must return one finite number for each of "
-            f"{len(responses)} responses, got {len(scores)}: {str(scores)[:60]}"
-        )
-    return scores
+    return call_score(judge.score, f"score() in {judge.__file__}", prompts, responses)
 
 
 def vote_probabilities(

@@ -59,10 +59,15 @@ def with_adapters(gpt: GPT, rank: int, generator: torch.Generator) -> GPT:
     return add_adapters(gpt, rank, generator)
 
 
-def frozen_copy(gpt: GPT) -> GPT:
-    """A frozen copy of a GPT as it is now. With adapters, it shares the weights under them."""
+def trained_copy(gpt: GPT) -> GPT:
+    """A copy of a GPT as it is now, to train. With adapters, it shares the weights under them."""
     shared = {id(p): p for p in gpt.parameters() if not p.requires_grad}
-    return copy.deepcopy(gpt, shared).requires_grad_(False)
+    return copy.deepcopy(gpt, shared)
+
+
+def frozen_copy(gpt: GPT) -> GPT:
+    """A trained_copy that is not trained."""
+    return trained_copy(gpt).requires_grad_(False)
 
 
 # ---- checkpoints ----
@@ -91,17 +96,20 @@ def load_reward_model(path: Path) -> tuple[RewardModel, dict]:
     return model, checkpoint
 
 
-def load_stages(cfg) -> tuple[GPT, RewardModel, Tokenizer, dict[str, str]]:
-    """The results of the first two stages, --sft and --reward.
+def load_stages(
+    cfg, reward_path: Path | None
+) -> tuple[GPT, RewardModel | None, Tokenizer, dict[str, str]]:
+    """The results of the first two stages: --sft, and reward.pt, if there is a path of it.
 
-    Returns: the fine-tuned GPT, the reward model, their tokenizer, digests of the two files.
+    Returns: the fine-tuned GPT, the reward model, their tokenizer, digests of the files.
     Raises: InputError if the reward model was made from another sft.pt.
     """
     sft_path = cfg.checkpoint("sft")
-    reward_path = cfg.checkpoint("reward")
     gpt, sft = load_policy(sft_path, "sft")
-    reward_model, reward = load_reward_model(reward_path)
     tokenizer = tokenizer_of(sft_path, sft, cfg.data)
+    if reward_path is None:
+        return gpt, None, tokenizer, digests(sft=sft_path)
+    reward_model, reward = load_reward_model(reward_path)
     check_tokenizer(reward_path, reward, tokenizer)
     check_input(reward_path, reward, "sft", sft_path)
     return gpt, reward_model, tokenizer, digests(sft=sft_path, reward=reward_path)

@@ -76,9 +76,10 @@ def last_turn(prompt: Prompt) -> str:
 
 
 def in_one_line(prompt: Prompt, width: int = 200) -> str:
-    """The last turn as it is printed above responses: in one line, cut in the middle if it is
-    long."""
-    line = " ".join(last_turn(prompt).split())
+    """The last turn as it is printed above responses: in one line, which begins with "Human:" in a
+    dialogue, and is cut in the middle if it is long."""
+    is_dialogue = HUMAN.strip() in as_text(prompt)
+    line = " ".join([*["Human:"] * is_dialogue, *last_turn(prompt).split()])
     if len(line) <= width:
         return line
     return textwrap.shorten(line, width // 2, placeholder="") + " ... " + line[-width // 2 :]

@@ -42,10 +42,6 @@ class GradientStepMetrics:
                 means[name] = sum(step[name] for step in self.steps).item() / len(self.steps)
         return total(means)
 
-    def latest(self, name: str) -> float:
-        """A metric of the latest step that is a mean."""
-        return total({name: self.steps[-1][name].item()})[name]
-
     def first(self, name: str) -> float:
         """A metric of the first step that is a maximum, over all processes."""
         of_processes = gather(self.steps[0][name].reshape(1))  # (processes,)

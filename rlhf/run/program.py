@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from rlhf.run import processes
 from rlhf.run.errors import InputError, fail
 from rlhf.run.flags import parse_cli
+from rlhf.run.user_code import is_users
 
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate|MemoryError")
 
@@ -38,7 +39,7 @@ def run(main: Callable, cls: type) -> None:
     except KeyboardInterrupt:
         end_interrupted(cfg, old_time)
     except SystemExit as error:
-        message = "a judge.py called sys.exit, which would pass for the end of the program"
+        message = "a judge.py or reward function called sys.exit, which would pass for a normal end"
         raise RuntimeError(message) from error
     except BrokenPipeError:  # the reader has seen enough: `| head`
         os._exit(141)  # what a shell reports; an ordinary exit would try to write what is left
@@ -126,10 +127,11 @@ def end_interrupted(cfg, old_time: int | None) -> None:
 def end_without_file(error: OSError) -> None:
     """One line for a file that cannot be read or written.
 
-    Raises the error again if it comes from a judge.py: it is a bug in the user's code.
+    Raises the error again if it comes from a judge.py or a reward function: it is a bug in the
+    user's code.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if any(frame.f_globals.get("__name__") == "judge" for frame in frames):
+    if any(is_users(frame.f_globals.get("__name__")) for frame in frames):
         raise error
     if error.filename:
         fail(f"{error.filename} cannot be read or written: {error.strerror}")

@@ -4,8 +4,11 @@ import time
 from collections.abc import Iterator, Sequence
 
 import pandas
+from torch import nn
 
 from rlhf.run.errors import printable
+from rlhf.run.messages import in_one_line
+from rlhf.tokenizer import Tokenizer
 
 
 def format_seconds(seconds: float) -> str:
@@ -49,12 +52,23 @@ def sample_rows(before: list, after: list) -> list[dict]:
 def print_responses(**policies: list) -> None:
     """Each prompt, and under it what the policies, of these names, say to it."""
     for responses in zip(*policies.values()):
-        first_line = responses[0].prompt.strip().splitlines()[0]
-        print(f"    {printable(first_line)}")
+        print(f"    {printable(in_one_line(responses[0].prompt))}")
         for name, response in zip(policies, responses):
             gold = "" if response.gold is None else f", gold {response.gold:+.1f}"
             text = printable(response.text)
             print(f"        {name} -> {text}   (score {response.score:+.2f}{gold})")
+
+
+def count_parameters(model: nn.Module) -> str:
+    """In words."""
+    return f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
+
+
+def print_training_row(tokens: list[int], prompt_len: int, tokenizer: Tokenizer) -> None:
+    """Print one row with its mask."""
+    prompt = tokenizer.decode(tokens[:prompt_len])
+    response = tokenizer.decode(tokens[prompt_len:])
+    print(f"one row, | where the loss begins: {prompt!r} | {response!r}")
 
 
 # ---- training ----

@@ -32,8 +32,8 @@ from rlhf.run.files import append_csv, check_file, replacing, write_csv
 from rlhf.run.flags import TrainConfig
 from rlhf.run.optimizer import check_trained
 from rlhf.run.processes import is_first
-from rlhf.run.progress import Progress
-from rlhf.run.warnings import Warnings
+from rlhf.run.progress import Progress, print_responses, print_table, sample_rows
+from rlhf.run.warnings import Warnings, of_policy
 from rlhf.tokenizer import Tokenizer
 
 # What lies beside the checkpoint of each kind: its metrics, and what the finished policy gives.
@@ -197,6 +197,22 @@ class Training:
             raise InputError(message) from error
         folder = self.path.parent / "tensorboard" / self.cfg.kind
         return SummaryWriter(folder, purge_step=self.step + 1)
+
+    def write_policy_evaluation(
+        self, rows: list[dict], before: list, after: list, next_step: str
+    ) -> None:
+        """evaluation.csv and KIND_samples.csv beside the checkpoint, and the last lines of a run.
+
+        Args: rows: of evaluation.csv; before, after: the reference's and the policy's
+            rlhf.evaluate.Response to each prompt; next_step: a command.
+        """
+        samples = f"{self.cfg.kind}_samples.csv"
+        write_csv(self.path.with_name("evaluation.csv"), rows)
+        write_csv(self.path.with_name(samples), sample_rows(before, after))
+        print_responses(before=before[:3], after=after[:3])
+        print(f"\nwrote {self.path}, evaluation.csv and {samples}; next: {next_step}\n")
+        print_table(rows)
+        self.warnings.close(of_policy(self.cfg.kind.upper(), before, after))
 
     # ---- checkpoints ----
 

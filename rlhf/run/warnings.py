@@ -33,6 +33,27 @@ class Warnings:
 # ---- while it trains ----
 
 
+def of_step(rows: list[dict], cfg) -> str:
+    """A warning about the latest step of PPO, or "". Args: as for equal_scores."""
+    if len(rows) == 1 and cfg.rewards().functions:
+        return unusual_scale(rows[0]["score_std"], cfg.kl_coef)
+    return equal_scores(rows, cfg)
+
+
+def unusual_scale(score_std: float, kl_coef: float) -> str:
+    """A warning if the scores of functions are not on a reward model's scale, or "".
+
+    score_std: of the first rollout.
+    """
+    if score_std == 0 or 0.2 <= score_std <= 5:
+        return ""
+    return (
+        f"the scores deviate by {score_std:.2g} at first, and a reward model's by about 1, which "
+        f"--kl-coef {kl_coef:g} is made for; multiply --reward-weights by {1 / score_std:.2g}, or "
+        f"--kl-coef by {score_std:.2g}"
+    )
+
+
 def equal_scores(rows: list[dict], cfg) -> str:
     """A warning if all scores that are compared were equal in the last three steps of PPO, or "".
 

@@ -20,12 +20,11 @@ that noise.
 """
 
 import dataclasses
-import functools
 import os
 import random
 import select
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -35,25 +34,22 @@ from rlhf.data import (
     choose_batch,
     load_prompts,
     pad_prompts,
-    pad_rows,
 )
-from rlhf.evaluate import decode_responses
-from rlhf.model import GPT, RewardModel
+from rlhf.model import GPT
+from rlhf.rollout import decode_responses
 from rlhf.run.device import make_generator, pick_device
 from rlhf.run.errors import InputError, printable
 from rlhf.run.files import quoted, replacing, writing
 from rlhf.run.flags import arg, check_positive
-from rlhf.run.heldout import SHARE
+from rlhf.run.heldout import ANSWERS, SHARE
 from rlhf.run.judge import gold_scores, vote_probabilities
 from rlhf.run.loading import judge_of, load_policy, tokenizer_of
 from rlhf.run.program import run
 from rlhf.run.tables import read_text, split_rows
 from rlhf.sampling import generate, has_ended
 from rlhf.tokenizer import Tokenizer
-from rlhf.tools.sample import find_reward_model
 
 COLUMNS = ["Pair", "Prompt", "Chosen", "Rejected", "Answer"]
-ANSWERS = ("first", "second", "tie", "skip")
 KEYS = {"1": "first", "2": "second", "t": "tie", "s": "skip", "u": "undo", "q": "quit"}
 ESCAPE = "\x1b"  # what Esc sends, and the first byte of most other keys without a letter
 ALT_SECONDS = 0.5  # a key that follows ESCAPE sooner was typed with Alt
@@ -72,7 +68,6 @@ class LabelConfig:
     )
     count: int = arg(0, "stop when the file holds N choices (0: never)")
     data: str = arg("", "data set folder (empty: the checkpoint's)")
-    reward: str = arg("", "reward model to compare with (empty: reward.pt beside the checkpoint)")
     max_new_tokens: int = arg(40, "longest answer in tokens")
     device: str = arg("auto", "auto: a CUDA GPU if there is one", ("auto", "cpu", "cuda"))
     seed: int = arg(0, "random seed")
@@ -342,43 +337,10 @@ def load_annotator(cfg: LabelConfig, data: str) -> ModuleType | None:
     return judge
 
 
-# ---- the reward model beside them ----
-
-
-def agrees(reward_model: RewardModel, tokenizer: Tokenizer, choice: Choice) -> bool:
-    """Whether the reward model makes the same choice. If a side is too long for it to read, it does
-    not."""
-    ids = tokenizer.encode(choice.prompt)
-    sides = [ids + tokenizer.response_ids(side) for side in (choice.chosen, choice.rejected)]
-    if max(map(len, sides)) > reward_model.gpt.config.block_size:
-        return False
-    device = next(reward_model.parameters()).device
-    tokens, lengths = pad_rows(sides, tokenizer.pad_id, device)  # (2, T), (2,)
-    chosen_score, rejected_score = reward_model(tokens, lengths).tolist()
-    return chosen_score > rejected_score
-
-
-def agreement_with(reward_model: RewardModel | None, tokenizer: Tokenizer) -> Callable | None:
-    """`agrees` as a function of the choice, which scores each choice once; None without a model."""
-    if reward_model is None:
-        return None
-
-    @functools.cache
-    def agrees_with(choice: Choice) -> bool:
-        return agrees(reward_model, tokenizer, choice)
-
-    return agrees_with
-
-
-def summary(choices: list[Choice], agrees_with: Callable | None) -> str:
-    """How many pairs were answered, and the share of decided ones that the reward model agrees
-    with."""
+def summary(choices: list[Choice]) -> str:
+    """How many pairs were answered, and how many with a better side."""
     decided = [choice for choice in choices if choice.answer in ("first", "second")]
-    text = f"{len(choices)} answered, {len(decided)} of them with a choice"
-    if agrees_with is None or not decided:
-        return text
-    agreed = sum(agrees_with(choice) for choice in decided)
-    return f"{text}; the reward model agrees with {agreed / len(decided):.0%}"
+    return f"{len(choices)} answered, {len(decided)} of them with a choice"
 
 
 # ---- the program ----
@@ -389,7 +351,6 @@ def collect(
     choices: list[Choice],
     judge: ModuleType | None,
     cfg: LabelConfig,
-    agrees_with: Callable | None,
 ) -> None:
     """Have pairs answered, and add them to `choices` and the file, until there are enough or the
     person quits."""
@@ -413,7 +374,7 @@ def collect(
         append_choice(out, choices[-1])
         number = pair.number + 1
         if judge is None or len(choices) % 500 == 0:
-            print(summary(choices, agrees_with), flush=True)
+            print(summary(choices), flush=True)
 
 
 def main(cfg: LabelConfig) -> None:
@@ -425,16 +386,14 @@ def main(cfg: LabelConfig) -> None:
     limit = gpt.config.block_size - cfg.max_new_tokens
     prompts = load_prompts(data, tokenizer, limit, share=checkpoint["config"].get("heldout", SHARE))
     pairs = Pairs(gpt.to(device), prompts, tokenizer, cfg)
-    reward_model = find_reward_model(cfg.reward, path, tokenizer, device)
-    agrees_with = agreement_with(reward_model, tokenizer)
     judge = load_annotator(cfg, data)
 
     out = Path(cfg.out)
     choices = read_choices(out)
     if choices:
-        print(f"{out}: going on after {summary(choices, agrees_with)}")
-    collect(pairs, choices, judge, cfg, agrees_with)
-    total = summary(choices, agrees_with)
+        print(f"{out}: going on after {summary(choices)}")
+    collect(pairs, choices, judge, cfg)
+    total = summary(choices)
     print(f"{out}: {total}; next: python train_reward.py --comparison-files {out}")
 
 

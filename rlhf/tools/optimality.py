@@ -51,6 +51,7 @@ from rlhf.run.flags import DEVICES, arg, check_positive
 from rlhf.run.heldout import SHARE
 from rlhf.run.loading import judge_of, load_policy, load_reward_model, new_network, tokenizer_of
 from rlhf.run.progress import print_table
+from rlhf.run.reward_functions import Rewards, function_digests, named_rewards
 from rlhf.tokenizer import Tokenizer
 
 UNRELIABLE = 10  # effective sample size
@@ -63,7 +64,7 @@ class RunConfig:
 
     checkpoint: str = arg("runs/ppo.pt", "the policy", group="run")
     sft: str = arg("", "its reference (empty: the file it was trained from)")
-    reward: str = arg("", "its reward model (empty: the file it was trained with)")
+    reward: tuple[str, ...] = arg((), "its rewards (empty: the reward model it was trained with)")
     data: str = arg("", "data set folder (empty: the one it was trained on)")
     device: str = arg("auto", "auto: a CUDA GPU if there is one", DEVICES)
 
@@ -164,7 +165,9 @@ def objective_settings(run: Run) -> dict:
     """What the optimum and its estimate depend on."""
     settings = {"kl_coef": run.kl_coef, "temperature": run.policy.gpt.temperature}
     settings |= {"list of held-out prompts": run.prompts}
-    settings |= {"sft file": run.inputs["sft"], "reward file": run.inputs["reward"]}
+    for name, digest in run.inputs.items():
+        if name.startswith(("sft", "reward")):
+            settings[f"{name} file"] = digest
     for name in ("seed", "max_new_tokens", "missing_eos_score", "amp"):
         settings[name] = run.config[name]
     return settings
@@ -176,8 +179,11 @@ def load_run(cfg: RunConfig) -> Run:
     checkpoint = load_checkpoint(path, "ppo")
     config = checkpoint["config"]
     compute = setup(cfg.device, config["amp"])
-    reference, _ = load_policy(trained_file(checkpoint, "sft", cfg.sft, path), "sft")
-    reward_model, _ = load_reward_model(trained_file(checkpoint, "reward", cfg.reward, path))
+    sft_path = Path(cfg.sft or config["sft"] or Path(config["out"]) / "sft.pt")
+    sft_path = trained_file(path, checkpoint, "sft", sft_path, moved=not cfg.sft)
+    reference, _ = load_policy(sft_path, "sft")
+    rewards = rewards_of(path, checkpoint, cfg.reward)
+    reward_model = load_reward_model(rewards.model)[0] if rewards.model else None
     policy = load_whole_policy(path, checkpoint, reward_model)
     reference.temperature = policy.gpt.temperature
 
@@ -185,8 +191,11 @@ def load_run(cfg: RunConfig) -> Run:
     tokenizer = tokenizer_of(path, checkpoint, data)
     judge = judge_of(cfg.data, config["data"])
     frozen = frozen_models(reference, reward_model, tokenizer, config, compute)
-    context = min(reference.config.block_size, reward_model.gpt.config.block_size)
-    limit = context - config["max_new_tokens"]
+    functions = rewards.load_functions()
+    for name, function in zip(function_digests(functions), functions):
+        check_input(path, checkpoint, name, function.path)
+    frozen = frozen._replace(functions=functions, weights=rewards.weights)
+    limit = frozen.context - frozen.max_new_tokens
     prompts = load_prompts(data, tokenizer, limit, True, config.get("heldout", SHARE))
     prompts = prompts[: config["eval_prompts"]]
     policy = policy.to(compute.device)
@@ -195,34 +204,56 @@ def load_run(cfg: RunConfig) -> Run:
     return Run(policy, frozen, judge, prompts, config, kl_coef, checkpoint["kind"], inputs)
 
 
-def trained_file(checkpoint: dict, name: str, given: str, beside: Path) -> Path:
-    """sft.pt or reward.pt of a policy. Raises InputError if it is not the file that the policy was
-    trained with.
+def rewards_of(path: Path, checkpoint: dict, given: tuple[str, ...]) -> Rewards:
+    """The rewards that the checkpoint at path was trained with, or those that the user names in
+    their place.
 
-    Args: name: "sft" or "reward"; given: the flag of that name; beside: the policy's file.
+    Raises InputError if there are functions among them and the user has named none: a checkpoint
+    decides on no code that runs.
     """
     config = checkpoint["config"]
-    path = Path(given or config[name] or Path(config["out"]) / f"{name}.pt")
-    if not given and not path.is_file():
-        path = beside.with_name(f"{name}.pt")  # the folder has been moved
-    if path.is_file():
-        check_input(beside, checkpoint, name, path)
-    return path
+    trained = config["reward"]
+    trained = (trained,) if isinstance(trained, str) and trained else tuple(trained)  # of DPO
+    default = Path(config["out"]) / "reward.pt"
+    rewards = named_rewards(given or trained, config.get("reward_weights", ()), default)
+    if rewards.functions and not given:
+        raise InputError(
+            f"{path} was trained with functions, which run only if you name them: give --reward "
+            f"{' '.join(trained)}"
+        )
+    if rewards.model is None:
+        return rewards
+    model = trained_file(path, checkpoint, "reward", rewards.model, moved=not given)
+    return rewards._replace(model=model)
+
+
+def trained_file(path: Path, checkpoint: dict, name: str, file: Path, moved: bool) -> Path:
+    """The file, of this name among its inputs, that the checkpoint at path was trained with.
+
+    Args: moved: if it is not where it was, look beside the checkpoint.
+    Raises: InputError if it is another file.
+    """
+    if moved and not file.is_file():
+        file = path.with_name(f"{name}.pt")
+    if file.is_file():
+        check_input(path, checkpoint, name, file)
+    return file
 
 
 def load_whole_policy(
-    path: Path, checkpoint: dict, reward_model: RewardModel
+    path: Path, checkpoint: dict, reward_model: RewardModel | None
 ) -> PolicyWithValue | PolicyWithoutValue:
     """The policy of the checkpoint at path, with its value estimate if it has one.
 
-    A separate value network has the sizes of the reward model.
+    A separate value network has the sizes of the reward model or, without one, of the policy.
     """
     weights = checkpoint["model"]
     gpt = new_network(checkpoint["model_config"])
     if "value_head.weight" not in weights:  # another --advantage than gae, or DPO
         policy = PolicyWithoutValue(gpt)
     elif any(name.startswith("value_gpt.") for name in weights):
-        policy = PolicyWithValue(gpt, type(gpt)(reward_model.gpt.config))
+        config = reward_model.gpt.config if reward_model else gpt.config
+        policy = PolicyWithValue(gpt, type(gpt)(config))
     else:
         policy = PolicyWithValue(gpt)
     load_weights(path, policy, weights)
@@ -231,14 +262,23 @@ def load_whole_policy(
 
 
 def frozen_models(
-    reference: GPT, reward_model: RewardModel, tokenizer: Tokenizer, config: dict, compute: Compute
+    reference: GPT,
+    reward_model: RewardModel | None,
+    tokenizer: Tokenizer,
+    config: dict,
+    compute: Compute,
 ) -> Frozen:
-    """What the run sampled and scored with."""
+    """What the run sampled and scored with, without reward functions."""
+    limits = config["max_new_tokens"]
+    *shorter, longest = (limits,) if isinstance(limits, int) else limits  # DPO's is one number
+    if reward_model is not None:
+        reward_model.to(compute.device)
     return Frozen(
         reference.to(compute.device),
-        reward_model.to(compute.device),
+        reward_model,
         tokenizer,
-        max_new_tokens=config["max_new_tokens"],
+        max_new_tokens=longest,
+        shortest_limit=sum(shorter),  # of one, or none
         missing_eos_score=config["missing_eos_score"],
         rows=config["micro_batch_size"] or 128,
         amp=compute.amp,

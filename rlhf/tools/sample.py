@@ -3,8 +3,8 @@
     python -m rlhf.tools.sample --checkpoint runs/ppo.pt --prompt "What should I do about a sting?"
     python -m rlhf.tools.sample --checkpoint runs/sft.pt runs/ppo.pt    # a dialogue, side by side
 
-Each response comes with the reward model's score and the judge's gold, if there are any. Top-k and
-top-p are only here: PPO must train the distribution that it samples from.
+Each response comes with the reward model's score, those of the functions that --reward names, and
+the judge's gold, if there are any.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from rlhf.data import Prompt, pad_prompts
-from rlhf.evaluate import decode_responses
-from rlhf.methods.top_p import Sampler
 from rlhf.model import GPT, RewardModel
+from rlhf.rollout import decode_responses
 from rlhf.run.checkpoints import check_tokenizer
 from rlhf.run.device import make_generator, pick_device
 from rlhf.run.errors import InputError, printable
@@ -25,6 +24,7 @@ from rlhf.run.flags import arg, check_positive
 from rlhf.run.judge import gold_scores
 from rlhf.run.loading import judge_of, load_policy, load_reward_model, tokenizer_of
 from rlhf.run.program import run
+from rlhf.run.reward_functions import RewardFunction, Rewards, named_rewards
 from rlhf.run.tables import strip_blanks
 from rlhf.sampling import generate, has_ended
 from rlhf.tokenizer import Tokenizer
@@ -40,19 +40,20 @@ class SampleConfig:
     prompt: str = arg("", "the prompt (empty: typed at the terminal)")
     plain: bool = arg(False, "no Human: and Assistant: around the prompt")
     data: str = arg("", "data set folder (empty: the first checkpoint's, without its judge)")
-    reward: str = arg("", "reward model (empty: reward.pt beside the first checkpoint)")
+    reward: tuple[str, ...] = arg((), "rewards (empty: reward.pt beside the first checkpoint)")
     temperature: float = arg(1.0, "sampling temperature")
-    top_k: int = arg(0, "sample among the k likeliest tokens (0: all)")
-    top_p: float = arg(1.0, "sample among the likeliest tokens of this total probability")
     max_new_tokens: int = arg(0, "longest response (0: half the context, at most 200)")
     samples: int = arg(1, "responses to each prompt")
     device: str = arg("auto", "auto: a CUDA GPU if there is one", ("auto", "cpu", "cuda"))
     seed: int = arg(0, "random seed")
 
     def __post_init__(self):
-        check_positive(self, "temperature", "top_p", "samples")
-        if self.top_p > 1:
-            raise ValueError(f"--top-p is {self.top_p}: it must be at most 1")
+        check_positive(self, "temperature", "samples")
+        self.rewards()  # refuses two reward models
+
+    def rewards(self) -> Rewards:
+        beside = Path(self.checkpoint[0]).with_name("reward.pt")
+        return named_rewards(self.reward, (), beside)
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Policy:
     gpt: GPT
     tokenizer: Tokenizer
     reward_model: RewardModel | None = None  # None: there is none, or it reads other tokens
+    functions: tuple[RewardFunction, ...] = ()
     dialogue: str = ""
 
     def prompt_for(self, question: str, plain: bool) -> str:
@@ -74,7 +76,7 @@ class Policy:
 @dataclass(frozen=True)
 class Response:
     text: str
-    score: float | None  # None without a reward model, or if it is too long for it to read
+    scores: dict[str, float]  # of the reward model, if it can read the response, and the functions
     gold: float | None  # None without a judge
     ended: bool
 
@@ -92,17 +94,17 @@ def load_policies(cfg: SampleConfig) -> tuple[list[Policy], str]:
     policies = []
     for path, (gpt, checkpoint) in zip(paths, loaded):
         tokenizer = tokenizer_of(path, checkpoint, data)
+        gpt.temperature *= cfg.temperature
         policies.append(Policy(path, gpt.to(device), tokenizer))
     return policies, data
 
 
 def find_reward_model(
-    given: str, beside: Path, tokenizer: Tokenizer, device: torch.device
+    path: Path | None, given: bool, tokenizer: Tokenizer, device: torch.device
 ) -> RewardModel | None:
-    """The reward model named by a flag or, without the flag, reward.pt beside a policy, if it can
-    be used."""
-    path = Path(given or beside.with_name("reward.pt"))
-    if not given and not path.is_file():
+    """The reward model of the file at path. None if there is none, or it cannot be used; an
+    InputError then, if the user has given the path."""
+    if path is None or not given and not path.is_file():
         return None
     try:
         model, checkpoint = load_reward_model(path)
@@ -115,12 +117,16 @@ def find_reward_model(
     return model.to(device)
 
 
-def give_reward_model(policies: list[Policy], given: str) -> None:
-    """Give the reward model to all policies that have the first one's tokenizer."""
+def give_rewards(policies: list[Policy], cfg: SampleConfig) -> None:
+    """Give the functions to all policies, and the reward model to those with the first one's
+    tokenizer."""
     first = policies[0]
     device = next(first.gpt.parameters()).device
-    reward_model = find_reward_model(given, first.path, first.tokenizer, device)
+    rewards = cfg.rewards()
+    functions = rewards.load_functions()
+    reward_model = find_reward_model(rewards.model, bool(cfg.reward), first.tokenizer, device)
     for policy in policies:
+        policy.functions = functions
         if policy.tokenizer.fingerprint == first.tokenizer.fingerprint:
             policy.reward_model = reward_model
 
@@ -159,15 +165,17 @@ def respond(
     repeated = [prompt] * cfg.samples
     prompts, prompt_lens = pad_prompts(repeated, tokenizer.pad_id, device)  # (N, P), (N,)
 
-    sampler = Sampler(policy.gpt, cfg.temperature, cfg.top_k, cfg.top_p)
     generator = make_generator(device, cfg.seed, "sample", turn)
     tokens, mask = generate(
-        sampler, prompts, prompt_lens, room, tokenizer.eos_id, generator
+        policy.gpt, prompts, prompt_lens, room, tokenizer.eos_id, generator
     )  # (N, T), (N, T-1)
 
     texts = decode_responses(tokenizer, tokens, mask)
     lengths = prompt_lens + mask.sum(dim=1)  # (N,)
-    scores = score_responses(policy.reward_model, tokens, lengths)
+    columns = score_responses(policy.reward_model, tokens, lengths)
+    for function in policy.functions:
+        columns[function.name] = function([prompt.text] * cfg.samples, texts)
+    scores = [dict(zip(columns, row)) for row in zip(*columns.values())] or [{}] * cfg.samples
     golds = gold_scores(judge, [prompt.text] * cfg.samples, texts)
     ended = has_ended(tokens, mask, tokenizer.eos_id).tolist()
     return [Response(*row) for row in zip(texts, scores, golds, ended)]
@@ -175,17 +183,16 @@ def respond(
 
 def score_responses(
     reward_model: RewardModel | None, tokens: Tensor, lengths: Tensor
-) -> list[float] | list[None]:
-    """tokens (N, T), lengths (N,) -> N scores; None if there is no reward model that reads them."""
+) -> dict[str, list[float]]:
+    """tokens (N, T), lengths (N,) -> {"score": N}; empty if there is no reward model that reads
+    them."""
     if reward_model is None or tokens.size(1) > reward_model.gpt.config.block_size:
-        return [None] * len(tokens)
-    return reward_model(tokens, lengths).tolist()
+        return {}
+    return {"score": reward_model(tokens, lengths).tolist()}
 
 
 def print_response(path: Path, response: Response) -> None:
-    notes = []
-    if response.score is not None:
-        notes.append(f"score {response.score:+.2f}")
+    notes = [f"{name} {score:+.2f}" for name, score in response.scores.items()]
     if response.gold is not None:
         notes.append(f"gold {response.gold:+.2f}")
     if not response.ended:
@@ -234,7 +241,7 @@ def talk(policies: list[Policy], judge: ModuleType | None, cfg: SampleConfig) ->
 def main(cfg: SampleConfig) -> None:
     policies, data = load_policies(cfg)
     judge = judge_of(cfg.data, data, needed=False)
-    give_reward_model(policies, cfg.reward)
+    give_rewards(policies, cfg)
     if not cfg.prompt:
         talk(policies, judge, cfg)
         return

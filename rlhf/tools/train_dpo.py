@@ -19,8 +19,6 @@ loss that keep the probability of the chosen response up.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -30,18 +28,18 @@ from rlhf.data import Comparison, Prompt, choose_batch, load_comparisons, load_p
 from rlhf.methods.dpo import dpo_loss, log_ratios, pair_accuracy, pair_logprobs
 from rlhf.model import GPT, PolicyWithoutValue
 from rlhf.rollout import Frozen
-from rlhf.run import loading, program, warnings
+from rlhf.run import loading, program
 from rlhf.run.checks import check_finite
 from rlhf.run.device import Compute, make_generator, setup
-from rlhf.run.files import csv_path, digests, write_csv
+from rlhf.run.files import csv_path, digests
 from rlhf.run.flags import TrainConfig, arg, check_positive
 from rlhf.run.judge import load_judge, share_positive
 from rlhf.run.micro_batches import micro_batches
 from rlhf.run.optimizer import cosine_schedule, make_optimizer, optimizer_step, set_lr
 from rlhf.run.processes import gather, total_of
-from rlhf.run.progress import print_responses, print_table, sample_rows
 from rlhf.run.training import Training
 
+NEXT = "python -m rlhf.tools.optimality"
 SHOWN = ("loss", "accuracy", "heldout", "chosen_log_ratio", "rejected_log_ratio")
 
 
@@ -79,7 +77,7 @@ def main(cfg: DPOConfig) -> None:
     judge = load_judge(cfg.data)
     train_rows = load_rows(cfg, policy.gpt, frozen)
     heldout_rows = load_rows(cfg, policy.gpt, frozen, heldout=True)
-    prompts = load_heldout_prompts(cfg, policy.gpt, frozen)
+    prompts = load_heldout_prompts(cfg, frozen)
     models = (policy.gpt, frozen.reference, frozen.tokenizer.pad_id, compute)
 
     optimizer = make_optimizer(policy, cfg.lr, weight_decay=0.0)
@@ -115,7 +113,8 @@ def main(cfg: DPOConfig) -> None:
             run.log(done, {**metrics, "lr": lr}, SHOWN)
         if run.evaluates(done):
             run.save(done, kl_coef=cfg.kl_coef)
-    run.warnings.close(write_evaluation(cfg, run.path, policy.gpt, prompts, frozen, judge))
+    results = evaluate.compare(policy.gpt, prompts, frozen, judge, cfg.kl_coef, cfg.seed, cfg.kind)
+    run.write_policy_evaluation(*results, next_step=f"{NEXT} --checkpoint {run.path}")
 
 
 # ---- what a run is made from ----
@@ -125,7 +124,7 @@ def load_models(
     cfg: DPOConfig, compute: Compute
 ) -> tuple[PolicyWithoutValue, Frozen, dict[str, str]]:
     """The policy; what is frozen; digests of what the run is made from."""
-    gpt, reward_model, tokenizer, inputs = loading.load_stages(cfg)
+    gpt, reward_model, tokenizer, inputs = loading.load_stages(cfg, cfg.checkpoint("reward"))
     inputs |= digests(comparisons=csv_path(cfg.data, "comparisons"))
     generator = make_generator("cpu", cfg.seed, "adapters")
     gpt = loading.with_adapters(gpt, cfg.lora_rank, generator)
@@ -148,15 +147,14 @@ def load_rows(cfg: DPOConfig, gpt: GPT, frozen: Frozen, heldout: bool = False) -
     return load_comparisons(cfg.data, frozen.tokenizer, limit, heldout, cfg.heldout)
 
 
-def load_heldout_prompts(cfg: DPOConfig, gpt: GPT, frozen: Frozen) -> list[Prompt]:
+def load_heldout_prompts(cfg: DPOConfig, frozen: Frozen) -> list[Prompt]:
     """The prompts of the closing evaluation, after which a response fits."""
-    context = min(gpt.config.block_size, frozen.reward_model.gpt.config.block_size)
-    limit = max(0, context - cfg.max_new_tokens)
+    limit = max(0, frozen.context - cfg.max_new_tokens)
     prompts = load_prompts(cfg.data, frozen.tokenizer, limit, True, cfg.heldout)
     return prompts[: cfg.eval_prompts]
 
 
-# ---- metrics, and the closing evaluation ----
+# ---- metrics ----
 
 
 def step_metrics(loss: Tensor, ratios: list[Tensor], grad_norm: Tensor) -> dict[str, float | None]:
@@ -173,29 +171,6 @@ def step_metrics(loss: Tensor, ratios: list[Tensor], grad_norm: Tensor) -> dict[
         "rejected_log_ratio": rejected.mean().item(),
         "grad_norm": grad_norm.item(),
     }
-
-
-def write_evaluation(
-    cfg: DPOConfig,
-    path: Path,
-    gpt: GPT,
-    prompts: list[Prompt],
-    frozen: Frozen,
-    judge: ModuleType | None,
-) -> list[str]:
-    """evaluation.csv and dpo_samples.csv beside the checkpoint at path: before and after.
-
-    Returns: warnings.
-    """
-    table, before, after = evaluate.compare(
-        gpt, prompts, frozen, judge, cfg.kl_coef, cfg.seed, cfg.kind
-    )
-    write_csv(path.with_name("evaluation.csv"), table)
-    write_csv(path.with_name("dpo_samples.csv"), sample_rows(before, after))
-    print_responses(before=before[:3], after=after[:3])
-    print(f"\nwrote {path}, evaluation.csv and dpo_samples.csv\n")
-    print_table(table)
-    return warnings.of_policy("DPO", before, after)
 
 
 if __name__ == "__main__":

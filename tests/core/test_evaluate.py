@@ -11,7 +11,6 @@ from rlhf.evaluate import (
     Response,
     compare,
     decode_responses,
-    mean_gold,
     respond,
     summarise,
 )
@@ -110,13 +109,3 @@ def test_compare_samples_the_reference_and_the_policy(gpt, reward_model):
     assert sft["kl_ref"] == 0 and sft["win_rate_vs_sft"] == 0.5
     (_, dpo), *_ = compare(gpt, PROMPTS, frozen, LENGTH_JUDGE, 0.5, 3, name="dpo")
     assert dpo == {**ppo, "policy": "dpo"}
-
-
-def test_mean_gold_is_the_mean_over_the_rollout():
-    """Responses "34" and "6" have lengths 2 and 1."""
-    rollout = SimpleNamespace(
-        tokens=torch.tensor([[1, 2, 3, 4], [5, 6, 10, 0]]),
-        mask=torch.tensor([[False, True, True], [True, True, False]]),
-    )
-    assert mean_gold(LENGTH_JUDGE, PROMPTS[:2], rollout, Digits()) == 1.5
-    assert mean_gold(None, PROMPTS[:2], rollout, Digits()) is None

@@ -21,7 +21,6 @@ from rlhf.ppo import (
     weighted_micro_batches,
 )
 from rlhf.rollout import Frozen, collect
-from rlhf.run.metrics import GradientStepMetrics
 from rlhf.run.optimizer import make_optimizer
 from tests.helpers import CPU, POISON, Digits, Waits, f64
 
@@ -355,42 +354,6 @@ def test_first_log_ratio_is_nan_if_one_micro_batch_has_a_nan(policy, experience)
     cfg = dataclasses.replace(SIX, micro_batch_size=1)
     _, metrics = record(policy, experience._replace(old_logprobs=old_logprobs), cfg)
     assert math.isnan(metrics["first_log_ratio"])
-
-
-@pytest.mark.parametrize(("limit", "gradient_steps"), [(1e9, 9), (1e-9, 3)])
-def test_inner_epochs_stop_beyond_max_kl_old(policy, experience, limit, gradient_steps):
-    """Three epochs of three minibatches; the first already moves the policy by more than 1e-9
-    nats."""
-    cfg = train_ppo.PPOConfig(batch_size=6, minibatch_size=2, inner_epochs=3, max_kl_old=limit)
-    assert run(policy, experience, cfg, lr=1e-3)["gradient_steps"] == gradient_steps
-
-
-@pytest.mark.parametrize(("factor", "gradient_steps"), [(0.99, 3), (1.01, 6)])
-def test_max_kl_old_looks_at_the_last_minibatch_of_an_epoch(
-    policy, experience, monkeypatch, factor, gradient_steps
-):
-    """The limit a little below and above the kl_old of the third of three minibatches, before its
-    step. In two micro-batches each."""
-    tokens, mask = experience.tokens, experience.mask
-    with torch.no_grad():
-        old_logprobs = token_logprobs(policy(tokens)[0], tokens, mask)
-    experience = experience._replace(old_logprobs=old_logprobs)
-    start = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
-    cfg = train_ppo.PPOConfig(batch_size=6, minibatch_size=2, inner_epochs=2, micro_batch_size=1)
-    weighted, add = [], GradientStepMetrics.add
-
-    def spy(self, weight, metrics):
-        weighted.append(weight * metrics["kl_old"])
-        add(self, weight, metrics)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(GradientStepMetrics, "add", spy)
-        run(policy, experience, cfg, lr=1e-2)
-    last = sum(weighted[4:6]).item()
-    assert last > 1.5 * sum(weighted[:6]).item() / 3  # a mean over the epoch is smaller
-    policy.load_state_dict(start)
-    cfg = dataclasses.replace(cfg, max_kl_old=factor * last)
-    assert run(policy, experience, cfg, lr=1e-2)["gradient_steps"] == gradient_steps
 
 
 def test_update_waits_twice_for_each_gradient_step(policy, experience):

@@ -1,12 +1,16 @@
 """The scores, log-probabilities and values of what was sampled."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.testing import assert_close
 
+from rlhf.data import Prompt
 from rlhf.masked import token_logprobs
 from rlhf.model import GPT
 from rlhf.rollout import Frozen, collect
+from rlhf.run.reward_functions import RewardFunction
 from rlhf.sampling import generate, has_ended
 from tests.helpers import Digits, some_prompts
 
@@ -103,3 +107,107 @@ def test_temperature_divides_the_logits_of_sampling_and_scoring(policy, reward_m
     logits = policy.gpt(made.tokens)[:, :-1]
     expected = torch.log_softmax(logits, dim=-1).gather(2, made.tokens[:, 1:, None]).squeeze(2)
     assert_close(made.logprobs, torch.where(made.mask, expected, 0.0))
+
+
+# ---- rewards ----
+
+
+def length_reward(name="length"):
+    """Two for each token of the response, and one for each character of the prompt."""
+
+    def score(prompts, responses):
+        return [
+            len(prompt) + 2 * len(text) for prompt, text in zip(prompts, responses, strict=True)
+        ]
+
+    return RewardFunction(name, "here.py", score)
+
+
+GIVEN = ["", "a", "ab", "abc", [], ["message"], "", "abcdefgh"]
+
+
+def scored(policy, gpt, reward_model, **options):
+    frozen = Frozen(gpt, reward_model, Digits(EOS), max_new_tokens=6, rows=3, **options)
+    generator = torch.Generator().manual_seed(3)
+    return collect(
+        policy, frozen, some_prompts(8, 5), LENS, generator, [Prompt(given, []) for given in GIVEN]
+    )
+
+
+def test_functions_score_texts_beside_the_reward_model(policy, gpt, reward_model):
+    """Digits decodes a token to a digit; end-of-text, 9, is left out."""
+    plain = rollout(policy, gpt, reward_model, missing_eos_score=None)
+    functions = (length_reward(), length_reward("other"))
+    got = scored(
+        policy,
+        gpt,
+        reward_model,
+        functions=functions,
+        weights=(1.0, 0.5, -2.0),
+        missing_eos_score=None,
+    )
+    assert torch.equal(got.tokens, plain.tokens)
+    ended = has_ended(got.tokens, got.mask, EOS)
+    expected = []
+    for row in range(8):
+        digits = [str(i) for i in got.tokens[row, 1:][got.mask[row]].tolist() if i != EOS]
+        expected.append(len(GIVEN[row]) + 2 * len("".join(digits)))
+    assert got.parts[:, 1].tolist() == got.parts[:, 2].tolist() == expected
+    assert_close(got.parts[:, 0], plain.scores)
+    total = plain.scores + 0.5 * got.parts[:, 1] - 2 * got.parts[:, 2]
+    assert_close(got.scores, total)
+    fixed = scored(policy, gpt, reward_model, functions=functions, weights=(1.0, 0.5, -2.0))
+    assert_close(fixed.scores, torch.where(ended, total, -3.0))
+    assert_close(fixed.parts, got.parts)
+
+
+def test_functions_may_be_the_only_reward(policy, gpt):
+    got = scored(policy, gpt, None, functions=(length_reward(),), missing_eos_score=None)
+    assert got.parts.shape == (8, 1) and got.scores.tolist() == got.parts[:, 0].tolist()
+
+
+def test_context_is_what_all_models_read(gpt, reward_model):
+    longer = GPT(dataclasses.replace(gpt.config, block_size=2 * gpt.config.block_size))
+    assert Frozen(longer, None, Digits()).context == longer.config.block_size
+    assert Frozen(longer, reward_model, Digits()).context == gpt.config.block_size
+
+
+# ---- fragments ----
+
+
+def test_without_a_fixed_score_a_fragment_is_scored_as_it_is(policy, gpt, reward_model):
+    got = rollout(policy, gpt, reward_model, missing_eos_score=None)
+    assert not has_ended(got.tokens, got.mask, EOS).all()
+    lengths = LENS + got.mask.sum(dim=1)
+    assert_close(got.scores, reward_model(got.tokens, lengths))
+
+
+def test_longest_response_is_drawn_for_each_row():
+    """floor(u * 3) of 0, 1/3, 0.99, added to 4: the limits 4, 5, 6 are as likely as each other."""
+    frozen = Frozen(None, None, None, max_new_tokens=6, shortest_limit=4)
+    uniforms = torch.tensor([[0.5, 0.0], [0.5, 0.34], [0.5, 0.9999]], dtype=torch.float64)
+    assert frozen.response_limits(uniforms).tolist() == [4, 5, 6]
+    assert Frozen(None, None, None, max_new_tokens=6).response_limits(uniforms) == 6
+
+
+def test_rows_keep_their_limit_whichever_rows_they_are_sampled_with(policy, gpt, reward_model):
+    """A policy that never ends: responses have lengths from 2 to 6, not all the same."""
+    options = {"max_new_tokens": 6, "shortest_limit": 2}
+    frozen = Frozen(gpt, reward_model, Digits(eos_id=-1), **options)
+    uniforms = torch.rand(8, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    got = collect(policy, frozen, some_prompts(8, 5), LENS, uniforms)
+    lengths = got.mask.sum(dim=1).tolist()
+    expected = [2 + int(5 * u) for u in uniforms[:, 6].tolist()]
+    assert lengths == expected and len(set(lengths)) > 2
+    for row in range(8):
+        alone = collect(
+            policy,
+            frozen,
+            some_prompts(8, 5)[row : row + 1],
+            LENS[row : row + 1],
+            uniforms[row : row + 1],
+        )
+        assert torch.equal(
+            alone.tokens[0, : LENS[row] + lengths[row]],
+            got.tokens[row, : LENS[row] + lengths[row]],
+        )

@@ -228,3 +228,17 @@ def test_generate_rejects_impossible_prompt_lengths(gpt, lens):
 def test_generate_rejects_zero_new_tokens(gpt):
     with pytest.raises(ValueError, match="max_new_tokens"):
         generate(gpt, torch.zeros(2, 3, dtype=torch.long), torch.tensor([1, 1]), 0, EOS)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_rows_may_have_limits_of_their_own(gpt, cached):
+    """The first tokens are those of a common limit; without a cache too. No row ends earlier."""
+    model = gpt if cached else lambda tokens: gpt(tokens)
+    prompts, lens = some_prompts(4, 3), torch.tensor([1, 3, 2, 3])
+    limits = torch.tensor([2, 5, 1, 4])
+    uniforms = torch.rand(4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tokens, mask = generate(model, prompts, lens, limits, 99, uniforms)
+    every, _ = generate(model, prompts, lens, 5, 99, uniforms)
+    assert mask.sum(dim=1).tolist() == limits.tolist() and tokens.size(1) == 8
+    for row, end in enumerate((lens + limits).tolist()):
+        assert torch.equal(tokens[row, :end], every[row, :end]) and not tokens[row, end:].any()

@@ -129,7 +129,7 @@ def stages(tmp_path, small_data):
 
 
 def test_load_stages_gives_the_networks_their_tokenizer_and_digests(stages, tmp_path):
-    gpt, model, tokenizer, inputs = load_stages(stages.cfg)
+    gpt, model, tokenizer, inputs = load_stages(stages.cfg, tmp_path / "reward.pt")
     assert torch.equal(gpt(TOKENS), stages.gpt(TOKENS))
     lengths = torch.tensor([3])
     assert torch.equal(model(TOKENS, lengths), stages.model(TOKENS, lengths))
@@ -141,7 +141,7 @@ def test_load_stages_rejects_a_reward_model_of_another_sft(stages, tmp_path):
     small = small_run(tmp_path, noisy(GPT(SHAPE), 5), Config, stages.tokenizer, overwrite=True)
     saved(small, 9)
     with pytest.raises(InputError, match="reward.pt was made from another sft file than .*sft.pt"):
-        load_stages(stages.cfg)
+        load_stages(stages.cfg, tmp_path / "reward.pt")
 
 
 def test_load_stages_rejects_a_reward_model_of_another_tokenizer(stages, tmp_path):
@@ -149,7 +149,7 @@ def test_load_stages_rejects_a_reward_model_of_another_tokenizer(stages, tmp_pat
     run = small_run(tmp_path, stages.model, RewardConfig, inputs=inputs, overwrite=True)
     saved(run, 9)  # with the tokenizer Digits
     with pytest.raises(InputError, match="reward.pt was trained with another tokenizer"):
-        load_stages(stages.cfg)
+        load_stages(stages.cfg, tmp_path / "reward.pt")
 
 
 # ---- tokenizers ----

@@ -52,5 +52,5 @@ def test_the_last_turn_is_shown():
     assert last_turn(as_text([SYSTEM, HI])) == "Hi!"
     assert last_turn("Human: Hi!\n\nAssistant:") == "Hi!"
     assert last_turn("Question: why?\n\nAnswer:") == "Question: why?\n\nAnswer:"
-    assert in_one_line([HI, HELLO, MORE]) == "Tell me more."
+    assert in_one_line([HI, HELLO, MORE]) == "Human: Tell me more."
     assert in_one_line("one " * 100, 20) == "one one ... ne one one"

@@ -28,7 +28,6 @@ def test_means_weigh_micro_batches_and_average_over_minibatches():
         [(1.0, {"loss": 3.0, "norm": 1.0})],
     )
     assert history.means() == {"loss": 4.0, "norm": 1.5}
-    assert history.latest("norm") == 1.0
 
 
 def test_metrics_hold_no_gradient():
@@ -66,7 +65,6 @@ def test_means_are_summed_over_processes_and_maxima_are_the_largest(monkeypatch,
     monkeypatch.setattr(metrics, "gather", lambda mine: torch.cat([mine, torch.tensor([other])]))
     history = history_of([(0.5, {"loss": 3.0, "max_ratio": 7.0})])
     assert history.means() == {"loss": 3.0}
-    assert history.latest("loss") == 3.0
     largest = other if math.isnan(other) else max(7.0, other)
     assert history.first("max_ratio") == pytest.approx(largest, nan_ok=True)
 

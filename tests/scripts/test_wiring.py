@@ -56,7 +56,7 @@ def seen(trained, tmp_path_factory):
     record = SimpleNamespace(data=data, reward=out / "reward.pt", out=out, steps=[])
     collect, update = train_ppo.collect, train_ppo.update
 
-    def spy_on_collect(policy, frozen, prompts, lens, generator):
+    def spy_on_collect(policy, frozen, prompts, lens, generator, given):
         step = SimpleNamespace(
             policy=copy.deepcopy(policy),
             reference=copy.deepcopy(frozen.reference),
@@ -64,8 +64,9 @@ def seen(trained, tmp_path_factory):
             frozen=frozen,
             prompts=prompts,
             lens=lens,
+            given=given,
         )
-        step.rollout = collect(policy, frozen, prompts, lens, generator)
+        step.rollout = collect(policy, frozen, prompts, lens, generator, given)
         record.steps.append(step)
         return step.rollout
 

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import os
 import random
-import re
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ from rlhf.run.errors import InputError, printable
 from rlhf.run.flags import parse_cli
 from rlhf.run.program import lock
 from rlhf.run.program import run as cli_run
-from rlhf.tokenizer import Tokenizer, load_tokenizer
+from rlhf.tokenizer import load_tokenizer
 from rlhf.tools import label
 from rlhf.tools.label import (
     COLUMNS,
@@ -28,7 +27,6 @@ from rlhf.tools.label import (
     LabelConfig,
     Pair,
     Pairs,
-    agrees,
     append_choice,
     judge_answer,
     read_choices,
@@ -154,7 +152,7 @@ def test_keys_write_the_answers_they_stand_for(trained, tmp_path, monkeypatch, c
     got = run(trained, tmp_path, monkeypatch, "12xtsu1q")
     shown = capsys.readouterr().out
     assert [row["Answer"] for row in got] == ["first", "second", "tie", "first"]
-    assert "4 answered, 3 of them with a choice; the reward model agrees with" in shown
+    assert "4 answered, 3 of them with a choice" in shown
     pairs = [shown.split("  1: ")[i + 1].split("\n")[0] for i in range(2)]
     assert printable(got[0]["Chosen"]) == pairs[0] and printable(got[1]["Rejected"]) == pairs[1]
     more = run(trained, tmp_path, monkeypatch, "2t")
@@ -261,37 +259,6 @@ def test_keys_at_a_terminal_are_read_without_enter(monkeypatch):
         typing.start()
         assert label.read_key() == "t"
     os.close(keyboard)
-
-
-def test_agreement_counts_a_pair_that_does_not_fit_as_disagreement(reward_model):
-    """The reward model reads 16 tokens, and the last two pairs take more. Of two short responses it
-    agrees with one order only."""
-
-    class Lengths(Tokenizer):
-        eos_id, pad_id = 9, 10
-
-        def __init__(self):
-            pass
-
-        def encode(self, text):
-            return [len(text) % 7 + 1] * len(text)
-
-    tokenizer = Lengths()
-
-    def model_agrees(chosen, rejected):
-        return agrees(reward_model, tokenizer, first(0, chosen, rejected, prompt="p"))
-
-    assert model_agrees("aa", "a") != model_agrees("a", "aa")
-    assert not model_agrees("a" * 20, "a")
-    assert not model_agrees("a", "a" * 20)
-
-
-def test_agreement_after_undo_is_that_of_the_new_answer(trained, tmp_path, monkeypatch, capsys):
-    """One answer is undone and given the other way. The reward model agrees with exactly one of the
-    two."""
-    run(trained, tmp_path, monkeypatch, "1u2q")
-    shares = re.findall(r"agrees with (\d+)%", capsys.readouterr().out)
-    assert sorted(shares[:2]) == ["0", "100"]
 
 
 def test_pairs_with_cut_off_or_equal_responses_are_not_shown(trained, monkeypatch):

@@ -297,43 +297,31 @@ def trained_with(tmp_path):
     return SimpleNamespace(folder=folder, moved=moved, checkpoint=checkpoint)
 
 
-def test_trained_file_is_the_one_in_the_out_folder(trained_with):
-    path = trained_file(trained_with.checkpoint, "sft", "", trained_with.moved / "ppo.pt")
-    assert path == trained_with.folder / "sft.pt"
-
-
-def test_trained_file_is_the_one_that_the_flag_of_the_run_named(trained_with):
-    trained_with.checkpoint["config"]["sft"] = str(trained_with.moved / "sft.pt")
-    path = trained_file(trained_with.checkpoint, "sft", "", trained_with.folder / "ppo.pt")
-    assert path == trained_with.moved / "sft.pt"
+def test_trained_file_is_where_it_was(trained_with):
+    file = trained_with.folder / "sft.pt"
+    for moved in (True, False):
+        path = trained_with.moved / "ppo.pt"
+        assert trained_file(path, trained_with.checkpoint, "sft", file, moved) == file
 
 
 def test_trained_file_of_a_moved_folder_is_beside_the_checkpoint(trained_with):
-    (trained_with.folder / "sft.pt").unlink()
-    path = trained_file(trained_with.checkpoint, "sft", "", trained_with.moved / "ppo.pt")
-    assert path == trained_with.moved / "sft.pt"
+    file = trained_with.folder / "sft.pt"
+    file.unlink()
+    path = trained_with.moved / "ppo.pt"
+    assert trained_file(path, trained_with.checkpoint, "sft", file, True) == path.with_name(
+        "sft.pt"
+    )
+    assert trained_file(path, trained_with.checkpoint, "sft", file, False) == file
 
 
-def test_trained_file_may_be_named(trained_with):
-    given = str(trained_with.moved / "sft.pt")
-    assert trained_file(
-        trained_with.checkpoint, "sft", given, trained_with.folder / "ppo.pt"
-    ).samefile(given)
-
-
-@pytest.mark.parametrize("given", [True, False])
-def test_trained_file_rejects_another_file(trained_with, given):
-    path = trained_with.folder / "sft.pt"
-    path.write_bytes(b"trained again")
+def test_trained_file_rejects_another_file(trained_with):
+    path = trained_with.folder / "ppo.pt"
+    file = trained_with.folder / "sft.pt"
+    file.write_bytes(b"trained again")
     with pytest.raises(
         InputError, match="ppo.pt was made from another sft file than .*sft.pt; name the right one"
     ):
-        trained_file(
-            trained_with.checkpoint,
-            "sft",
-            str(path) if given else "",
-            trained_with.folder / "ppo.pt",
-        )
+        trained_file(path, trained_with.checkpoint, "sft", file, False)
 
 
 # ---- the program ----

@@ -1,7 +1,6 @@
-"""rlhf.tools.sample: top-k and top-p by hand, dialogues, and the program."""
+"""rlhf.tools.sample: dialogues, rewards, and the program."""
 
 import io
-import math
 import sys
 from pathlib import Path
 
@@ -10,64 +9,12 @@ import torch
 from torch.testing import assert_close
 
 import train_sft
-from rlhf.methods.top_p import Sampler, filter_top_k_top_p
 from rlhf.run.errors import InputError
 from rlhf.run.flags import parse_cli
 from rlhf.run.loading import load_policy
-from rlhf.sampling import generate
 from rlhf.tools import sample
 from rlhf.tools.sample import Response, SampleConfig, shorten
 from tests.helpers import tiny
-
-
-def kept(logits):
-    return [[bool(x > -math.inf) for x in row] for row in logits]
-
-
-P = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
-T, F = True, False
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "expected"),
-    [
-        (0, 1.0, [[T, T, T, T], [T, T, T, T]]),
-        (1, 1.0, [[F, T, F, F], [T, F, F, F]]),  # the first of equal tokens
-        (3, 1.0, [[F, T, T, T], [T, T, T, F]]),
-        (9, 1.0, [[T, T, T, T], [T, T, T, T]]),
-        (0, 0.65, [[F, T, F, T], [T, T, T, F]]),  # .4 + .3 = .7 is the first sum that reaches it
-        (0, 0.75, [[F, T, T, T], [T, T, T, F]]),
-        (0, 1e-9, [[F, T, F, F], [T, F, F, F]]),  # the likeliest token always stays
-        (1, 0.75, [[F, T, F, F], [T, F, F, F]]),
-    ],
-)
-def test_filter_top_k_top_p_keeps_the_likeliest_tokens(top_k, top_p, expected):
-    """Row one has p = (.1, .4, .2, .3), and row two has four equal tokens."""
-    assert kept(filter_top_k_top_p(P.log(), top_k, top_p)) == expected
-
-
-def test_filter_with_default_settings_keeps_every_token():
-    """A sum over a large vocabulary reaches 1 in float32 before its last token."""
-    logits = torch.randn(4, 50_257, generator=torch.Generator().manual_seed(0)) * 6
-    assert torch.equal(filter_top_k_top_p(logits), logits)
-
-
-def test_filter_does_not_change_the_logits_it_keeps():
-    got = filter_top_k_top_p(P.log(), 2)
-    assert_close(got[0, [1, 3]], P.log()[0, [1, 3]], atol=0, rtol=0)
-
-
-def test_sampler_filters_and_divides_the_logits(gpt):
-    """top_k = 1 is greedy: at any temperature each token is the argmax of a forward pass without a
-    cache. Temperature 1/2 doubles the logits."""
-    prompts, lens = torch.tensor([[1, 2, 3]]), torch.tensor([3])
-    tokens, _ = generate(Sampler(gpt, 3.0, 1, 1.0), prompts, lens, 8, eos_id=99)
-    for t in range(3, 11):
-        assert tokens[0, t] == gpt(tokens[:, :t])[0, -1].argmax()
-    hidden = gpt.hidden(prompts)[:, -1]
-    assert_close(
-        Sampler(gpt, 0.5, 0, 1.0).logits(hidden), 2 * gpt.logits(hidden), atol=1e-12, rtol=0
-    )
 
 
 class Letters:
@@ -173,7 +120,7 @@ def test_dialogue_goes_on_until_an_empty_line(trained, monkeypatch, capsys):
 
     def respond(policy, prompt, *_):
         seen.append(prompt)
-        return [Response("fine", score=None, gold=None, ended=True)]
+        return [Response("fine", scores={}, gold=None, ended=True)]
 
     monkeypatch.setattr(sample, "respond", respond)
     for flags in ([], ["--plain"]):
@@ -210,9 +157,7 @@ def test_sample_rejects_bad_input(trained, flags, message):
         run("--data", data, "--prompt", "Hi", *[flag.replace("OUT", str(out)) for flag in flags])
 
 
-@pytest.mark.parametrize(
-    "flags", [["--top-p", "0"], ["--top-p", "1.5"], ["--top-k", "-1"], ["--temperature", "0"]]
-)
+@pytest.mark.parametrize("flags", [["--samples", "0"], ["--temperature", "0"]])
 def test_sample_config_rejects_impossible_values(flags):
     with pytest.raises(SystemExit) as stop:
         parse_cli(SampleConfig, flags)

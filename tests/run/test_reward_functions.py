@@ -1,0 +1,125 @@
+"""rlhf.run.reward_functions: what --reward names, and functions that are found and checked."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf.run.errors import InputError
+from rlhf.run.reward_functions import Rewards, function_digests, named_rewards, part_means
+
+DEFAULT = Path("runs/reward.pt")
+
+
+def write(path, *lines):
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "expected"),
+    [
+        ((), (), Rewards(DEFAULT, (), (1.0,))),
+        ((), (0.5,), Rewards(DEFAULT, (), (0.5,))),
+        (("a/b.pt",), (), Rewards(Path("a/b.pt"), (), (1.0,))),
+        (("x.py",), (2.0,), Rewards(None, ("x.py",), (2.0,))),
+        (("x.py:f", "m.pt"), (2.0, 3.0), Rewards(Path("m.pt"), ("x.py:f",), (3.0, 2.0))),
+        (("C:\\x.py:f",), (), Rewards(None, ("C:\\x.py:f",), (1.0,))),
+    ],
+)
+def test_flags_name_a_model_and_functions_with_weights_of_their_own(names, weights, expected):
+    assert named_rewards(names, weights, DEFAULT) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "message"),
+    [
+        (("a.pt", "b.pt"), (), "--reward a.pt b.pt: give one reward model at most"),
+        (("a.pt", "x.py:"), (), "FILE.py:FUNCTION"),
+        (("x.py",), (1.0, 2.0), "2 weights for 1 rewards"),
+        ((), (1.0, 2.0), "2 weights for 1 rewards"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(names, weights, message):
+    with pytest.raises(ValueError, match=message):
+        named_rewards(names, weights, DEFAULT)
+
+
+def load(*specs):
+    return named_rewards(specs, (), DEFAULT).load_functions()
+
+
+def test_functions_are_found_in_their_files(tmp_path):
+    """`score`, or the one that is named. Two files have modules of their own."""
+    first = write(
+        tmp_path / "rules.py",
+        "import dataclasses",
+        "SIGN = -1",
+        "@dataclasses.dataclass",
+        "class Settings:",
+        "    sign: int = SIGN",
+        "def score(prompts, responses): return [len(r) for r in responses]",
+        "def short(prompts, responses): return [Settings().sign * len(r) for r in responses]",
+    )
+    second = write(tmp_path / "asks.py", "def score(prompts, responses): return map(len, prompts)")
+    functions = load(first, f"{first}:short", second)
+    assert [function.name for function in functions] == ["rules", "short", "asks"]
+    got = [function(["abc", "d"], ["x", ""]) for function in functions]
+    assert got == [[1.0, 0.0], [-1.0, 0.0], [3.0, 1.0]]
+    digests = function_digests(functions)
+    assert list(digests) == ["reward rules", "reward short", "reward asks"]
+    assert digests["reward rules"] == digests["reward short"] != digests["reward asks"]
+
+
+def test_functions_get_a_list_of_their_own(tmp_path):
+    path = write(tmp_path / "x.py", "def score(prompts, responses): return [prompts.pop()]")
+    prompts = ["3"]
+    assert load(path)[0](prompts, ["a"]) == [3.0] and prompts == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("none.py", "none.py does not exist; give --reward a file with a function"),
+        ("x.py:other", "x.py has no function other"),
+        ("empty.py", "empty.py has no function score"),
+        ("number.py", "number.py has no function score"),
+    ],
+)
+def test_missing_functions_are_one_line(tmp_path, spec, message):
+    write(tmp_path / "x.py", "def score(prompts, responses): return []")
+    write(tmp_path / "empty.py", "")
+    write(tmp_path / "number.py", "score = 3")
+    with pytest.raises(InputError, match=message):
+        load(str(tmp_path / spec))
+
+
+def test_two_functions_of_one_name_are_refused(tmp_path):
+    """Their metrics would have one name."""
+    (tmp_path / "a").mkdir()
+    text = "def score(prompts, responses): return []"
+    paths = [write(tmp_path / "x.py", text), write(tmp_path / "a" / "x.py", text)]
+    with pytest.raises(InputError, match="two are called x"):
+        load(*paths)
+
+
+@pytest.mark.parametrize("value", ["[1.0]", "[1.0, 2.0, 3.0]", "[1.0, float('nan')]", "[]"])
+def test_anything_but_one_finite_number_per_response_is_refused(tmp_path, value):
+    path = write(tmp_path / "x.py", f"def score(prompts, responses): return {value}")
+    with pytest.raises(InputError, match=r"x\(\) in .*x.py must return one finite number for each"):
+        load(path)[0](["a", "b"], ["c", "d"])
+
+
+def test_an_error_inside_a_function_keeps_its_traceback(tmp_path):
+    path = write(tmp_path / "x.py", "def score(prompts, responses): return [1 / 0]")
+    with pytest.raises(ZeroDivisionError):
+        load(path)[0](["a"], ["b"])
+
+
+def test_part_means_name_each_of_several_rewards(tmp_path):
+    path = write(tmp_path / "x.py", "def score(prompts, responses): return []")
+    (function,) = load(path)
+    parts = torch.tensor([[1.0, 10.0], [2.0, 30.0]])
+    assert part_means("a model", (function,), parts) == {"score_model": 1.5, "score_x": 20.0}
+    assert part_means(None, (function,), parts[:, 1:]) == {}
+    assert part_means("a model", (), parts[:, :1]) == {}
