@@ -149,18 +149,19 @@ def score_responses(
 
     tokens (B, T), mask (B, T-1), prompt_lens (B,), B prompts for the functions -> (B, K).
     """
-    columns = []
+    columns = [torch.zeros(len(tokens), 0, device=tokens.device)]  # (B, 0): there may be no reward
     if frozen.reward_model is not None:
         lengths = prompt_lens + mask.sum(dim=1)  # (B,)
         with autocast(tokens.device, frozen.amp):
-            columns.append(frozen.reward_model(tokens, lengths))  # (B,)
+            scores = frozen.reward_model(tokens, lengths)  # (B,)
+            columns.append(scores.unsqueeze(1))  # (B, 1)
     if frozen.functions:
         given = [prompt.given for prompt in prompt_list]  # text or messages
         responses = decode_responses(frozen.tokenizer, tokens, mask)
     for function in frozen.functions:
-        scores = function(given, responses)
-        columns.append(torch.tensor(scores, device=tokens.device))  # (B,)
-    return torch.stack(columns, dim=1)
+        scores = torch.tensor(function(given, responses), device=tokens.device)  # (B,)
+        columns.append(scores.unsqueeze(1))  # (B, 1)
+    return torch.cat(columns, dim=1)
 
 
 def total_scores(frozen: Frozen, parts: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -3,30 +3,27 @@
     python -m rlhf.tools.sample --checkpoint runs/ppo.pt --prompt "What should I do about a sting?"
     python -m rlhf.tools.sample --checkpoint runs/sft.pt runs/ppo.pt    # a dialogue, side by side
 
-Each response comes with the reward model's score, those of the functions that --reward names, and
-the judge's gold, if there are any.
+Each response comes with its score, by the reward model or by what --reward names, and the judge's
+gold, if there are any.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import torch
-from torch import Tensor
-
-from rlhf.data import Prompt, pad_prompts
+from rlhf import evaluate
+from rlhf.data import Prompt
+from rlhf.evaluate import Response
 from rlhf.model import GPT, RewardModel
-from rlhf.rollout import decode_responses
+from rlhf.rollout import Frozen
 from rlhf.run.checkpoints import check_tokenizer
-from rlhf.run.device import make_generator, pick_device
+from rlhf.run.device import pick_device
 from rlhf.run.errors import InputError, printable
 from rlhf.run.flags import arg, check_positive
-from rlhf.run.judge import gold_scores
 from rlhf.run.loading import judge_of, load_policy, load_reward_model, tokenizer_of
 from rlhf.run.program import run
 from rlhf.run.reward_functions import RewardFunction, Rewards, named_rewards
 from rlhf.run.tables import strip_blanks
-from rlhf.sampling import generate, has_ended
 from rlhf.tokenizer import Tokenizer
 
 
@@ -41,6 +38,7 @@ class SampleConfig:
     plain: bool = arg(False, "no Human: and Assistant: around the prompt")
     data: str = arg("", "data set folder (empty: the first checkpoint's, without its judge)")
     reward: tuple[str, ...] = arg((), "rewards (empty: reward.pt beside the first checkpoint)")
+    reward_weights: tuple[float, ...] = arg((), "weight of each reward (empty: 1)")
     temperature: float = arg(1.0, "sampling temperature")
     max_new_tokens: int = arg(0, "longest response (0: half the context, at most 200)")
     samples: int = arg(1, "responses to each prompt")
@@ -53,32 +51,25 @@ class SampleConfig:
 
     def rewards(self) -> Rewards:
         beside = Path(self.checkpoint[0]).with_name("reward.pt")
-        return named_rewards(self.reward, (), beside)
+        return named_rewards(self.reward, self.reward_weights, beside)
 
 
 @dataclass
 class Policy:
-    """The policy of a checkpoint, and the dialogue that it has had so far."""
+    """The policy of a checkpoint, what scores its responses, and the dialogue that it has had."""
 
     path: Path
     gpt: GPT
     tokenizer: Tokenizer
     reward_model: RewardModel | None = None  # None: there is none, or it reads other tokens
     functions: tuple[RewardFunction, ...] = ()
+    weights: tuple[float, ...] = ()
     dialogue: str = ""
 
     def prompt_for(self, question: str, plain: bool) -> str:
         if plain:
             return strip_blanks(question)
         return f"{self.dialogue}\n\nHuman: {question}\n\nAssistant:"
-
-
-@dataclass(frozen=True)
-class Response:
-    text: str
-    scores: dict[str, float]  # of the reward model, if it can read the response, and the functions
-    gold: float | None  # None without a judge
-    ended: bool
 
 
 # ---- what is loaded ----
@@ -99,9 +90,7 @@ def load_policies(cfg: SampleConfig) -> tuple[list[Policy], str]:
     return policies, data
 
 
-def find_reward_model(
-    path: Path | None, given: bool, tokenizer: Tokenizer, device: torch.device
-) -> RewardModel | None:
+def find_reward_model(path: Path | None, given: bool, tokenizer: Tokenizer) -> RewardModel | None:
     """The reward model of the file at path. None if there is none, or it cannot be used; an
     InputError then, if the user has given the path."""
     if path is None or not given and not path.is_file():
@@ -114,21 +103,22 @@ def find_reward_model(
             raise
         print(f"going on without a reward model: {printable(str(error))}")
         return None
-    return model.to(device)
+    return model
 
 
 def give_rewards(policies: list[Policy], cfg: SampleConfig) -> None:
-    """Give the functions to all policies, and the reward model to those with the first one's
-    tokenizer."""
+    """Give the rewards to all policies that have the first one's tokenizer."""
     first = policies[0]
-    device = next(first.gpt.parameters()).device
     rewards = cfg.rewards()
     functions = rewards.load_functions()
-    reward_model = find_reward_model(rewards.model, bool(cfg.reward), first.tokenizer, device)
+    reward_model = find_reward_model(rewards.model, bool(cfg.reward), first.tokenizer)
+    if reward_model is not None:
+        reward_model.to(next(first.gpt.parameters()).device)
     for policy in policies:
-        policy.functions = functions
         if policy.tokenizer.fingerprint == first.tokenizer.fingerprint:
             policy.reward_model = reward_model
+            policy.functions = functions
+            policy.weights = rewards.weights if reward_model or functions else ()
 
 
 # ---- responses to one prompt ----
@@ -152,53 +142,33 @@ def shorten(text: str, tokenizer: Tokenizer, limit: int) -> Prompt:
     return Prompt(text, ids)
 
 
-@torch.no_grad()
 def respond(
     policy: Policy, text: str, judge: ModuleType | None, cfg: SampleConfig, turn: int
 ) -> list[Response]:
     """cfg.samples responses to one prompt. turn: of the dialogue, for the random numbers."""
-    tokenizer = policy.tokenizer
-    device = next(policy.gpt.parameters()).device
-    context = policy.gpt.config.block_size
-    room = cfg.max_new_tokens or min(200, context // 2)
-    prompt = shorten(text, tokenizer, context - room)
-    repeated = [prompt] * cfg.samples
-    prompts, prompt_lens = pad_prompts(repeated, tokenizer.pad_id, device)  # (N, P), (N,)
-
-    generator = make_generator(device, cfg.seed, "sample", turn)
-    tokens, mask = generate(
-        policy.gpt, prompts, prompt_lens, room, tokenizer.eos_id, generator
-    )  # (N, T), (N, T-1)
-
-    texts = decode_responses(tokenizer, tokens, mask)
-    lengths = prompt_lens + mask.sum(dim=1)  # (N,)
-    columns = score_responses(policy.reward_model, tokens, lengths)
-    for function in policy.functions:
-        columns[function.name] = function([prompt.text] * cfg.samples, texts)
-    scores = [dict(zip(columns, row)) for row in zip(*columns.values())] or [{}] * cfg.samples
-    golds = gold_scores(judge, [prompt.text] * cfg.samples, texts)
-    ended = has_ended(tokens, mask, tokenizer.eos_id).tolist()
-    return [Response(*row) for row in zip(texts, scores, golds, ended)]
+    frozen = Frozen(
+        reference=policy.gpt,
+        reward_model=policy.reward_model,
+        tokenizer=policy.tokenizer,
+        missing_eos_score=None,
+        functions=policy.functions,
+        weights=policy.weights,
+    )
+    room = cfg.max_new_tokens or min(200, frozen.context // 2)
+    prompt = shorten(text, policy.tokenizer, frozen.context - room)
+    frozen = frozen._replace(max_new_tokens=room)
+    seed = 1000 * cfg.seed + turn
+    return evaluate.respond(policy.gpt, [prompt] * cfg.samples, frozen, judge, seed)
 
 
-def score_responses(
-    reward_model: RewardModel | None, tokens: Tensor, lengths: Tensor
-) -> dict[str, list[float]]:
-    """tokens (N, T), lengths (N,) -> {"score": N}; empty if there is no reward model that reads
-    them."""
-    if reward_model is None or tokens.size(1) > reward_model.gpt.config.block_size:
-        return {}
-    return {"score": reward_model(tokens, lengths).tolist()}
-
-
-def print_response(path: Path, response: Response) -> None:
-    notes = [f"{name} {score:+.2f}" for name, score in response.scores.items()]
+def print_response(policy: Policy, response: Response) -> None:
+    notes = [f"score {response.score:+.2f}"] * bool(policy.weights)
     if response.gold is not None:
         notes.append(f"gold {response.gold:+.2f}")
     if not response.ended:
         notes.append("cut off")
     about = f"   ({', '.join(notes)})" if notes else ""
-    print(f"{path}: {printable(response.text)}{about}", flush=True)
+    print(f"{policy.path}: {printable(response.text)}{about}", flush=True)
 
 
 # ---- a dialogue ----
@@ -211,7 +181,7 @@ def take_turn(
     prompt = policy.prompt_for(question, cfg.plain)
     responses = respond(policy, prompt, judge, cfg, turn)
     for response in responses:
-        print_response(policy.path, response)
+        print_response(policy, response)
     policy.dialogue = f"{prompt} {responses[0].text}"
 
 

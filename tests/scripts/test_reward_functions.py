@@ -165,7 +165,7 @@ def test_optimality_and_sample_use_the_functions_that_the_user_names(
     tool(sample, sample.SampleConfig, *checkpoint, *hello, "--reward", reward)
     shown = capsys.readouterr().out
     text = shown.split("ppo.pt: ")[1].split("   (")[0]
-    assert f"letters {float(len(text)):+.2f}" in shown
+    assert f"score {float(len(text)):+.2f}" in shown
     rules.write_text(FUNCTIONS + "\n# changed\n")
     with pytest.raises(InputError, match="another reward letters file"):
         tool(optimality, optimality.OptimalityConfig, *checkpoint, *small, "--reward", reward)

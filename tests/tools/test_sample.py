@@ -120,7 +120,7 @@ def test_dialogue_goes_on_until_an_empty_line(trained, monkeypatch, capsys):
 
     def respond(policy, prompt, *_):
         seen.append(prompt)
-        return [Response("fine", scores={}, gold=None, ended=True)]
+        return [Response("", "fine", 0.0, None, 0.0, 1, ended=True)]
 
     monkeypatch.setattr(sample, "respond", respond)
     for flags in ([], ["--plain"]):
