@@ -57,7 +57,6 @@ from rlhf.tokenizer import Tokenizer
 
 SHOWN = ("score", "gold", "kl_ref", "value_loss", "entropy", "clip_fraction", "eos_rate")
 MUST_BE_FINITE = ("score", "kl_ref", "policy_loss", "value_loss")
-NEXT = "python -m rlhf.tools.optimality"
 VALUE_METRICS = ("value_loss", "value_clip_fraction", "explained_variance")
 
 
@@ -187,7 +186,7 @@ def main(cfg: PPOConfig) -> None:
     frozen = frozen._replace(rows=cfg.micro_batch_size or 128)
     print("\nbefore and after, on held-out prompts:")
     results = evaluate.compare(policy.gpt, heldout, frozen, judge, kl_coef, cfg.seed)
-    run.write_policy_evaluation(*results, next_step=NEXT)
+    run.close_policy(*results)
 
 
 # ---- what a run is made from ----

@@ -134,7 +134,7 @@ def main(cfg: RewardConfig) -> None:
         check_finite(model, cfg.steps)  # mean and scale are not finite if one score is not
         run.save(cfg.steps)
     result = write_evaluation(run.path, model, heldout_rows, judged, cfg.seed, scoring)
-    run.warnings.close(warnings.of_reward_model(run.rows, result))
+    run.close(warnings.of_reward_model(run.rows, result), "ppo")
 
 
 # ---- what a run is made from ----
@@ -279,7 +279,6 @@ def write_evaluation(
     print(f"held out: {in_words(accuracies)}")
     if swapped:
         print("          (swapped_accuracy: the same model shown the prompt of another row)")
-    print(f"wrote {path}; next: python train_ppo.py")
     return result
 
 

@@ -135,8 +135,7 @@ def main(cfg: SFTConfig) -> None:
         if run.evaluates(done):
             print_samples(gpt, valid_rows, tokenizer, compute, cfg.seed)
             run.save(done)
-    print(f"wrote {run.path}; next: python train_reward.py")
-    run.warnings.close(warnings.of_sft(run.rows))
+    run.close(warnings.of_sft(run.rows), "reward")
 
 
 def make_model(cfg: SFTConfig) -> tuple[GPT, Tokenizer, dict[str, str]]:

@@ -176,7 +176,7 @@ def script(name, *flags, ok=True):
         patch.setattr(sys, "argv", command)
         patch.setattr(program, "end_interrupted", raise_interrupt)
         try:
-            runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+            runpy.run_path(command[0], run_name="__main__")
             status = 0
         except SystemExit as stop:  # with a number, None for 0, or a text for 1
             status = 1 if isinstance(stop.code, str) else stop.code or 0

@@ -144,7 +144,7 @@ MUTANTS = [
     ("train_sft", "rate not scheduled", "cfg.lr * cosine_schedule(step, cfg.steps, cfg.warmup)", "cfg.lr"),
     ("train_reward", "accuracy reversed", "return share_positive(margins)", "return share_positive(-margins)"),
     ("train_reward", "not started from the fine-tuned model", "loading.with_adapters(gpt,", "loading.with_adapters(type(gpt)(gpt.config),"),
-    ("train_reward", "evaluated on the training rows", '"comparisons", heldout=True)', '"comparisons")'),
+    ("train_reward", "evaluated on the training rows", "limit, True, cfg.heldout, files)", "limit, False, cfg.heldout, files)"),
     ("train_reward", "micro-batches not weighted", "part_loss * (len(part) / len(rows))", "part_loss * 1"),
     ("train_ppo", "groups are not consecutive", "[prompt for prompt in chosen for _ in range(cfg.group_size)]", "[prompt for _ in range(cfg.group_size) for prompt in chosen]"),
     ("train_ppo", "as many prompts as responses", "cfg.batch_size // cfg.group_size", "cfg.batch_size"),

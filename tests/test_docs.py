@@ -1,15 +1,8 @@
 """The documentation pages agree with the code."""
 
 import re
-import textwrap
-from types import SimpleNamespace
 
-import torch
-
-import train_ppo
-from rlhf.run.flags import parse_cli
-from rlhf.run.loading import find_tokenizer
-from tests.helpers import ROOT, rows, tiny
+from tests.helpers import ROOT, rows
 
 
 def test_metrics_page_lists_the_columns_of_the_three_csvs(trained):
@@ -23,33 +16,6 @@ def test_metrics_page_lists_the_columns_of_the_three_csvs(trained):
         assert documented == list(rows(out / name)[0]), (
             f"docs/metrics.md: one row per column of {name}"
         )
-
-
-def test_own_reward_of_the_page_trains(trained, tmp_path, monkeypatch):
-    """The class of docs/data.md in load_models: the score is the number of "please" in the
-    text, which is 0 here, or --missing-eos-score."""
-    data, out, _ = trained
-    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    names = {"torch": torch}
-    source = re.search(r"    class MyReward.*?tokens.device\)\n", page, flags=re.S)[0]
-    exec(textwrap.dedent(source), names)
-    line = "    frozen = Frozen("
-    assert (ROOT / "train_ppo.py").read_text(encoding="utf-8").count(line) == 1
-    tokenizer = find_tokenizer(str(data))
-    ids = torch.tensor([tokenizer.encode("Human: please please\n\nAssistant: Yes, please.")])
-    own = names["MyReward"](SimpleNamespace(gpt=None), tokenizer)
-    assert own(ids, torch.tensor([ids.size(1)])).tolist() == [1]  # the prompt does not count
-    frozen = train_ppo.Frozen
-
-    def with_own_reward(reward_model, tokenizer, **others):
-        own = names["MyReward"](reward_model, tokenizer)
-        return frozen(reward_model=own, tokenizer=tokenizer, **others)
-
-    monkeypatch.setattr(train_ppo, "Frozen", with_own_reward)
-    models = ["--sft", out / "sft.pt", "--reward", out / "reward.pt"]
-    flags = tiny("ppo", "--data", data, "--out", tmp_path, *models)
-    train_ppo.main(parse_cli(train_ppo.PPOConfig, flags))
-    assert {float(row["score_after"]) for row in rows(tmp_path / "ppo_samples.csv")} <= {0.0, -3.0}
 
 
 def test_one_response_quotes_numbers_of_the_recorded_walk():

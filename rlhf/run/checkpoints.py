@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rlhf.run.commands import command
 from rlhf.run.errors import InputError
 from rlhf.run.files import check_file, digests
 from rlhf.tokenizer import Tokenizer
@@ -26,33 +27,27 @@ def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
         unfinished: allow one of a run that has not finished.
     Raises: InputError if it is missing, garbled, of another kind or unfinished.
     """
-    scripts = " or ".join(script_of(kind) for kind in kinds)
-    check_file(path, f"run `python {scripts}` first, with the same --out")
+    programs = " or ".join(f"`{command(kind)}`" for kind in kinds)
+    check_file(path, f"run {programs} first, with the same --out")
     try:
         checkpoint = read_checkpoint(path)
     except Exception as error:  # a zip that is cut short, a pickle of something else, ...
         raise InputError(
-            f"{path} is not a checkpoint of this project: run {scripts} again ({error!r})"
+            f"{path} is not a checkpoint of this project: run {programs} again ({error!r})"
         ) from error
     kind = checkpoint["kind"]
     accepted = (*kinds, "dpo") if "ppo" in kinds else kinds
     if kind not in accepted:
         raise InputError(
-            f"{path} was written by {script_of(kind)}; a checkpoint of {scripts} is needed here"
+            f"{path} was written by `{command(kind)}`; a checkpoint of {programs} is needed here"
         )
     step = checkpoint["step"]
     steps = checkpoint["config"]["steps"]
     if not unfinished and step < steps:
         raise InputError(
-            f"{path} stopped at step {step} of {steps}: finish it with "
-            f"`python {script_of(kind)} --resume`"
+            f"{path} stopped at step {step} of {steps}: finish it with `{command(kind)} --resume`"
         )
     return checkpoint
-
-
-def script_of(kind: str) -> str:
-    """The script that writes checkpoints of this kind, as `python` takes it."""
-    return "-m rlhf.tools.train_dpo" if kind == "dpo" else f"train_{kind}.py"
 
 
 def read_checkpoint(path: Path) -> dict:

@@ -1,8 +1,10 @@
 """User errors, the one line that is printed for one, and text that comes from elsewhere."""
 
+import difflib
 import re
 import sys
 import textwrap
+from collections.abc import Iterable
 from typing import NoReturn
 
 
@@ -15,6 +17,12 @@ def fail(message: str) -> NoReturn:
     line = textwrap.shorten(message, 600, placeholder=" ...")
     print(f"error: {printable(line)}", file=sys.stderr)
     sys.exit(2)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the nearest of those known, or ""."""
+    nearest = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all control characters but tab and LF

@@ -15,6 +15,14 @@ from rlhf.run.processes import is_first
 
 # What RFC 4180 wants in quotation marks, and blanks that a reader might drop.
 NEEDS_QUOTES = re.compile(r'[",\r\n]|^\s|\s$')
+DEFAULT_DATA = Path("data/tiny_assistant")
+BUNDLED = Path(__file__).resolve().parents[2] / DEFAULT_DATA  # in a clone, and in the wheel
+
+
+def data_folder(name: str | Path) -> Path:
+    """The folder of a data set. The default name means the bundled one, unless it exists here."""
+    path = Path(name)
+    return BUNDLED if path == DEFAULT_DATA and not path.exists() else path
 
 
 def check_file(
@@ -32,7 +40,7 @@ def check_folder(folder: str | Path, for_rows: bool = True) -> None:
 
     Args: for_rows: or if it has no CSV file.
     """
-    path = Path(folder)
+    path = data_folder(folder)
     if path.is_file():
         raise InputError(
             f"--data {folder} is a file; give the folder that holds demonstrations.csv, "
@@ -102,7 +110,7 @@ def writing(path: Path):
 
 def csv_path(folder: str | Path, name: str, heldout: bool = False) -> Path:
     suffix = "_heldout" if heldout else ""
-    return Path(folder) / f"{name}{suffix}.csv"
+    return data_folder(folder) / f"{name}{suffix}.csv"
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

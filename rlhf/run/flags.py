@@ -3,6 +3,7 @@ help."""
 
 import argparse
 import dataclasses
+import json
 import math
 import typing
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from rlhf.run.errors import fail
+from rlhf.run.errors import did_you_mean, fail
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "off", "bf16", "fp16")
@@ -20,6 +21,7 @@ SEVERAL = {
     tuple[int, ...]: (int, "N"),
     tuple[float, ...]: (float, "X"),
 }
+NOT_FROM_FILE = {"resume": False, "overwrite": False}  # only the command line may ask for these
 LARGEST = 2**32 - 1  # whole number of a flag
 
 
@@ -114,20 +116,66 @@ def parse_cli(cls: type, argv: list[str] | None = None):
     """Read the flags into a config of this class.
 
     --help shows every default. A bad flag or value is printed as one line, with exit status 2.
+    Flags replace the settings of the file that --config names.
     """
-    parser = make_parser(cls)
-    given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        if isinstance(value, list):
-            given[name] = tuple(value)
+    given = parse_words(cls, argv)
+    if "config" in given:
+        path = given["config"]
+        given = parse_words(cls, read_config(path), f"{path}: ") | NOT_FROM_FILE | given
+        del given["config"]
     try:
         check_numbers(cls, given)
         return cls.from_flags(given) if hasattr(cls, "from_flags") else cls(**given)
     except ValueError as error:
-        parser.error(str(error))
+        fail(f"{error} (--help shows all flags)")
 
 
-def make_parser(cls: type) -> argparse.ArgumentParser:
+def parse_words(cls: type, words: list[str] | None, source: str = "") -> dict:
+    """{name: value} of the flags that are given. source: where, at the beginning of an error."""
+    parser = make_parser(cls, source)
+    found, unknown = parser.parse_known_args(words)
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        flags = [flag_name(field.name) for field in dataclasses.fields(cls)]
+        parser.error(f"unknown flag {word}{did_you_mean(word, flags)}")
+    given = vars(found)
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(value)
+    return given
+
+
+def read_config(path: str) -> list[str]:
+    """The settings in a file of --config, {name: value} in JSON, as flags."""
+    words = []
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if isinstance(value, bool):
+                words.append(flag_name(name if value else f"no_{name}"))
+                continue
+            if value is None:
+                raise ValueError(f"{name} has no value")
+            values = value if isinstance(value, list) else [value]
+            if len(values) > 1 and not isinstance(values[0], str):  # of numbers, the last counts
+                words += [flag_name(name), *map(str, values)]
+            else:
+                words += [f"{flag_name(name)}={one}" for one in values]
+    except (OSError, ValueError, AttributeError) as error:
+        fail(f"{path} is no file of settings, such as OUT/KIND.json: {error}")
+    return words
+
+
+def to_json(cfg) -> dict:
+    """{name: value} of a config, as flags spell it: infinity is "inf", and None "none"."""
+    words = {math.inf: "inf", None: "none"}
+    values = {}
+    for name, value in vars(cfg).items():
+        values[name] = value if isinstance(value, tuple) else words.get(value, value)
+    return values
+
+
+def make_parser(cls: type, source: str = "") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=cls.__doc__,
         usage="%(prog)s [flags]",
@@ -136,13 +184,16 @@ def make_parser(cls: type) -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
     )
     # argparse's own error prints the usage first, which would hide the message.
-    parser.error = lambda message: fail(f"{message} (--help shows all flags)")
+    parser.error = lambda message: fail(f"{source}{message} (--help shows all flags)")
     types = typing.get_type_hints(cls)
     group = parser
     for field, about in described(cls):
         if about["group"]:
             group = parser.add_argument_group(about["group"])
         add_flag(group, field, types[field.name], about)
+    if issubclass(cls, TrainConfig):
+        text = "settings of a run, such as OUT/KIND.json; flags replace them"
+        group.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=text)
     group.add_argument("-h", "--help", action="help", help="show this page")
     return parser
 
@@ -164,11 +215,10 @@ def add_flag(group, field: dataclasses.Field, value_type: type, about: dict) -> 
         group.add_argument(name, type=number_or_none, metavar="X", **options)
     elif value_type is bool:
         group.add_argument(name, action=argparse.BooleanOptionalAction, **options)
-    elif about["choices"]:
-        group.add_argument(name, type=value_type, choices=about["choices"], **options)
     else:
-        metavar = {float: "X", int: "N"}.get(value_type, "S")
-        group.add_argument(name, type=value_type, metavar=metavar, **options)
+        choices = about["choices"]
+        metavar = None if choices else {float: "X", int: "N"}.get(value_type, "S")
+        group.add_argument(name, type=value_type, choices=choices, metavar=metavar, **options)
 
 
 def number_or_none(text: str) -> float | None:

@@ -7,13 +7,13 @@
 judge.py is code of the data set and runs as such.
 """
 
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from rlhf.run.errors import InputError
+from rlhf.run.files import data_folder
 from rlhf.run.user_code import call_score, load_code
 
 
@@ -23,7 +23,7 @@ def load_judge(folder: str) -> ModuleType | None:
     Its score() is tried on two responses, so that an error shows before a run and not at its end.
     Raises InputError if that gives anything but one finite number per response.
     """
-    path = Path(folder) / "judge.py"
+    path = data_folder(folder) / "judge.py"
     if not path.is_file():
         return None
     judge = load_code(path, "judge")

@@ -12,11 +12,9 @@ import torch
 from rlhf.model import GPT, GPTConfig, RewardModel
 from rlhf.run.checkpoints import check_input, check_tokenizer, load_checkpoint, load_weights
 from rlhf.run.errors import InputError, printable
-from rlhf.run.files import check_folder, digests
+from rlhf.run.files import BUNDLED, check_folder, data_folder, digests
 from rlhf.run.judge import load_judge
 from rlhf.tokenizer import Tokenizer, load_tokenizer
-
-BUNDLED = Path(__file__).resolve().parents[2] / "data" / "tiny_assistant"
 
 # ---- networks ----
 
@@ -139,7 +137,7 @@ def find_tokenizer(folder: str, choice: str = "auto") -> Tokenizer:
     """The tokenizer of a data set. auto: the folder's tokenizer.tiktoken if it has one, else
     GPT-2's."""
     check_folder(folder, for_rows=choice == "auto")
-    own = Path(folder) / "tokenizer.tiktoken"
+    own = data_folder(folder) / "tokenizer.tiktoken"
     default = str(own) if own.is_file() else "gpt2"
     return load_tokenizer(default if choice == "auto" else choice)
 
@@ -149,7 +147,7 @@ def find_own_tokenizer(checkpoint: dict, folder: str) -> Tokenizer:
 
     It may name any file. If that is no tokenizer, the InputError quotes nothing of its contents.
     """
-    own = Path(folder) / "tokenizer.tiktoken"
+    own = data_folder(folder) / "tokenizer.tiktoken"
     if own.is_file():
         tokenizer = load_tokenizer(str(own))
         if tokenizer.fingerprint == checkpoint["tokenizer"]:
@@ -158,7 +156,7 @@ def find_own_tokenizer(checkpoint: dict, folder: str) -> Tokenizer:
     try:
         return find_tokenizer(folder, name)
     except InputError:
-        if name == "gpt2" or not Path(folder).is_dir():
+        if name == "gpt2" or not data_folder(folder).is_dir():
             raise
         raise InputError(
             f"the checkpoint was trained with the tokenizer {name}, which cannot be loaded; give "
@@ -173,7 +171,7 @@ def judge_of(given: str, named: str, needed: bool = True) -> ModuleType | None:
     must not decide which code runs. If it is another one and has a judge, raises InputError or, if
     no judge is needed, says so and returns None.
     """
-    path = Path(named) / "judge.py"
+    path = data_folder(named) / "judge.py"
     if not given and path.is_file() and path.resolve().parent != BUNDLED:
         text = f"{path} is code that only the checkpoint names; give --data {named} to run it"
         if needed:

@@ -11,6 +11,7 @@ All training programs use it in the same way:
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,31 +24,33 @@ from rlhf.run.checkpoints import (
     load_checkpoint,
     load_optimizer,
     load_trained,
-    script_of,
     trained_state,
 )
+from rlhf.run.commands import command, next_command
 from rlhf.run.device import Compute
 from rlhf.run.errors import InputError
 from rlhf.run.files import append_csv, check_file, replacing, write_csv
-from rlhf.run.flags import TrainConfig
+from rlhf.run.flags import TrainConfig, to_json
 from rlhf.run.optimizer import check_trained
 from rlhf.run.processes import is_first
 from rlhf.run.progress import Progress, print_responses, print_table, sample_rows
 from rlhf.run.warnings import Warnings, of_policy
 from rlhf.tokenizer import Tokenizer
 
-# What lies beside the checkpoint of each kind: its metrics, and what the finished policy gives.
+# What lies beside the checkpoint of each kind: its metrics, its settings, and what the finished
+# policy gives.
 RESULTS = {
-    "sft": ("sft.csv",),
-    "reward": ("reward.csv", "reward_evaluation.csv"),
+    "sft": ("sft.csv", "sft.json"),
+    "reward": ("reward.csv", "reward.json", "reward_evaluation.csv"),
     "ppo": (
         "ppo.csv",
+        "ppo.json",
         "evaluation.csv",
         "ppo_samples.csv",
         "optimality.csv",
         "learning_curve.png",
     ),
-    "dpo": ("dpo.csv", "evaluation.csv", "dpo_samples.csv", "optimality.csv"),
+    "dpo": ("dpo.csv", "dpo.json", "evaluation.csv", "dpo_samples.csv", "optimality.csv"),
 }
 # Settings that may change on --resume: they change no training step, or name files whose contents
 # are compared.
@@ -109,7 +112,7 @@ class Training:
         self.warnings = Warnings()
         self.writer = self.open_tensorboard() if self.cfg.tensorboard and is_first() else None
         if self.rows:
-            self.write_metrics()
+            self.write_records()
 
     # ---- begin, or resume ----
 
@@ -186,8 +189,11 @@ class Training:
                     self.writer.add_scalar(f"{self.cfg.kind}/{name}", value, step)
             self.writer.flush()
 
-    def write_metrics(self) -> None:
+    def write_records(self) -> None:
+        """Write the metrics, and the settings for --config."""
         write_csv(self.csv, self.rows)
+        with replacing(self.path.with_suffix(".json")) as file:
+            print(json.dumps(to_json(self.cfg), indent=1), file=file)
 
     def open_tensorboard(self):
         try:
@@ -198,23 +204,7 @@ class Training:
         folder = self.path.parent / "tensorboard" / self.cfg.kind
         return SummaryWriter(folder, purge_step=self.step + 1)
 
-    def write_policy_evaluation(
-        self, rows: list[dict], before: list, after: list, next_step: str
-    ) -> None:
-        """evaluation.csv and KIND_samples.csv beside the checkpoint, and the last lines of a run.
-
-        Args: rows: of evaluation.csv; before, after: the reference's and the policy's
-            rlhf.evaluate.Response to each prompt; next_step: a command.
-        """
-        samples = f"{self.cfg.kind}_samples.csv"
-        write_csv(self.path.with_name("evaluation.csv"), rows)
-        write_csv(self.path.with_name(samples), sample_rows(before, after))
-        print_responses(before=before[:3], after=after[:3])
-        print(f"\nwrote {self.path}, evaluation.csv and {samples}; next: {next_step}\n")
-        print_table(rows)
-        self.warnings.close(of_policy(self.cfg.kind.upper(), before, after))
-
-    # ---- checkpoints ----
+    # ---- checkpoints, and the end ----
 
     def save(self, step: int, **state) -> None:
         """Write a checkpoint, and after it the metrics that belong to it.
@@ -245,12 +235,34 @@ class Training:
             torch.save(contents, file)
         self.remove(self.old_results)
         self.old_results = []
-        self.write_metrics()  # also if the file of appended rows has been changed or removed
+        self.write_records()  # also if the file of appended rows has been changed or removed
 
     def remove(self, files: list[Path]) -> None:
         if is_first():
             for file in files:
                 file.unlink(missing_ok=True)
+
+    def close_policy(self, rows: list[dict], before: list, after: list) -> None:
+        """Write evaluation.csv and KIND_samples.csv beside the checkpoint, and close the run.
+
+        Args: rows: of evaluation.csv; before, after: the reference's and the policy's
+            rlhf.evaluate.Response to each prompt.
+        """
+        samples = f"{self.cfg.kind}_samples.csv"
+        write_csv(self.path.with_name("evaluation.csv"), rows)
+        write_csv(self.path.with_name(samples), sample_rows(before, after))
+        print_responses(before=before[:3], after=after[:3])
+        print(f"\nevaluation.csv and {samples}, beside the checkpoint:\n")
+        print_table(rows)
+        texts = of_policy(self.cfg.kind.upper(), before, after)
+        self.close(texts, "optimality", "sample")
+
+    def close(self, texts: list[str], *programs: str) -> None:
+        """Print what was written, all warnings, last these, and the commands that come next."""
+        print(f"wrote {self.path}")
+        self.warnings.close(texts)
+        for name in programs:
+            print(f"next: {next_command(self.cfg, name)}")
 
 
 def check_evaluation(folder: Path, kind: str) -> None:
@@ -260,8 +272,8 @@ def check_evaluation(folder: Path, kind: str) -> None:
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if f"\n{other}," in text and f"\n{kind}," not in text:
         raise InputError(
-            f"{path} is of another run, by `python {script_of(other)}`; move the files of that run "
-            f"to another folder"
+            f"{path} is of another run, by `{command(other)}`; move the files of that run to "
+            f"another folder"
         )
 
 

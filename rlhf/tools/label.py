@@ -37,6 +37,7 @@ from rlhf.data import (
 )
 from rlhf.model import GPT
 from rlhf.rollout import decode_responses
+from rlhf.run.commands import command
 from rlhf.run.device import make_generator, pick_device
 from rlhf.run.errors import InputError, printable
 from rlhf.run.files import quoted, replacing, writing
@@ -394,7 +395,7 @@ def main(cfg: LabelConfig) -> None:
         print(f"{out}: going on after {summary(choices)}")
     collect(pairs, choices, judge, cfg)
     total = summary(choices)
-    print(f"{out}: {total}; next: python train_reward.py --comparison-files {out}")
+    print(f"{out}: {total}; next: {command('reward')} --comparison-files {out}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,6 @@ from rlhf.run.optimizer import cosine_schedule, make_optimizer, optimizer_step, 
 from rlhf.run.processes import gather, total_of
 from rlhf.run.training import Training
 
-NEXT = "python -m rlhf.tools.optimality"
 SHOWN = ("loss", "accuracy", "heldout", "chosen_log_ratio", "rejected_log_ratio")
 
 
@@ -114,7 +113,7 @@ def main(cfg: DPOConfig) -> None:
         if run.evaluates(done):
             run.save(done, kl_coef=cfg.kl_coef)
     results = evaluate.compare(policy.gpt, prompts, frozen, judge, cfg.kl_coef, cfg.seed, cfg.kind)
-    run.write_policy_evaluation(*results, next_step=f"{NEXT} --checkpoint {run.path}")
+    run.close_policy(*results)
 
 
 # ---- what a run is made from ----

@@ -1383,7 +1383,7 @@ def test_checkpoint_that_has_moved_is_named(error, tmp_path):
         "Hi",
     )
     path = tmp_path / "gone" / "ppo.pt"
-    message = "does not exist; run `python train_sft.py or train_ppo.py` first"
+    message = "does not exist; run `python train_sft.py` or `python train_ppo.py` first"
     assert f"{path} {message}" in text
 
 

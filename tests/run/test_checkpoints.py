@@ -28,7 +28,7 @@ from tests.run.small_run import SHAPE, DPOConfig, finished, saved
 
 
 def test_load_checkpoint_rejects_another_scripts_checkpoint(run):
-    message = "written by train_sft.py; a checkpoint of train_reward.py is needed"
+    message = "written by `python train_sft.py`; a checkpoint of `python train_reward.py` is needed"
     with pytest.raises(InputError, match=message):
         load_checkpoint(saved(run, 9), "reward")
 
@@ -41,7 +41,9 @@ def test_load_checkpoint_takes_dpo_wherever_it_takes_ppo(tmp_path):
     path = finished(tmp_path, GPT(SHAPE), DPOConfig)
     assert load_checkpoint(path, "sft", "ppo")["kind"] == "dpo"
     assert load_checkpoint(path, "dpo")["kind"] == "dpo"
-    message = "written by -m rlhf.tools.train_dpo; a checkpoint of train_sft.py is needed here"
+    message = (
+        "written by `python -m rlhf.tools.train_dpo`; a checkpoint of `python train_sft.py` is"
+    )
     with pytest.raises(InputError, match=message):
         load_checkpoint(path, "sft")
 
@@ -74,7 +76,9 @@ def test_load_checkpoint_rejects_a_file_of_something_else(tmp_path, content):
 def test_load_checkpoint_rejects_another_format(run):
     content = torch.load(saved(run, 9), weights_only=True)
     torch.save({**content, "format": 1}, run.path)
-    with pytest.raises(InputError, match="run train_sft.py again .*of format 1, this code reads 3"):
+    with pytest.raises(
+        InputError, match="run `python train_sft.py` again .*of format 1, this code reads 3"
+    ):
         load_checkpoint(run.path, "sft")
 
 
@@ -85,7 +89,7 @@ def test_load_checkpoint_rejects_a_flipped_bit(run):
     content[content.index(weights) + 5] ^= 1
     run.path.write_bytes(content)
     assert torch.load(run.path, weights_only=True)["kind"] == "sft"
-    with pytest.raises(InputError, match="run train_sft.py again .*damaged in"):
+    with pytest.raises(InputError, match="run `python train_sft.py` again .*damaged in"):
         load_checkpoint(run.path, "sft")
 
 

@@ -10,16 +10,18 @@ import pytest
 from rlhf.run import processes
 from rlhf.run.errors import InputError
 from rlhf.run.files import (
+    DEFAULT_DATA,
     append_csv,
     check_file,
     check_folder,
     csv_line,
     csv_path,
+    data_folder,
     digests,
     replacing,
     write_csv,
 )
-from tests.helpers import ROOT
+from tests.helpers import BUNDLED, ROOT
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -49,6 +51,32 @@ def test_check_folder_says_what_a_folder_is_not(tmp_path):
     check_folder(tmp_path, for_rows=False)
     write(tmp_path / "demonstrations.csv", "Prompt,Response\na,b\n")
     check_folder(str(tmp_path))
+
+
+# ---- the bundled data set ----
+
+
+@pytest.mark.parametrize("name", ["data/tiny_assistant", "./data/tiny_assistant/", DEFAULT_DATA])
+def test_default_data_folder_is_the_bundled_one_wherever_a_program_starts(
+    tmp_path, monkeypatch, name
+):
+    """check_folder and csv_path find it too."""
+    monkeypatch.chdir(tmp_path)
+    assert data_folder(name) == BUNDLED
+    assert csv_path(name, "prompts") == BUNDLED / "prompts.csv"
+    check_folder(name)
+
+
+def test_default_data_folder_that_exists_here_is_meant_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "tiny_assistant").mkdir(parents=True)
+    assert data_folder("data/tiny_assistant").resolve() == tmp_path / "data" / "tiny_assistant"
+
+
+def test_another_folder_is_never_the_bundled_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny_assistant", "data/other", tmp_path / "data" / "tiny_assistant"):
+        assert data_folder(name) == Path(name)
 
 
 # ---- writing CSV files ----

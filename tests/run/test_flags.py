@@ -1,5 +1,6 @@
 """Flags: what they are read into, which are rejected, and the help page."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rlhf.run.flags import (
     check_positive,
     described,
     parse_cli,
+    to_json,
 )
 from rlhf.tools.sample import SampleConfig
 from rlhf.tools.train_dpo import DPOConfig
@@ -183,6 +185,108 @@ def test_every_flag_refuses_numbers_beyond_its_range_with_one_line(cls, capsys):
             assert shown.startswith("error: ")
 
 
+# ---- words that are no flags ----
+
+
+@pytest.mark.parametrize(
+    ("cls", "argv", "message"),
+    [
+        (PPOConfig, ["--kl_coef", "0.1"], "unknown flag --kl_coef; did you mean --kl-coef?"),
+        (PPOConfig, ["--kl_coef=0.1"], "unknown flag --kl_coef; did you mean --kl-coef?"),
+        (SampleConfig, ["--temprature", "2"], "unknown flag --temprature; did you mean --temp"),
+        (SFTConfig, ["--quantum", "2"], "unknown flag --quantum (--help"),
+        (SampleConfig, ["--prompt", "Hello", "there"], "unknown flag there (--help"),
+    ],
+)
+def test_unknown_flag_names_the_nearest(cls, argv, message, capsys):
+    """The last one lacks quotation marks."""
+    with pytest.raises(SystemExit) as stop:
+        parse_cli(cls, argv)
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and shown.startswith(f"error: {message}")
+    assert shown.endswith("(--help shows all flags)\n") and shown.count("\n") == 1
+
+
+# ---- --config ----
+
+
+def config_file(folder, content):
+    path = folder / "my.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_config_gives_back_the_settings_that_to_json_wrote(tmp_path):
+    """Numbers with an exponent, infinity, text that begins with a dash, several values."""
+    cfg = RewardConfig(lr=1e-20, out="-x y", comparison_files=("a b", "--c"))
+    assert parse_cli(RewardConfig, ["--config", config_file(tmp_path, to_json(cfg))]) == cfg
+    cfg = PPOConfig(missing_eos_score=None, reward=("x.py:f", "r.pt"), reward_weights=(0.5, 2.0))
+    assert parse_cli(PPOConfig, ["--config", config_file(tmp_path, to_json(cfg))]) == cfg
+    cfg = PPOConfig(
+        missing_eos_score=-1e-20,
+        value_clip_eps=0.5,
+        max_new_tokens=(3, 9),
+        tensorboard=True,
+        steps=3,
+        warmup=1,
+    )
+    assert parse_cli(PPOConfig, ["--config", config_file(tmp_path, to_json(cfg))]) == cfg
+
+
+def test_to_json_is_standard_json():
+    text = json.dumps(to_json(PPOConfig()), allow_nan=False)
+    assert '"value_clip_eps": "inf"' in text and '"kl_coef": 0.07' in text
+
+
+def test_flags_replace_the_settings_of_the_file(tmp_path):
+    """Several values are replaced as a whole; what neither names keeps its default."""
+    content = {"lr": 0.5, "seed": 7, "tensorboard": True, "comparison_files": ["a", "b"]}
+    flags = ["--lr", "0.25", "--no-tensorboard", "--comparison-files", "c"]
+    got = parse_cli(RewardConfig, [*flags, "--config", config_file(tmp_path, content)])
+    assert got == RewardConfig(lr=0.25, seed=7, comparison_files=("c",))
+
+
+def test_resume_and_overwrite_come_from_the_command_line_only(tmp_path):
+    path = config_file(tmp_path, {"overwrite": True, "resume": True})
+    assert parse_cli(SFTConfig, ["--config", path]) == SFTConfig()
+    assert parse_cli(SFTConfig, ["--config", path, "--resume"]) == SFTConfig(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"kl_coeff": 0.1}, "my.json: unknown flag --kl-coeff; did you mean --kl-coef?"),
+        ({"steps": "many"}, "my.json: argument --steps: invalid int value: 'many'"),
+        ({"steps": 2.5}, "my.json: argument --steps: invalid int value: '2.5'"),
+        ({"steps": True}, "my.json: argument --steps: expected one argument"),
+        ({"tensorboard": "yes"}, "my.json: argument --tensorboard"),
+        ({"advantage": "a2c"}, "my.json: argument --advantage: invalid choice: 'a2c'"),
+        ({"out": None}, "out has no value"),
+        ({"kl_coef": -1}, "--kl-coef is -1.0: it must be 0 or more"),
+        ("[1]", "my.json is no file of settings"),
+        ("{", "my.json is no file of settings"),
+    ],
+)
+def test_config_refuses_what_is_no_setting_with_one_line(tmp_path, content, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_cli(PPOConfig, ["--config", config_file(tmp_path, content)])
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and shown.startswith("error: ") and shown.count("\n") == 1
+    assert message in shown
+
+
+def test_config_names_a_file_that_is_missing(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_cli(PPOConfig, ["--config", str(tmp_path / "gone.json")])
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and f"{tmp_path}/gone.json is no file of settings" in shown
+
+
+def test_only_training_programs_have_config(capsys):
+    assert "--config" in help_page(DPOConfig, capsys)
+    assert "--config" not in help_page(SampleConfig, capsys)
+
+
 # ---- the help page ----
 
 
@@ -246,7 +350,7 @@ def test_help_of_a_script_has_every_flag_once_under_the_groups_of_train_config(c
     found = groups(help_page(cls, capsys))
     flags = [line.split()[0].rstrip(",") for lines in found.values() for line in lines]
     names = [field.name.replace("_", "-") for field, _ in described(cls)]
-    assert sorted(flags) == sorted(["-h", *[f"--{name}" for name in names]])
+    assert sorted(flags) == sorted(["-h", "--config", *[f"--{name}" for name in names]])
     shared = {"run": ["--data", "--seed"], "optimisation": ["--steps", "--lr", "--eval-every"]}
     for heading, names in shared.items():
         assert set(names) <= {line.split()[0] for line in found[heading]}

@@ -1,6 +1,7 @@
 """The network, the tokenizer and the judge that a checkpoint names."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 from rlhf.model import GPT, PolicyWithoutValue, PolicyWithValue, RewardModel
 from rlhf.run.errors import InputError
 from rlhf.run.files import digests
+from rlhf.run.flags import TrainConfig
 from rlhf.run.loading import (
     find_tokenizer,
     frozen_copy,
@@ -99,7 +101,7 @@ def test_load_policy_takes_dpo_wherever_it_takes_ppo(tmp_path):
     path = finished(tmp_path, policy, DPOConfig)
     got, checkpoint = load_policy(path, "sft", "ppo")
     assert torch.equal(got(TOKENS), policy.gpt(TOKENS)) and checkpoint["kind"] == "dpo"
-    message = "rlhf.tools.train_dpo; a checkpoint of train_sft.py is needed here"
+    message = "rlhf.tools.train_dpo`; a checkpoint of `python train_sft.py` is needed here"
     with pytest.raises(InputError, match=message):
         load_policy(path, "sft")
 
@@ -238,6 +240,16 @@ def test_judge_of_the_bundled_data_set_runs_without_a_flag(spelled, monkeypatch)
     monkeypatch.chdir(ROOT)
     judge = judge_of("", str(spelled))
     assert judge.score(["\n\nHuman: Hi.\n\nAssistant:"], ["Shame on you."])[0] < 0
+
+
+def test_judge_and_tokenizer_of_the_bundled_data_set_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = TrainConfig().data
+    assert Path(judge_of("", name).__file__) == BUNDLED / "judge.py"
+    tokenizer = find_tokenizer(name)
+    assert tokenizer.fingerprint == load_tokenizer(str(BUNDLED / "tokenizer.tiktoken")).fingerprint
+    named = {"tokenizer": tokenizer.fingerprint, "tokenizer_name": "gone", "model_config": {}}
+    assert tokenizer_of(tmp_path / "sft.pt", named, name).fingerprint == tokenizer.fingerprint
 
 
 def test_name_of_a_folder_is_printed_without_control_characters(tmp_path, capsys):

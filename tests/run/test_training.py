@@ -1,6 +1,7 @@
 """A training run: begin or resume, log, save; and what --overwrite replaces."""
 
 import dataclasses
+import json
 import sys
 from types import SimpleNamespace
 
@@ -44,7 +45,11 @@ def test_checkpoint_holds_weights_and_what_the_run_was_made_from(run):
     assert checkpoint["config"] == {**defaults, "lr": 0.5, "steps": 9, "out": folder}
     assert (checkpoint["tokenizer"], checkpoint["tokenizer_name"]) == ("abc", "digits")
     assert checkpoint["metrics"] == [{"step": 7, "loss": 0.5, "seconds": 7.0}]
-    assert sorted(file.name for file in run.path.parent.iterdir()) == ["sft.csv", "sft.pt"]
+    assert sorted(file.name for file in run.path.parent.iterdir()) == [
+        "sft.csv",
+        "sft.json",
+        "sft.pt",
+    ]
 
 
 def test_unfinished_checkpoint_holds_optimizer_and_scaler_state(run):
@@ -85,7 +90,50 @@ def test_failed_save_leaves_the_old_checkpoint_and_the_metrics_that_belong_to_it
     with pytest.raises(InputError, match="sft.pt cannot be written"):
         saved(run, 8)
     assert (run.path.read_bytes(), run.path.with_suffix(".csv").read_bytes()) == before
-    assert len(list(run.path.parent.iterdir())) == 2
+    assert len(list(run.path.parent.iterdir())) == 3
+
+
+# ---- the settings beside the checkpoint ----
+
+
+def test_settings_are_written_beside_the_checkpoint_when_it_is_saved(run):
+    path = run.path.with_suffix(".json")
+    assert not path.exists()
+    config = load_checkpoint(saved(run, 7), "sft", unfinished=True)["config"]
+    assert json.loads(path.read_text()) == config
+
+
+def test_settings_of_a_run_that_goes_on_are_those_of_the_resumed_run(run, tmp_path):
+    saved(run, 9)
+    small_run(tmp_path, resume=True, eval_every=3)
+    settings = json.loads((tmp_path / "sft.json").read_text())
+    assert (settings["eval_every"], settings["resume"]) == (3, True)
+
+
+def test_overwrite_keeps_the_old_settings_until_its_own_checkpoint_is_saved(tmp_path):
+    path = tmp_path / "reward.json"
+    path.write_text("old")
+    with pytest.raises(InputError, match="reward.json is of another run"):
+        small_run(tmp_path, cls=RewardConfig)
+    run = small_run(tmp_path, cls=RewardConfig, overwrite=True)
+    run.log(1, {"loss": 0.5}, ())
+    assert path.read_text() == "old"
+    run.save(1)
+    assert json.loads(path.read_text())["steps"] == 9
+
+
+def test_close_prints_the_warnings_and_then_what_comes_next(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_sft.py"])
+    run.warnings.add("early")
+    capsys.readouterr()
+    run.close(["late"], "reward", "sample")
+    assert capsys.readouterr().out.splitlines() == [
+        f"wrote {run.path}",
+        "warning: early",
+        "warning: late",
+        f"next: python train_reward.py --out {run.path.parent}",
+        f"next: python -m rlhf.tools.sample --checkpoint {run.path}",
+    ]
 
 
 # ---- begin ----
@@ -223,7 +271,7 @@ def test_resume_rejects_missing_checkpoint(tmp_path):
 def test_resume_rejects_the_checkpoint_of_another_script(run, tmp_path):
     """The name of the file says whose it should be."""
     saved(run, 7).rename(tmp_path / "reward.pt")
-    message = "written by train_sft.py; a checkpoint of train_reward.py is needed"
+    message = "written by `python train_sft.py`; a checkpoint of `python train_reward.py` is"
     with pytest.raises(InputError, match=message):
         small_run(tmp_path, cls=RewardConfig, resume=True)
 
@@ -278,7 +326,8 @@ def test_resume_removes_results_of_an_older_run(tmp_path, step, cls):
     (tmp_path / "sft.csv").write_text("of another stage")
     small_run(tmp_path, cls=cls, resume=True)
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == sorted([f"{kind}.csv", f"{kind}.pt", "sft.csv"])
+    assert left == sorted([f"{kind}.csv", f"{kind}.json", f"{kind}.pt", "sft.csv"])
+    assert (tmp_path / f"{kind}.json").read_text() != "old"
 
 
 @pytest.mark.parametrize("step", [7, 9])

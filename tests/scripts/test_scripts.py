@@ -3,6 +3,7 @@ bad input."""
 
 import csv
 import itertools
+import json
 import math
 import re
 import shutil
@@ -33,18 +34,21 @@ from tests.helpers import (
 
 
 def test_three_stages_write_their_files(trained):
-    """Checkpoints, one metrics CSV per stage, the evaluations."""
+    """Checkpoints, one metrics CSV and the settings per stage, the evaluations."""
     data, out, printed = trained
     assert sorted(path.name for path in out.iterdir()) == [
         ".lock",
         "evaluation.csv",
         "ppo.csv",
+        "ppo.json",
         "ppo.pt",
         "ppo_samples.csv",
         "reward.csv",
+        "reward.json",
         "reward.pt",
         "reward_evaluation.csv",
         "sft.csv",
+        "sft.json",
         "sft.pt",
     ]
     assert [len(rows(out / f"{name}.csv")) for name in TINY] == [8, 6, 4]
@@ -62,6 +66,29 @@ def test_three_stages_write_their_files(trained):
     assert 0.5 < float(evaluation["bayes_accuracy"]) < 1
     assert len(rows(out / "ppo_samples.csv")) == 10
     assert "before" in printed["ppo"] and "after" in printed["ppo"]
+
+
+def test_each_stage_ends_with_the_next_command(trained):
+    data, out, printed = trained
+    last_lines = {name: text.splitlines()[-2:] for name, text in printed.items()}
+    assert last_lines["sft"][1] == f"next: python train_reward.py --data {data} --out {out}"
+    assert last_lines["reward"][1] == f"next: python train_ppo.py --data {data} --out {out}"
+    assert last_lines["ppo"] == [
+        f"next: python -m rlhf.tools.{tool} --checkpoint {out}/ppo.pt --data {data}"
+        for tool in ("optimality", "sample")
+    ]
+
+
+def test_config_repeats_a_run(trained, tmp_path):
+    """The settings that another run has written beside its checkpoint, with another --out."""
+    data, _, _ = trained
+    first, second = tmp_path / "first", tmp_path / "second"
+    script("sft", "--data", data, "--out", first, "--seed", "3", "--weight-decay", "0.5")
+    script("sft", "--config", first / "sft.json", "--out", second)
+    settings = [json.loads((folder / "sft.json").read_text()) for folder in (first, second)]
+    assert settings[0]["seed"] == 3 and settings[1] == {**settings[0], "out": str(second)}
+    weights = [torch.load(x / "sft.pt", weights_only=True)["model"] for x in (first, second)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_first_step_has_known_losses_and_no_kl(trained):
@@ -239,7 +266,7 @@ def test_missing_checkpoint_names_the_script_to_run_first(trained, tmp_path):
         ("sft", ["--n-head", "3"], "must be a multiple of n_head"),
         ("sft", ["--block-size", "12"], "there is room for 12"),
         ("sft", ["--steps", "0"], "must be above 0"),
-        ("reward", ["--sft", "OUT/reward.pt"], "written by train_reward.py"),
+        ("reward", ["--sft", "OUT/reward.pt"], "written by `python train_reward.py`"),
         ("reward", ["--sft", "data/tiny_assistant/judge.py"], "not a checkpoint"),
         ("reward", ["--resume", "--lr", "0.5"], "begun with another lr"),
         ("ppo", ["--max-new-tokens", "500"], "there is room for 0"),
@@ -339,7 +366,7 @@ def test_sft_that_overfits_says_so_first_and_last(trained, tmp_path):
     data = cut(trained[0], tmp_path / "data", demonstrations=5)
     flags = "--steps 160 --eval-every 20 --log-every 40 --lr 0.02".split()
     printed = script("sft", "--data", data, "--out", tmp_path / "runs", *flags).stdout
-    first, last = printed.splitlines()[0], printed.splitlines()[-1]
+    first, last = printed.splitlines()[0], printed.splitlines()[-2]
     assert first == "warning: 256 epochs over the same demonstrations will overfit; lower --steps"
     assert "5 demonstrations, 256.0 epochs (40 held out)" in printed
     losses = {}
@@ -413,7 +440,7 @@ def test_ppo_says_if_all_scores_are_equal(trained, tmp_path, flags):
     assert printed.count("warning: nothing to learn: the scores that are compared are equal") == 2
     assert "none ends, so each gets --missing-eos-score" in printed
     assert [float(row["score_std"]) for row in rows(tmp_path / "ppo.csv")] == [0] * 4
-    assert "PPO did not raise the score: +0.000" in printed.splitlines()[-1]
+    assert "PPO did not raise the score: +0.000" in printed.splitlines()[-3]
 
 
 def test_ppo_says_if_the_reward_model_gives_everything_the_same_score(trained, tmp_path):
@@ -490,11 +517,11 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_a_checkpoint(
         patch.setattr(Training, "save", stop)
         script(name, *flags)
     assert {path: path.read_bytes() for path in results} == before
-    assert len(before) == {"sft": 2, "reward": 3, "ppo": 4}[name]
+    assert len(before) == {"sft": 3, "reward": 4, "ppo": 5}[name]
     with stopped_by_its_first_checkpoint():
         script(name, *flags)
     left = [path for path in results if path.exists()]
-    assert {path.name for path in left} == {f"{name}.pt", f"{name}.csv"}
+    assert {path.name for path in left} == {f"{name}.{end}" for end in ("pt", "csv", "json")}
     assert all(path.read_bytes() != before[path] for path in left)
 
 

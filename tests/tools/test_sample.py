@@ -143,12 +143,15 @@ def test_too_long_question_does_not_end_the_dialogue(trained, monkeypatch, capsy
     [
         (
             ["--checkpoint", "OUT/reward.pt"],
-            "a checkpoint of train_sft.py or train_ppo.py is needed",
+            "a checkpoint of `python train_sft.py` or `python train_ppo.py` is needed",
         ),
         (["--checkpoint", "OUT/none.pt"], "does not exist"),
         (["--checkpoint", "OUT/sft.pt", "--data", "nowhere"], "there is no such folder"),
         (["--checkpoint", "OUT/sft.pt", "--prompt", "x " * 99], "shorten it"),
-        (["--checkpoint", "OUT/sft.pt", "--reward", "OUT/ppo.pt"], "written by train_ppo.py"),
+        (
+            ["--checkpoint", "OUT/sft.pt", "--reward", "OUT/ppo.pt"],
+            "written by `python train_ppo.py`",
+        ),
     ],
 )
 def test_sample_rejects_bad_input(trained, flags, message):

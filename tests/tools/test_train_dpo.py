@@ -38,7 +38,7 @@ def finished(trained, tmp_path_factory):
 
 def test_train_dpo_writes_its_files(finished):
     files = sorted(path.name for path in finished.iterdir())
-    assert files == ["dpo.csv", "dpo.pt", "dpo_samples.csv", "evaluation.csv"]
+    assert files == ["dpo.csv", "dpo.json", "dpo.pt", "dpo_samples.csv", "evaluation.csv"]
     assert [row["policy"] for row in rows(finished / "evaluation.csv")] == ["sft", "dpo"]
     assert len(rows(finished / "dpo_samples.csv")) == 10
 
@@ -186,7 +186,7 @@ def test_tools_read_dpo_pt(finished, trained, tmp_path, capsys):
     with pytest.raises(InputError, match="no value network to follow"):
         walk.main(parse_cli(walk.WalkConfig, flags))
     with pytest.raises(
-        InputError, match="was written by -m rlhf.tools.train_dpo; a checkpoint of train_sft.py"
+        InputError, match="was written by `python -m rlhf.tools.train_dpo`; a checkpoint of"
     ):
         load_policy(finished / "dpo.pt", "sft")
 

@@ -1,0 +1,170 @@
+"""The command `rlhf`, and the commands that a run prints."""
+
+import importlib.util
+import json
+import shlex
+import sys
+
+import pytest
+
+from rlhf.run import commands
+from rlhf.run.commands import PROGRAMS, command, main, next_command
+from rlhf.tools.train_dpo import DPOConfig
+from tests.helpers import ROOT
+from train_ppo import PPOConfig
+from train_reward import RewardConfig
+from train_sft import SFTConfig
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Makes sys.argv[0] what it is in a program that was started in this way."""
+    return lambda name: monkeypatch.setattr(sys, "argv", [name])
+
+
+# ---- rlhf NAME ----
+
+
+@pytest.mark.parametrize("name", sorted(PROGRAMS.keys() - {"prepare"}))
+def test_each_name_is_a_program(name):
+    source = importlib.util.find_spec(PROGRAMS[name]).loader.get_source(PROGRAMS[name])
+    assert '\nif __name__ == "__main__":\n' in source
+
+
+def test_rlhf_runs_the_named_program_with_the_flags_after_the_name(monkeypatch):
+    calls = []
+    monkeypatch.setattr(commands.runpy, "run_module", lambda *x, **y: calls.append((x, y)))
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/rlhf", "dpo", "--steps", "3"])
+    main()
+    assert calls == [(("rlhf.tools.train_dpo",), {"run_name": "__main__"})]
+    assert sys.argv == ["rlhf dpo", "--steps", "3"]
+
+
+def test_help_of_an_installed_program_names_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rlhf", "sft", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: rlhf sft [flags]\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [([], "export, dpo"), (["smaple"], "did you mean sample?"), (["--help"], "export, dpo")],
+)
+def test_rlhf_lists_its_programs_if_it_knows_no_such_one(monkeypatch, capsys, words, end):
+    monkeypatch.setattr(sys, "argv", ["rlhf", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and shown.count("\n") == 1
+    assert all(name in shown for name in PROGRAMS) and shown.endswith(f"{end}\n")
+
+
+# ---- how another program is started ----
+
+
+@pytest.mark.parametrize(
+    ("this", "stage", "tool"),
+    [
+        ("train_sft.py", "python train_ppo.py", "python -m rlhf.tools.train_dpo"),
+        ("../a b/train_sft.py", "python '../a b/train_ppo.py'", "python -m rlhf.tools.train_dpo"),
+        ("/clone/rlhf/tools/sample.py", "python train_ppo.py", "python -m rlhf.tools.train_dpo"),
+        ("/venv/bin/pytest", "python train_ppo.py", "python -m rlhf.tools.train_dpo"),
+        ("-c", "python train_ppo.py", "python -m rlhf.tools.train_dpo"),
+        ("rlhf sft", "rlhf ppo", "rlhf dpo"),
+    ],
+)
+def test_command_starts_a_program_as_this_one_was_started(started, this, stage, tool):
+    """In a clone, from another folder, a tool, other programs; installed."""
+    started(this)
+    assert (command("ppo"), command("dpo")) == (stage, tool)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+def test_command_of_a_stage_names_a_file_of_the_clone(started, name):
+    started("train_sft.py")
+    assert (ROOT / command(name).split()[1]).is_file()
+
+
+# ---- what comes next ----
+
+
+@pytest.mark.parametrize(
+    ("cfg", "name", "expected"),
+    [
+        (SFTConfig(), "reward", "python train_reward.py"),
+        (SFTConfig(steps=5, seed=1, device="cpu"), "reward", "python train_reward.py"),
+        (RewardConfig(out="x"), "ppo", "python train_ppo.py --out x"),
+        (
+            RewardConfig(data="d", heldout=0.2, out="a b", sft="s.pt"),
+            "ppo",
+            "python train_ppo.py --data d --heldout 0.2 --out 'a b' --sft s.pt",
+        ),
+        (
+            PPOConfig(),
+            "optimality",
+            "python -m rlhf.tools.optimality --checkpoint runs/ppo.pt",
+        ),
+        (
+            PPOConfig(data="d", heldout=0.2, out="x", sft="s.pt"),
+            "sample",
+            "python -m rlhf.tools.sample --checkpoint x/ppo.pt --data d",
+        ),
+        (
+            DPOConfig(),
+            "optimality",
+            "python -m rlhf.tools.optimality --checkpoint runs/dpo/dpo.pt",
+        ),
+    ],
+)
+def test_next_command_has_the_flags_about_data_and_folders_that_are_no_defaults(
+    started, cfg, name, expected
+):
+    started("train_sft.py")
+    assert next_command(cfg, name) == expected
+
+
+def test_next_command_of_an_installed_program(started):
+    started("rlhf sft")
+    assert next_command(SFTConfig(out="x"), "reward") == "rlhf reward --out x"
+
+
+def prepared(folder, content):
+    (folder / "prepare.json").write_text(json.dumps(content))
+    return SFTConfig(data=str(folder))
+
+
+def test_next_command_ends_with_the_flags_that_prepare_has_chosen(started, tmp_path):
+    started("train_sft.py")
+    cfg = prepared(tmp_path, {"flags": {"reward": "--steps 70 --lr 1e-4", "ppo": "--steps 5"}})
+    begin = f"--data {shlex.quote(str(tmp_path))}"
+    assert next_command(cfg, "reward") == f"python train_reward.py {begin} --steps 70 --lr 1e-4"
+    assert next_command(cfg, "ppo") == f"python train_ppo.py {begin} --steps 5"
+    assert next_command(cfg, "sft") == f"python train_sft.py {begin}"
+
+
+def test_next_command_pastes_no_second_command_of_a_data_set(started, tmp_path):
+    """A data set may be someone else's."""
+    started("train_sft.py")
+    cfg = prepared(tmp_path, {"flags": {"reward": "--steps 7; rm x \x1b[2J"}})
+    shown = next_command(cfg, "reward")
+    assert shown.endswith("--steps '7;' rm x '\\x1b[2J'")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"flags": 1}',
+        '{"flags": {"reward": null}}',
+        """{"flags": {"reward": "'"}}""",
+    ],
+)
+def test_next_command_ignores_a_prepare_json_of_something_else(started, tmp_path, text):
+    started("train_sft.py")
+    (tmp_path / "prepare.json").write_text(text)
+    cfg = SFTConfig(data=str(tmp_path))
+    assert next_command(cfg, "reward") == f"python train_reward.py --data {tmp_path}"
