@@ -9,7 +9,7 @@ and another expected gradient. Its row of the table in rlhf/advantages.py:
     method   KL                      length              expected gradient
     DPO      by its constant, beta   a sum over tokens   not J's, but the same optimum: see dpo_loss
 
-`python -m rlhf.tools.train_dpo` trains with it.
+`python -m docs.experiments.train_dpo` trains with it.
 """
 
 import torch

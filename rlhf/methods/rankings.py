@@ -9,7 +9,6 @@ independent, so a prompt's pairs are one element of the loss, and its responses 
 once rather than once per pair (Ouyang et al. 2022, section 3.5).
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from rlhf.model import RewardModel
 from rlhf.run.device import Compute
 from rlhf.run.errors import InputError
 from rlhf.run.heldout import SHARE, read_rows
-from rlhf.run.tables import check_lengths
+from rlhf.run.tables import check_lengths, check_rows
 from rlhf.tokenizer import Tokenizer
 
 # ---- reading ----
@@ -48,46 +47,37 @@ def load_rankings(
     counts are printed.
     """
     [(path, frame)] = read_rows(folder, "rankings", heldout=False, share=share)
-    rankings = {}
-    lengths = []
-    repeated = 0
+    check_rows(path, "Rank", [rank_fault(rank) for rank in frame["Rank"]], index=frame.index)
+    tokens = []
     for row in frame.itertuples():
-        check_rank(path, row.Index + 1, row.Rank)
-        key = (row.Cell, getattr(row, "Group", ""))
-        ranking = rankings.setdefault(key, Ranking([], []))
-        tokens = tokenizer.prompt_ids(row.Prompt) + tokenizer.response_ids(row.Response)
-        lengths.append(len(tokens))
-        if tokens in ranking.responses:
-            repeated += 1
-            continue
-        ranking.responses.append(tokens)
-        ranking.ranks.append(int(row.Rank))
+        tokens.append(tokenizer.prompt_ids(row.Prompt) + tokenizer.response_ids(row.Response))
+    lengths = [len(ids) for ids in tokens]
     check_lengths(path, frame.index, lengths, limit, "the prompt with its response")
-    if repeated:
-        print(f"{path}: {repeated} responses left out, which come twice in their ranking")
-    return drop_without_pair(path, list(rankings.values()))
 
-
-def check_rank(path: Path, row: int, rank: str) -> None:
-    """Raise InputError if a rank is not a whole number from 0 to 2**31 - 1."""
-    is_number = rank.isdecimal() and len(rank) < 11
-    if not is_number or int(rank) >= 2**31:
-        raise InputError(
-            f"{path}, row {row}: Rank is {rank[:40]!r}; it must be a whole number below 2**31"
-        )
-
-
-def drop_without_pair(path: Path, rankings: list[Ranking]) -> list[Ranking]:
-    """The rankings with two different ranks. Raises InputError if there is none."""
+    keys = [name for name in ("Cell", "Group") if name in frame]
+    different = frame.assign(tokens=tokens).drop_duplicates([*keys, "Response"])
+    rankings = []
+    for _, rows in different.groupby(keys, sort=False):
+        rankings.append(Ranking(rows["tokens"].tolist(), rows["Rank"].astype(int).tolist()))
     kept = [ranking for ranking in rankings if len(set(ranking.ranks)) > 1]
-    dropped = len(rankings) - len(kept)
-    if dropped:
-        print(f"{path}: {dropped} of {len(rankings)} rankings dropped, they have no two ranks")
+    if len(different) < len(frame):
+        repeated = len(frame) - len(different)
+        print(f"{path}: {repeated} responses left out, which come twice in their ranking")
+    if len(kept) < len(rankings):
+        dropped = f"{len(rankings) - len(kept)} of {len(rankings)} rankings dropped"
+        print(f"{path}: {dropped}, they have no two ranks")
     if not kept:
         raise InputError(
             f"{path}: no ranking has two responses of different rank; there is nothing to learn"
         )
     return kept
+
+
+def rank_fault(rank: str) -> str:
+    """What is wrong with a rank, or ""."""
+    if rank.isdecimal() and len(rank) < 11 and int(rank) < 2**31:
+        return ""
+    return f"is {rank[:40]!r}; it must be a whole number below 2**31"
 
 
 # ---- the loss ----

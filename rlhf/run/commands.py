@@ -19,8 +19,8 @@ PROGRAMS = {
     "sample": "rlhf.tools.sample",
     "label": "rlhf.tools.label",
     "export": "rlhf.tools.export",
-    "dpo": "rlhf.tools.train_dpo",
 }
+NOT_INSTALLED = {"dpo": "docs.experiments.train_dpo"}  # only in a clone
 INSTALLED = "rlhf "  # sys.argv[0] begins with it if `main` has started the program
 
 
@@ -36,9 +36,9 @@ def main() -> None:
 
 def command(name: str) -> str:
     """The command that starts a program, as this one was started: installed, or from a clone."""
-    if sys.argv[0].startswith(INSTALLED):
+    if sys.argv[0].startswith(INSTALLED) and name in PROGRAMS:
         return INSTALLED + name
-    module = PROGRAMS[name]
+    module = (PROGRAMS | NOT_INSTALLED)[name]
     if "." in module:
         return f"python -m {module}"
     script = Path(sys.argv[0])

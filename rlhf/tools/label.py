@@ -13,21 +13,15 @@ Pair is the number of the sampled pair: the prompt and the two answers follow fr
 the checkpoint. Pairs of two equal answers are not shown, and pairs with an answer that was cut off
 are not shown either. Answer is first, second, tie or skip. For a tie or a skip, Chosen and Rejected
 are the first and the second, and no reward model learns from them.
-
---annotator judge lets the data set's judge.py choose: simulated feedback, or AI feedback if the
-judge is a model (RLAIF, Bai et al. 2022). If the judge knows its annotators' noise, it votes with
-that noise.
 """
 
 import dataclasses
 import os
-import random
 import select
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from rlhf.data import (
     Prompt,
@@ -43,8 +37,7 @@ from rlhf.run.errors import InputError, printable
 from rlhf.run.files import quoted, replacing, writing
 from rlhf.run.flags import arg, check_positive
 from rlhf.run.heldout import ANSWERS, SHARE
-from rlhf.run.judge import gold_scores, vote_probabilities
-from rlhf.run.loading import judge_of, load_policy, tokenizer_of
+from rlhf.run.loading import load_policy, tokenizer_of
 from rlhf.run.program import run
 from rlhf.run.tables import read_text, split_rows
 from rlhf.sampling import generate, has_ended
@@ -64,9 +57,6 @@ class LabelConfig:
 
     checkpoint: str = arg("runs/sft.pt", "sft.pt or ppo.pt that gives the answers")
     out: str = arg("my_comparisons.csv", "file of comparisons; an existing one is continued")
-    annotator: str = arg(
-        "person", "who chooses: you, or the data set's judge.py", ("person", "judge")
-    )
     count: int = arg(0, "stop when the file holds N choices (0: never)")
     data: str = arg("", "data set folder (empty: the checkpoint's)")
     max_new_tokens: int = arg(40, "longest answer in tokens")
@@ -75,8 +65,6 @@ class LabelConfig:
 
     def __post_init__(self):
         check_positive(self, "max_new_tokens")
-        if self.annotator == "judge" and not self.count:
-            raise ValueError("--annotator judge needs --count: how many choices to take")
 
     def lock_file(self) -> Path:
         return Path(f"{self.out}.lock")
@@ -317,27 +305,6 @@ def ask(pair: Pair) -> str:
     return KEYS[key]
 
 
-def judge_answer(judge: ModuleType, pair: Pair, rng: random.Random) -> str:
-    """The judge's vote: with its annotators' noise if it knows that, else for the higher gold."""
-    gold_first, gold_second = gold_scores(judge, [pair.prompt] * 2, [pair.first, pair.second])
-    probabilities = vote_probabilities(judge, [gold_first], [gold_second])
-    if probabilities is not None:
-        return "first" if rng.random() < probabilities[0] else "second"
-    if gold_first == gold_second:
-        return "tie"
-    return "first" if gold_first > gold_second else "second"
-
-
-def load_annotator(cfg: LabelConfig, data: str) -> ModuleType | None:
-    """The judge, if it chooses; None if a person does."""
-    if cfg.annotator == "person":
-        return None
-    judge = judge_of(cfg.data, data)
-    if judge is None:
-        raise InputError(f"--annotator judge: {data} has no judge.py")
-    return judge
-
-
 def summary(choices: list[Choice]) -> str:
     """How many pairs were answered, and how many with a better side."""
     decided = [choice for choice in choices if choice.answer in ("first", "second")]
@@ -350,20 +317,16 @@ def summary(choices: list[Choice]) -> str:
 def collect(
     pairs: Pairs,
     choices: list[Choice],
-    judge: ModuleType | None,
+    annotator: Callable[[Pair], str],
     cfg: LabelConfig,
 ) -> None:
     """Have pairs answered, and add them to `choices` and the file, until there are enough or the
-    person quits."""
+    annotator quits."""
     out = Path(cfg.out)
     number = 1 + max((choice.pair for choice in choices), default=-1)
     while not cfg.count or len(choices) < cfg.count:
         pair = pairs.first_from(number)
-        if judge is None:
-            answer = ask(pair)
-        else:
-            rng = random.Random(f"{cfg.seed} vote {pair.number}")
-            answer = judge_answer(judge, pair, rng)
+        answer = annotator(pair)
         if answer == "quit":
             return
         if answer == "undo":
@@ -374,11 +337,12 @@ def collect(
         choices.append(choose(pair, answer))
         append_choice(out, choices[-1])
         number = pair.number + 1
-        if judge is None or len(choices) % 500 == 0:
+        if annotator is ask or len(choices) % 500 == 0:
             print(summary(choices), flush=True)
 
 
-def main(cfg: LabelConfig) -> None:
+def main(cfg: LabelConfig, annotator: Callable[[Pair], str] = ask) -> None:
+    """annotator: gives a value of KEYS for a pair."""
     path = Path(cfg.checkpoint)
     device = pick_device(cfg.device)
     gpt, checkpoint = load_policy(path, "sft", "ppo")
@@ -387,13 +351,12 @@ def main(cfg: LabelConfig) -> None:
     limit = gpt.config.block_size - cfg.max_new_tokens
     prompts = load_prompts(data, tokenizer, limit, share=checkpoint["config"].get("heldout", SHARE))
     pairs = Pairs(gpt.to(device), prompts, tokenizer, cfg)
-    judge = load_annotator(cfg, data)
 
     out = Path(cfg.out)
     choices = read_choices(out)
     if choices:
         print(f"{out}: going on after {summary(choices)}")
-    collect(pairs, choices, judge, cfg)
+    collect(pairs, choices, annotator, cfg)
     total = summary(choices)
     print(f"{out}: {total}; next: {command('reward')} --comparison-files {out}")
 

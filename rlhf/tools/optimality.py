@@ -3,7 +3,6 @@ evaluation.csv.
 
     python -m rlhf.tools.optimality     # reads runs/sft.pt, reward.pt and ppo.pt; writes
                                         # optimality.csv too
-    python -m rlhf.tools.optimality --checkpoint A/ppo.pt B/ppo.pt C/dpo.pt
 
 The objective J = score - kl_coef * kl_ref has a best policy in closed form. What it reaches is
 estimated by importance sampling from the reference and PPO's policy (rlhf/methods/optimum.py).
@@ -13,12 +12,9 @@ Every row of evaluation.csv gets its
 
 and its standard error. optimality.csv has a row for each prompt on which the optimum is estimated.
 
-Several policies that were trained from the same files are compared with one J*, estimated from the
-samples of all of them. Each folder gets its own tables. Name a good policy first: the optimum is
-measured as a difference to it, and the error is small if that is small.
+docs/experiments/compare.py compares several policies with one J*.
 """
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -42,11 +38,11 @@ from rlhf.methods.optimum import (
 )
 from rlhf.model import GPT, PolicyWithoutValue, PolicyWithValue, RewardModel
 from rlhf.rollout import Frozen, Rollout
-from rlhf.run import processes, program
+from rlhf.run import program
 from rlhf.run.checkpoints import check_input, load_checkpoint, load_weights
 from rlhf.run.device import Compute, autocast, setup
 from rlhf.run.errors import InputError
-from rlhf.run.files import check_file, write_csv
+from rlhf.run.files import write_csv
 from rlhf.run.flags import DEVICES, arg, check_positive
 from rlhf.run.heldout import SHARE
 from rlhf.run.loading import judge_of, load_policy, load_reward_model, new_network, tokenizer_of
@@ -69,36 +65,43 @@ class RunConfig:
     device: str = arg("auto", "auto: a CUDA GPU if there is one", DEVICES)
 
 
+class Run(NamedTuple):
+    policy: PolicyWithValue | PolicyWithoutValue
+    frozen: Frozen
+    judge: ModuleType | None
+    prompts: list[Prompt]  # held out
+    config: dict  # of train_ppo.py, or train_dpo.py
+    kl_coef: float
+    kind: str  # "ppo" or "dpo"
+    inputs: dict[str, str]  # digests of what it was made from
+    path: Path  # of its checkpoint
+
+
 @dataclass(frozen=True)
 class OptimalityConfig(RunConfig):
     """Compare PPO with best-of-n and with the best policy that its objective has."""
 
-    checkpoint: tuple[str, ...] = arg(
-        ("runs/ppo.pt",), "policy; several share one optimum", group="run"
-    )
     prompts: int = arg(48, "held-out prompts on which the optimum is estimated", group="estimate")
-    samples: int = arg(160, "responses per prompt, of the reference and each policy")
+    samples: int = arg(160, "responses per prompt, of the reference and the policy")
 
     def __post_init__(self):
         check_positive(self, "prompts")
         if self.samples < 4 or self.samples % 2:
             raise ValueError(f"--samples is {self.samples}: give an even number, 4 or more")
-        folders = {Path(checkpoint).parent.resolve() for checkpoint in self.checkpoint}
-        if len(folders) < len(self.checkpoint):
-            raise ValueError("--checkpoint: each policy must be in another folder")
+
+    def lock_file(self) -> Path | None:
+        """Until the tables are written, no run may begin there."""
+        path = Path(self.checkpoint)
+        return path.with_name(".lock") if path.is_file() else None
 
 
 def main(cfg: OptimalityConfig) -> None:
-    with contextlib.ExitStack() as locks:
-        for checkpoint in cfg.checkpoint:
-            path = check_file(Path(checkpoint), "name the policy of a finished run")
-            if processes.is_first():  # until the tables are written, no run may begin there
-                locks.enter_context(program.lock(path.with_name(".lock")))
-        compare_with_optimum(cfg)
+    compare_with_optimum([load_run(cfg)], cfg)
 
 
-def compare_with_optimum(cfg: OptimalityConfig) -> None:
-    runs = load_runs(cfg)
+def compare_with_optimum(runs: list[Run], cfg: OptimalityConfig) -> None:
+    """Write the tables of each run. All runs have one objective and one reference; the optimum is
+    estimated from the samples of all of them."""
     first = runs[0]
     seed = first.config["seed"]
     policies = [first.frozen.reference]
@@ -114,8 +117,8 @@ def compare_with_optimum(cfg: OptimalityConfig) -> None:
     samples = sample_all(policies, first.frozen, first.judge, prompts, cfg.samples, seed)
     estimates = estimate_optimum(evaluations, samples, first.kl_coef)
     texts = [prompt.text for prompt in prompts]
-    for checkpoint, run, estimate in zip(cfg.checkpoint, runs, estimates):
-        path = Path(checkpoint).with_name("evaluation.csv")
+    for run, estimate in zip(runs, estimates):
+        path = run.path.with_name("evaluation.csv")
         write_csv(path, estimate.rows)
         rows = prompt_rows(texts, len(policies) * cfg.samples, estimate)
         write_csv(path.with_name("optimality.csv"), rows)
@@ -127,54 +130,11 @@ def compare_with_optimum(cfg: OptimalityConfig) -> None:
 # ---- a finished run ----
 
 
-class Run(NamedTuple):
-    policy: PolicyWithValue | PolicyWithoutValue
-    frozen: Frozen
-    judge: ModuleType | None
-    prompts: list[Prompt]  # held out
-    config: dict  # of train_ppo.py, or train_dpo.py
-    kl_coef: float
-    kind: str  # "ppo" or "dpo"
-    inputs: dict[str, str]  # digests of what it was made from
-
-
-def load_runs(cfg: OptimalityConfig) -> list[Run]:
-    """The run of each checkpoint.
-
-    Raises InputError if the optimum of one is not that of the first, or if the evaluation.csv
-        beside it is of another policy.
-    """
-    runs = []
-    for checkpoint in cfg.checkpoint:
-        run = load_run(RunConfig(checkpoint, cfg.sft, cfg.reward, cfg.data, cfg.device))
-        runs.append(run)
-        settings = objective_settings(run)
-        for name, value in objective_settings(runs[0]).items():
-            if settings[name] != value:
-                raise InputError(
-                    f"{checkpoint} has another {name} than {cfg.checkpoint[0]}, so their optima "
-                    f"differ; call this program once for each"
-                )
-        table = Path(checkpoint).with_name("evaluation.csv")
-        if table.is_file() and run.kind not in set(read_csv(table)["policy"]):
-            raise InputError(f"{table} is of another policy than {checkpoint}; move it elsewhere")
-    return runs
-
-
-def objective_settings(run: Run) -> dict:
-    """What the optimum and its estimate depend on."""
-    settings = {"kl_coef": run.kl_coef, "temperature": run.policy.gpt.temperature}
-    settings |= {"list of held-out prompts": run.prompts}
-    for name, digest in run.inputs.items():
-        if name.startswith(("sft", "reward")):
-            settings[f"{name} file"] = digest
-    for name in ("seed", "max_new_tokens", "missing_eos_score", "amp"):
-        settings[name] = run.config[name]
-    return settings
-
-
 def load_run(cfg: RunConfig) -> Run:
-    """The models of a finished run, and what they were evaluated with."""
+    """The models of a finished run, and what they were evaluated with.
+
+    Raises InputError if the evaluation.csv beside the checkpoint is of another policy.
+    """
     path = Path(cfg.checkpoint)
     checkpoint = load_checkpoint(path, "ppo")
     config = checkpoint["config"]
@@ -201,7 +161,11 @@ def load_run(cfg: RunConfig) -> Run:
     policy = policy.to(compute.device)
     kl_coef = checkpoint["kl_coef"]
     inputs = checkpoint["inputs"]
-    return Run(policy, frozen, judge, prompts, config, kl_coef, checkpoint["kind"], inputs)
+    kind = checkpoint["kind"]
+    table = path.with_name("evaluation.csv")
+    if table.is_file() and kind not in set(read_csv(table)["policy"]):
+        raise InputError(f"{table} is of another policy than {path}; move it elsewhere")
+    return Run(policy, frozen, judge, prompts, config, kl_coef, kind, inputs, path)
 
 
 def rewards_of(path: Path, checkpoint: dict, given: tuple[str, ...]) -> Rewards:

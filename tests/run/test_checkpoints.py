@@ -41,9 +41,7 @@ def test_load_checkpoint_takes_dpo_wherever_it_takes_ppo(tmp_path):
     path = finished(tmp_path, GPT(SHAPE), DPOConfig)
     assert load_checkpoint(path, "sft", "ppo")["kind"] == "dpo"
     assert load_checkpoint(path, "dpo")["kind"] == "dpo"
-    message = (
-        "written by `python -m rlhf.tools.train_dpo`; a checkpoint of `python train_sft.py` is"
-    )
+    message = "by `python -m docs.experiments.train_dpo`; a checkpoint of `python train_sft.py` is"
     with pytest.raises(InputError, match=message):
         load_checkpoint(path, "sft")
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
+from docs.experiments.train_dpo import DPOConfig
 from rlhf.run import commands
 from rlhf.run.commands import PROGRAMS, command, main, next_command
-from rlhf.tools.train_dpo import DPOConfig
 from tests.helpers import ROOT
 from train_ppo import PPOConfig
 from train_reward import RewardConfig
@@ -34,10 +34,10 @@ def test_each_name_is_a_program(name):
 def test_rlhf_runs_the_named_program_with_the_flags_after_the_name(monkeypatch):
     calls = []
     monkeypatch.setattr(commands.runpy, "run_module", lambda *x, **y: calls.append((x, y)))
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/rlhf", "dpo", "--steps", "3"])
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/rlhf", "label", "--count", "3"])
     main()
-    assert calls == [(("rlhf.tools.train_dpo",), {"run_name": "__main__"})]
-    assert sys.argv == ["rlhf dpo", "--steps", "3"]
+    assert calls == [(("rlhf.tools.label",), {"run_name": "__main__"})]
+    assert sys.argv == ["rlhf label", "--count", "3"]
 
 
 def test_help_of_an_installed_program_names_the_command(monkeypatch, capsys):
@@ -50,7 +50,7 @@ def test_help_of_an_installed_program_names_the_command(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("words", "end"),
-    [([], "export, dpo"), (["smaple"], "did you mean sample?"), (["--help"], "export, dpo")],
+    [([], "label, export"), (["smaple"], "did you mean sample?"), (["--help"], "label, export")],
 )
 def test_rlhf_lists_its_programs_if_it_knows_no_such_one(monkeypatch, capsys, words, end):
     monkeypatch.setattr(sys, "argv", ["rlhf", *words])
@@ -67,18 +67,19 @@ def test_rlhf_lists_its_programs_if_it_knows_no_such_one(monkeypatch, capsys, wo
 @pytest.mark.parametrize(
     ("this", "stage", "tool"),
     [
-        ("train_sft.py", "python train_ppo.py", "python -m rlhf.tools.train_dpo"),
-        ("../a b/train_sft.py", "python '../a b/train_ppo.py'", "python -m rlhf.tools.train_dpo"),
-        ("/clone/rlhf/tools/sample.py", "python train_ppo.py", "python -m rlhf.tools.train_dpo"),
-        ("/venv/bin/pytest", "python train_ppo.py", "python -m rlhf.tools.train_dpo"),
-        ("-c", "python train_ppo.py", "python -m rlhf.tools.train_dpo"),
-        ("rlhf sft", "rlhf ppo", "rlhf dpo"),
+        ("train_sft.py", "python train_ppo.py", "python -m rlhf.tools.label"),
+        ("../a b/train_sft.py", "python '../a b/train_ppo.py'", "python -m rlhf.tools.label"),
+        ("/clone/rlhf/tools/sample.py", "python train_ppo.py", "python -m rlhf.tools.label"),
+        ("/venv/bin/pytest", "python train_ppo.py", "python -m rlhf.tools.label"),
+        ("-c", "python train_ppo.py", "python -m rlhf.tools.label"),
+        ("rlhf sft", "rlhf ppo", "rlhf label"),
     ],
 )
 def test_command_starts_a_program_as_this_one_was_started(started, this, stage, tool):
     """In a clone, from another folder, a tool, other programs; installed."""
     started(this)
-    assert (command("ppo"), command("dpo")) == (stage, tool)
+    assert (command("ppo"), command("label")) == (stage, tool)
+    assert command("dpo") == "python -m docs.experiments.train_dpo"  # never installed
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "ppo"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from docs.experiments.train_dpo import DPOConfig
 from rlhf.run.flags import (
     TrainConfig,
     arg,
@@ -16,7 +17,6 @@ from rlhf.run.flags import (
     to_json,
 )
 from rlhf.tools.sample import SampleConfig
-from rlhf.tools.train_dpo import DPOConfig
 from train_ppo import PPOConfig
 from train_reward import RewardConfig
 from train_sft import SFTConfig

@@ -101,7 +101,7 @@ def test_load_policy_takes_dpo_wherever_it_takes_ppo(tmp_path):
     path = finished(tmp_path, policy, DPOConfig)
     got, checkpoint = load_policy(path, "sft", "ppo")
     assert torch.equal(got(TOKENS), policy.gpt(TOKENS)) and checkpoint["kind"] == "dpo"
-    message = "rlhf.tools.train_dpo`; a checkpoint of `python train_sft.py` is needed here"
+    message = "docs.experiments.train_dpo`; a checkpoint of `python train_sft.py` is needed here"
     with pytest.raises(InputError, match=message):
         load_policy(path, "sft")
 

@@ -4,11 +4,9 @@ model on the file."""
 import dataclasses
 import io
 import os
-import random
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +26,6 @@ from rlhf.tools.label import (
     Pair,
     Pairs,
     append_choice,
-    judge_answer,
     read_choices,
     write_choices,
 )
@@ -286,17 +283,6 @@ def test_undo_without_an_answer_does_nothing(trained, tmp_path, monkeypatch):
     assert [row["Answer"] for row in run(trained, tmp_path, monkeypatch, "u1q")] == ["first"]
 
 
-def test_judge_as_annotator_stops_at_count(trained, tmp_path, monkeypatch, capsys):
-    """Two calls write the same rows as one."""
-    run(trained, tmp_path, monkeypatch, "", "--annotator", "judge", "--count", 7)
-    got = run(trained, tmp_path, monkeypatch, "", "--annotator", "judge", "--count", 20)
-    folder = tmp_path / "whole"
-    folder.mkdir()
-    whole = run(trained, folder, monkeypatch, "", "--annotator", "judge", "--count", 20)
-    assert whole == got and len(got) == 20
-    assert "next: python train_reward.py --comparison-files" in capsys.readouterr().out
-
-
 def test_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch):
     def full(number):
         raise OSError(28, "No space left on device")
@@ -322,28 +308,7 @@ def test_second_program_on_the_same_file_is_refused(tmp_path, monkeypatch, capsy
             assert stop.value.code == 2 and line in capsys.readouterr().err
 
 
-def test_judge_votes_for_higher_gold_or_with_known_noise():
-    """Without preference_probability the higher gold wins, and equal golds tie. With it, the share
-    of votes is that probability."""
-    golds = {"a": 1.0, "b": 0.0, "c": 0.0}
-
-    def score(prompts, responses):
-        return [golds[response] for response in responses]
-
-    judge = SimpleNamespace(__file__="judge.py", score=score)
-    rng = random.Random(0)
-    votes = [judge_answer(judge, Pair(0, "p", *sides), rng) for sides in ("ab", "ba", "bc")]
-    assert votes == ["first", "second", "tie"]
-    judge.preference_probability = lambda a, b: 0.8 if a > b else 0.2
-    votes = [judge_answer(judge, Pair(0, "p", "a", "b"), rng) for _ in range(4000)]
-    share = votes.count("first") / 4000
-    assert share == pytest.approx(0.8, abs=0.02)  # three standard deviations: 0.019
-    assert votes.count("tie") == 0
-
-
-@pytest.mark.parametrize(
-    "flags", [["--annotator", "judge"], ["--annotator", "cat"], ["--max-new-tokens", "0"]]
-)
+@pytest.mark.parametrize("flags", [["--count", "-1"], ["--max-new-tokens", "0"]])
 def test_label_config_rejects_impossible_values(flags):
     with pytest.raises(SystemExit) as stop:
         parse_cli(LabelConfig, flags)

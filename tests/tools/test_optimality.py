@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import train_ppo
+from docs.experiments import compare
+from docs.experiments.compare import CompareConfig
 from rlhf import evaluate
 from rlhf.data import Prompt
 from rlhf.evaluate import summarise
@@ -336,9 +338,9 @@ def test_optimality_rejects_impossible_counts(flags, capsys):
 
 def test_optimality_rejects_two_policies_in_one_folder():
     """They would write the same tables."""
-    with pytest.raises(ValueError, match="each policy must be in another folder"):
-        OptimalityConfig(checkpoint=("a/ppo.pt", "a/b/../dpo.pt"))
-    assert OptimalityConfig().checkpoint == ("runs/ppo.pt",)
+    with pytest.raises(ValueError, match="each must be in another folder"):
+        CompareConfig(policies=("a/ppo.pt", "a/b/../dpo.pt"))
+    assert CompareConfig().policies == ("runs/ppo.pt",)
 
 
 PROGRAM = ["--prompts", "3", "--samples", "8", "--device", "cpu"]
@@ -382,7 +384,7 @@ def config(folder, *flags):
 
 def run_config(folder):
     cfg = config(folder)
-    return RunConfig(cfg.checkpoint[0], data=cfg.data, device="cpu")
+    return RunConfig(cfg.checkpoint, data=cfg.data, device="cpu")
 
 
 def run(folder, *flags):
@@ -545,8 +547,8 @@ def two(two_runs, tmp_path):
 def several(folders, *flags):
     checkpoints = [str(folder / "ppo.pt") for folder in folders]
     data = load_checkpoint(folders[0] / "ppo.pt", "ppo")["config"]["data"]
-    flags = ["--checkpoint", *checkpoints, "--data", data, "--device", "cpu", *PROGRAM, *flags]
-    main(parse_cli(OptimalityConfig, flags))
+    flags = ["--policies", *checkpoints, "--data", data, "--device", "cpu", *PROGRAM, *flags]
+    compare.main(parse_cli(CompareConfig, flags))
 
 
 def test_several_policies_have_one_optimum(two, capsys):
@@ -601,7 +603,7 @@ def test_several_policies_must_have_the_same_objective(two, trained, ended_run, 
 def test_optimality_holds_the_lock_of_every_folder(two, monkeypatch):
     """So no training run can begin there and have its tables replaced by those of the old
     policy."""
-    compare = evaluate.compare
+    original = evaluate.compare
     refused = []
 
     def try_to_lock(*args):
@@ -610,7 +612,7 @@ def test_optimality_holds_the_lock_of_every_folder(two, monkeypatch):
                 with program.lock(folder / ".lock"):
                     pass
             refused.append(folder)
-        return compare(*args)
+        return original(*args)
 
     monkeypatch.setattr(evaluate, "compare", try_to_lock)
     several(two)
@@ -636,5 +638,8 @@ def test_optimality_keeps_the_table_of_another_policy(two):
 
 def test_optimality_makes_no_folder_for_a_missing_checkpoint(tmp_path):
     with pytest.raises(InputError, match="nothing/ppo.pt does not exist"):
-        main(OptimalityConfig(checkpoint=(str(tmp_path / "nothing/ppo.pt"),)))
+        main(OptimalityConfig(checkpoint=str(tmp_path / "nothing/ppo.pt")))
+    assert OptimalityConfig(checkpoint=str(tmp_path / "nothing/ppo.pt")).lock_file() is None
     assert not (tmp_path / "nothing").exists()
+    (tmp_path / "ppo.pt").touch()
+    assert OptimalityConfig(checkpoint=str(tmp_path / "ppo.pt")).lock_file() == tmp_path / ".lock"

@@ -1,4 +1,4 @@
-"""rlhf.tools.train_dpo: what it starts from and learns from, what it writes, and what reads
+"""docs.experiments.train_dpo: what it starts from and learns from, what it writes, and what reads
 that."""
 
 import math
@@ -7,13 +7,13 @@ import re
 import pytest
 import torch
 
-from docs.experiments import walk
+from docs.experiments import train_dpo, walk
+from docs.experiments.train_dpo import DPOConfig
 from rlhf.methods import dpo
 from rlhf.run.errors import InputError
 from rlhf.run.flags import parse_cli
 from rlhf.run.loading import find_tokenizer, load_policy, load_reward_model
-from rlhf.tools import export, optimality, sample, train_dpo
-from rlhf.tools.train_dpo import DPOConfig
+from rlhf.tools import export, optimality, sample
 from tests.helpers import ROOT, rows, stopped_by_its_first_checkpoint
 
 FLAGS = (
@@ -149,7 +149,8 @@ def test_resumed_run_equals_the_uninterrupted_run(trained, tmp_path, monkeypatch
         run(trained, cut, "--lora-rank", rank)
     assert torch.load(cut / "dpo.pt", weights_only=True)["step"] == 3
     with pytest.raises(
-        InputError, match="at step 3 of 6: finish it with `python -m rlhf.tools.train_dpo --resume`"
+        InputError,
+        match="at step 3 of 6: finish it with `python -m docs.experiments.train_dpo --resume`",
     ):
         load_policy(cut / "dpo.pt", "sft", "ppo")
     run(trained, cut, "--lora-rank", rank, "--resume")
@@ -186,7 +187,7 @@ def test_tools_read_dpo_pt(finished, trained, tmp_path, capsys):
     with pytest.raises(InputError, match="no value network to follow"):
         walk.main(parse_cli(walk.WalkConfig, flags))
     with pytest.raises(
-        InputError, match="was written by `python -m rlhf.tools.train_dpo`; a checkpoint of"
+        InputError, match="was written by `python -m docs.experiments.train_dpo`; a checkpoint of"
     ):
         load_policy(finished / "dpo.pt", "sft")
 

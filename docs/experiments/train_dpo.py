@@ -1,7 +1,7 @@
 """DPO: the policy learns from the comparisons directly. Nothing is sampled, and no reward model
 trains it.
 
-    python -m rlhf.tools.train_dpo     # reads runs/sft.pt and reward.pt; writes to runs/dpo:
+    python -m docs.experiments.train_dpo     # reads runs/sft.pt and reward.pt; writes to runs/dpo:
                                        # dpo.pt, dpo.csv, dpo_samples.csv and evaluation.csv
     python -m rlhf.tools.optimality --checkpoint runs/dpo/dpo.pt
 
