@@ -7,7 +7,7 @@ import pandas
 from torch import nn
 
 from rlhf.run.errors import printable
-from rlhf.run.messages import in_one_line
+from rlhf.run.messages import in_one_line, last_turn
 from rlhf.tokenizer import Tokenizer
 
 
@@ -42,7 +42,8 @@ def sample_rows(before: list, after: list) -> list[dict]:
     """Rows of ppo_samples.csv: an rlhf.evaluate.Response to each prompt before and after."""
     rows = []
     for old, new in zip(before, after):
-        row = {"Prompt": old.prompt, "Before": old.text, "After": new.text}
+        row = {"Prompt": old.prompt, "last_turn": last_turn(old.prompt)}
+        row |= {"Before": old.text, "After": new.text}
         row |= {"score_before": round(old.score, 4), "score_after": round(new.score, 4)}
         row |= {"gold_before": old.gold, "gold_after": new.gold}
         rows.append(row)

@@ -143,6 +143,7 @@ def test_sample_rows_put_both_responses_side_by_side():
     assert sample_rows([BEFORE], [AFTER]) == [
         {
             "Prompt": BEFORE.prompt,
+            "last_turn": "Hi.",
             "Before": "Go away.",
             "After": "Hello.",
             "score_before": -0.1235,
@@ -173,3 +174,9 @@ def test_print_responses_shows_each_prompt_with_what_the_policies_say(capsys):
         "        before -> Go away.   (score -0.12, gold -1.0)",
         "        after -> Hello.   (score +1.50)",
     ]
+
+
+def test_print_responses_shows_the_last_turn_of_a_dialogue(capsys):
+    prompt = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: What is\n\nit?\n\nAssistant:"
+    print_responses(now=[dataclasses.replace(BEFORE, prompt=prompt)])
+    assert capsys.readouterr().out.splitlines()[0] == "    Human: What is it?"
