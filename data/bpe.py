@@ -6,6 +6,7 @@ common neighbours.
 """
 
 import base64
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -104,3 +105,9 @@ def write_ranks(tokens: list[bytes], path: Path) -> None:
         lines.append(f"{base64.b64encode(token).decode()} {rank}\n")
     with replacing(path) as file:
         file.writelines(lines)
+
+
+def vocabulary_size(texts: Iterable[str]) -> int:
+    """A size for text of this length: 512 for a few pages, 2,000 for a megabyte, 8,192 at most."""
+    characters = sum(map(len, texts))
+    return min(8192, max(512, 2 * math.isqrt(characters)))

@@ -80,8 +80,9 @@ def load_gpt2_tokenizer() -> Tokenizer:
         encoding = tiktoken.get_encoding("gpt2")
     except Exception as error:  # tiktoken lets through whatever its download met
         raise InputError(
-            f"tiktoken could not fetch GPT-2's ranks ({type(error).__name__}); go online once, or "
-            f"set TIKTOKEN_CACHE_DIR to a folder that holds them"
+            f"tiktoken could not fetch GPT-2's ranks ({type(error).__name__}); go online once, "
+            f"set TIKTOKEN_CACHE_DIR to a folder that holds them, or make a data set with a "
+            f"tokenizer of its own: python -m rlhf.tools.prepare"
         ) from error
     # GPT-2 has no pad token. The NUL byte is a valid id that text hardly ever holds; the vocabulary
     # stays 50,257.

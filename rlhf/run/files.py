@@ -25,6 +25,9 @@ def data_folder(name: str | Path) -> Path:
     return BUNDLED if path == DEFAULT_DATA and not path.exists() else path
 
 
+PREPARE = "`python -m rlhf.tools.prepare FILE --out DIR` makes a data set of it"
+
+
 def check_file(
     path: Path, fix: str = "give --data a folder that holds it, or the right name"
 ) -> Path:
@@ -44,7 +47,7 @@ def check_folder(folder: str | Path, for_rows: bool = True) -> None:
     if path.is_file():
         raise InputError(
             f"--data {folder} is a file; give the folder that holds demonstrations.csv, "
-            f"comparisons.csv and prompts.csv"
+            f"comparisons.csv and prompts.csv, or: {PREPARE}"
         )
     if not path.is_dir():
         raise InputError(f"--data {folder}: there is no such folder here")

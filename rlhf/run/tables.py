@@ -17,17 +17,12 @@ from pathlib import Path
 from pandas import DataFrame
 
 from rlhf.run.errors import InputError
-from rlhf.run.files import check_file
+from rlhf.run.files import PREPARE, check_file
 
 LONGEST_CELL = 100_000  # characters
 
-# A cell with quotation marks around it; one without, which does not begin with a mark; either of
-# them with the comma or the line end behind it. A second CR is what Windows makes of CRLF.
-QUOTED = r'"[^"]*(?:""[^"]*)*"'
-PLAIN = r'(?![^\S\n]*")[^",\r\n]*(?:(?<!\\)"[^",\r\n]+"(?!")[^",\r\n]*)*'
-CELL = re.compile(f"({QUOTED}|{PLAIN})(,|\r*\n)")
 NOT_A_CELL = (
-    "the quotation marks do not match, or a lone CR ends a line; a cell that holds a comma, a "
+    "the quotation marks do not match, or a lone CR ends a line; a cell that holds a separator, a "
     "quotation mark or a line end needs quotation marks around all of it, and each inside doubled"
 )
 
@@ -71,7 +66,16 @@ def read_text(path: Path, cut: bool = False) -> str:
         ) from None
 
 
-def split_rows(path: Path, text: str) -> list[list[str]]:
+def cell_pattern(separator: str) -> re.Pattern:
+    """A cell with quotation marks around it, or one without, which does not begin with a mark; then
+    the separator or the line end behind it. A second CR is what Windows makes of CRLF."""
+    letter = rf'[^"{separator}\r\n]'
+    quoted = r'"[^"]*(?:""[^"]*)*"'
+    plain = rf'(?![^\S\n{separator}]*"){letter}*(?:(?<!\\)"{letter}+"(?!"){letter}*)*'
+    return re.compile(f"({quoted}|{plain})([{separator}]|\r*\n)")
+
+
+def split_rows(path: Path, text: str, separator: str = ",") -> list[list[str]]:
     """The cells of the header and of all rows, without empty lines.
 
     Raises InputError if there is no header, or a cell breaks the rules above.
@@ -80,12 +84,12 @@ def split_rows(path: Path, text: str) -> list[list[str]]:
     rows = []
     cells = []
     at = 0
-    for cell in CELL.finditer(text):
+    for cell in cell_pattern(separator).finditer(text):
         if cell.start() > at:
             break
         at = cell.end()
         cells.append(unquoted(cell[1]))
-        if cell[2] != ",":
+        if cell[2] != separator:
             if cell[1] or len(cells) > 1:
                 rows.append(cells)
             cells = []
@@ -125,7 +129,7 @@ def check_header(
         needed = ", ".join(columns)
         message = f"{path}: {what} {name!r} (found: {found[:200]}; needed: {needed})"
         if len(header) == 1 and re.search(r"[;\t|]", header[0]):
-            message += "; the header has no comma: is the separator ';', '|' or a tab?"
+            message += f"; the header has no comma: is the separator ';', '|' or a tab? {PREPARE}"
         raise InputError(message)
 
 
@@ -137,7 +141,7 @@ def letters(name: str) -> str:
 def width_fault(cells: list[str], width: int) -> str:
     if len(cells) == width:
         return ""
-    marks = "put quotation marks around text that holds a comma or a line end"
+    marks = "put quotation marks around text that holds a separator or a line end"
     return f"has {len(cells)} cells, the header {width}: {marks}"
 
 
