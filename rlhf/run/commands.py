@@ -27,9 +27,12 @@ INSTALLED = "rlhf "  # sys.argv[0] begins with it if `main` has started the prog
 def main() -> None:
     """Run the program that the first argument names, with the flags after it."""
     name = " ".join(sys.argv[1:2])
+    usage = f"rlhf NAME [flags], with NAME one of {', '.join(PROGRAMS)}"
+    if name in ("", "-h", "--help"):
+        print(f"usage: {usage}\n\nrlhf NAME --help shows the flags of a program.")
+        return
     if name not in PROGRAMS:
-        guess = did_you_mean(name, PROGRAMS)
-        fail(f"usage: rlhf NAME [flags], with NAME one of {', '.join(PROGRAMS)}{guess}")
+        fail(f"unknown program {name}{did_you_mean(name, PROGRAMS)} ({usage})")
     sys.argv[:2] = [INSTALLED + name]
     runpy.run_module(PROGRAMS[name], run_name="__main__")
 
