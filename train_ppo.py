@@ -211,7 +211,7 @@ def load_models(
     policy = make_policy(cfg, gpt, reward_model, generator).to(compute.device)
     if reward_model is not None:
         reward_model.to(compute.device)
-    *shorter, longest = cfg.max_new_tokens
+    shortest, longest = cfg.max_new_tokens[0], cfg.max_new_tokens[-1]
     frozen = Frozen(
         reference,
         reward_model,
@@ -223,7 +223,7 @@ def load_models(
         rows=cfg.micro_batch_size or cfg.minibatch_size,
         amp=compute.amp,
         sample_rows=cfg.sample_rows,
-        shortest_limit=sum(shorter),  # of one, or none
+        shortest_limit=shortest,
         functions=functions,
         weights=rewards.weights,
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf.run.device import make_generator
 from rlhf.run.errors import InputError
-from rlhf.run.heldout import SHARE, read_rows
+from rlhf.run.heldout import HELDOUT_SHARE, read_rows
 from rlhf.run.messages import as_text
 from rlhf.run.tables import check_lengths
 from rlhf.tokenizer import Tokenizer
@@ -65,7 +65,11 @@ class Comparison(NamedTuple):
 
 
 def load_prompts(
-    folder: str, tokenizer: Tokenizer, limit: int, heldout: bool = False, share: float = SHARE
+    folder: str,
+    tokenizer: Tokenizer,
+    limit: int,
+    heldout: bool = False,
+    share: float = HELDOUT_SHARE,
 ) -> list[Prompt]:
     """limit: the most tokens that a prompt may take, the model's context minus the response."""
     [(path, frame)] = read_rows(folder, "prompts", heldout, share)
@@ -78,7 +82,11 @@ def load_prompts(
 
 
 def load_demonstrations(
-    folder: str, tokenizer: Tokenizer, limit: int, heldout: bool = False, share: float = SHARE
+    folder: str,
+    tokenizer: Tokenizer,
+    limit: int,
+    heldout: bool = False,
+    share: float = HELDOUT_SHARE,
 ) -> list[Demonstration]:
     """limit: the most tokens that prompt and response may take together."""
     [(path, frame)] = read_rows(folder, "demonstrations", heldout, share)
@@ -96,7 +104,7 @@ def load_comparisons(
     tokenizer: Tokenizer,
     limit: int,
     heldout: bool = False,
-    share: float = SHARE,
+    share: float = HELDOUT_SHARE,
     files: tuple[Path, ...] = (),
 ) -> list[Comparison]:
     """files: to train on instead of the folder's comparisons.csv.

@@ -28,9 +28,15 @@ class Frozen(NamedTuple):
     rows: int = 128  # how many are scored at once
     amp: torch.dtype | None = None
     sample_rows: int = 0  # how many are sampled at once, so that the cache fits in memory; 0: all
-    shortest_limit: int = 0  # 0: the longest response of each row is max_new_tokens
+    # The longest response of each row is drawn from shortest_limit to max_new_tokens; 0: it is
+    # max_new_tokens.
+    shortest_limit: int = 0
     functions: tuple[RewardFunction, ...] = ()
     weights: tuple[float, ...] = (1.0,)  # of the reward model, then of the functions
+
+    @property
+    def draws_limits(self) -> bool:
+        return 0 < self.shortest_limit < self.max_new_tokens
 
     @property
     def context(self) -> int:
@@ -40,7 +46,7 @@ class Frozen(NamedTuple):
 
     def response_limits(self, uniforms: Tensor) -> int | Tensor:
         """The longest response of each row, drawn with the last of its random numbers (B, N+1)."""
-        if self.shortest_limit == 0:
+        if not self.draws_limits:
             return self.max_new_tokens
         limits = 1 + self.max_new_tokens - self.shortest_limit  # how many there are
         return self.shortest_limit + (uniforms[:, -1] * limits).long()  # (B,)
@@ -78,7 +84,7 @@ def collect(
     Args: prompts (B, P), prompt_lens (B,); generator: as for generate; prompt_list: the same
         prompts as they were read, for reward functions.
     """
-    columns = frozen.max_new_tokens + (frozen.shortest_limit > 0)
+    columns = frozen.max_new_tokens + frozen.draws_limits
     uniforms = draw_uniforms(generator, prompts, columns)  # (B, N), or (B, N+1)
     if len(prompts) < processes.WORLD:  # too few to share: every process does all of them
         return collect_rows(policy, frozen, prompts, prompt_lens, uniforms, prompt_list)
@@ -107,61 +113,49 @@ def collect_rows(
             frozen.sample_rows,
         )  # (B, T), (B, T-1)
     # ---- 2 score ----
-    parts = []
-    for part in torch.arange(len(tokens), device=tokens.device).split(frozen.rows):  # row numbers
-        batch = (tokens[part], mask[part], prompt_lens[part])
-        parts.append(score_rows(policy, frozen, *batch, prompt_list[part[0] : part[-1] + 1]))
-    return Rollout(*map(torch.cat, zip(*parts)))  # the parts' tokens joined, their masks, ...
+    chunks = []
+    for rows in torch.arange(len(tokens), device=tokens.device).split(frozen.rows):  # row numbers
+        chunks.append(score_rows(policy, frozen, tokens[rows], mask[rows], prompt_lens[rows]))
+    rollout = Rollout(*map(torch.cat, zip(*chunks)))  # the chunks' tokens joined, their masks, ...
+    return with_all_rewards(rollout, frozen, prompt_list)
 
 
-def score_rows(
-    policy, frozen: Frozen, tokens, mask, prompt_lens: Tensor, prompt_list: Sequence[Prompt] = ()
-) -> Rollout:
-    """What the policy, the reference and the rewards make of finished responses.
+def score_rows(policy, frozen: Frozen, tokens, mask, prompt_lens: Tensor) -> Rollout:
+    """What the networks make of finished responses: policy, reference and reward model.
 
     Old and reference log-probabilities come from a forward pass over the finished sequences, as in
     the update, and not from sampling: the two agree on paper but not bit for bit, and the ratio
     must be 1 in the first gradient step of an update (it is, within 4e-6).
 
-    Args: tokens (B, T), mask (B, T-1), prompt_lens (B,); prompt_list: as for collect.
+    Args: tokens (B, T), mask (B, T-1), prompt_lens (B,).
     """
+    parts = torch.zeros(len(tokens), 0, device=tokens.device)  # (B, 0)
     with autocast(tokens.device, frozen.amp):
         hidden, values = policy.hidden_and_values(tokens)  # (B, T, C), (B, T)
         ref_hidden = frozen.reference.hidden(tokens)  # (B, T, C)
+        if frozen.reward_model is not None:
+            lengths = prompt_lens + mask.sum(dim=1)  # (B,)
+            parts = frozen.reward_model(tokens, lengths).unsqueeze(1)  # (B, 1)
         logits = policy.gpt.logits(action_slots(hidden, mask))  # (S, V)
         ref_logits = frozen.reference.logits(action_slots(ref_hidden, mask))  # (S, V)
         logprobs = token_logprobs(logits, tokens, mask)  # (B, T-1)
         ref_logprobs = token_logprobs(ref_logits, tokens, mask)  # (B, T-1)
-    parts = score_responses(frozen, tokens, mask, prompt_lens, prompt_list)  # (B, K)
-    scores = total_scores(frozen, parts, tokens, mask)  # (B,)
+    scores = parts.sum(dim=1)  # (B,): the reward model's, so far
     return Rollout(tokens, mask, logprobs, ref_logprobs, values[:, :-1], scores, parts)
 
 
-@torch.no_grad()
-def score_responses(
-    frozen: Frozen,
-    tokens: Tensor,
-    mask: Tensor,
-    prompt_lens: Tensor,
-    prompt_list: Sequence[Prompt],
-) -> Tensor:
-    """The score of each reward: the reward model's, then the functions'.
-
-    tokens (B, T), mask (B, T-1), prompt_lens (B,), B prompts for the functions -> (B, K).
-    """
-    columns = [torch.zeros(len(tokens), 0, device=tokens.device)]  # (B, 0): there may be no reward
-    if frozen.reward_model is not None:
-        lengths = prompt_lens + mask.sum(dim=1)  # (B,)
-        with autocast(tokens.device, frozen.amp):
-            scores = frozen.reward_model(tokens, lengths)  # (B,)
-            columns.append(scores.unsqueeze(1))  # (B, 1)
+def with_all_rewards(rollout: Rollout, frozen: Frozen, prompt_list: Sequence[Prompt]) -> Rollout:
+    """The rollout with the scores of all rewards. A function is called once for all responses."""
+    tokens, mask = rollout.tokens, rollout.mask
+    columns = [rollout.parts]  # (B, 1): the reward model's; (B, 0) without one
     if frozen.functions:
-        given = [prompt.given for prompt in prompt_list]  # text or messages
+        prompts = [prompt.given for prompt in prompt_list]  # text or messages
         responses = decode_responses(frozen.tokenizer, tokens, mask)
     for function in frozen.functions:
-        scores = torch.tensor(function(given, responses), device=tokens.device)  # (B,)
+        scores = torch.tensor(function(prompts, responses), device=tokens.device)  # (B,)
         columns.append(scores.unsqueeze(1))  # (B, 1)
-    return torch.cat(columns, dim=1)
+    parts = torch.cat(columns, dim=1)  # (B, K)
+    return rollout._replace(parts=parts, scores=total_scores(frozen, parts, tokens, mask))
 
 
 def total_scores(frozen: Frozen, parts: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from rlhf.losses import ranking_loss
 from rlhf.model import RewardModel
 from rlhf.run.device import Compute
 from rlhf.run.errors import InputError
-from rlhf.run.heldout import SHARE, read_rows
+from rlhf.run.heldout import HELDOUT_SHARE, read_rows
 from rlhf.run.tables import check_lengths, check_rows
 from rlhf.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ class Ranking(NamedTuple):
 
 
 def load_rankings(
-    folder: str, tokenizer: Tokenizer, limit: int, share: float = SHARE
+    folder: str, tokenizer: Tokenizer, limit: int, share: float = HELDOUT_SHARE
 ) -> list[Ranking]:
     """The folder's rankings to train on: one per prompt (and group), in the order in which they
     first come.
@@ -54,7 +54,7 @@ def load_rankings(
     lengths = [len(ids) for ids in tokens]
     check_lengths(path, frame.index, lengths, limit, "the prompt with its response")
 
-    keys = [name for name in ("Cell", "Group") if name in frame]
+    keys = [name for name in ("PromptCell", "Group") if name in frame]
     different = frame.assign(tokens=tokens).drop_duplicates([*keys, "Response"])
     rankings = []
     for _, rows in different.groupby(keys, sort=False):

@@ -17,13 +17,15 @@ from rlhf.run.files import csv_path
 from rlhf.run.messages import prompt_fault, read_prompt
 from rlhf.run.tables import check_rows, read_csv
 
-SHARE = 0.1  # of the prompts
+HELDOUT_SHARE = 0.1  # of the prompts
 
 
 class Columns(NamedTuple):
     needed: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    twin: str = ""  # the table whose held-out file counts, if it is another one's
+    # The table whose held-out file counts, if it is another one's: rankings are trained on, and
+    # comparisons evaluated.
+    twin: str = ""
 
 
 COLUMNS = {
@@ -36,7 +38,11 @@ ANSWERS = ("first", "second", "tie", "skip")  # of rlhf/tools/label.py; the firs
 
 
 def read_rows(
-    folder: str, name: str, heldout: bool, share: float = SHARE, files: tuple[Path, ...] = ()
+    folder: str,
+    name: str,
+    heldout: bool,
+    share: float = HELDOUT_SHARE,
+    files: tuple[Path, ...] = (),
 ) -> list[tuple[Path, DataFrame]]:
     """The rows of one side of a table of a data set: [(the file, its rows)].
 
@@ -52,7 +58,7 @@ def read_rows(
     if twin.is_file():
         return [(path, read_table(path, name)) for path in ((twin,) if heldout else files)]
     tables = [(path, read_table(path, name)) for path in files]
-    prompts = [cell for _, frame in tables for cell in frame["Cell"]]
+    prompts = [cell for _, frame in tables for cell in frame["PromptCell"]]
     chosen = choose_heldout(prompts, share)
     if heldout:
         names = ", ".join(map(str, files))
@@ -64,20 +70,20 @@ def read_rows(
             f"no {twin.name}: {len(chosen)} of {len(set(prompts))} prompts of {names} are held "
             f"out, chosen by a hash (--heldout {share:g})"
         )
-    return [(path, frame[frame["Cell"].isin(chosen) == heldout]) for path, frame in tables]
+    return [(path, frame[frame["PromptCell"].isin(chosen) == heldout]) for path, frame in tables]
 
 
 def read_table(path: Path, name: str) -> DataFrame:
-    """The table's columns, prompts read. The column Cell holds the prompts as the file spells
+    """The table's columns, prompts read. The column PromptCell holds the prompts as the file spells
     them."""
     frame = read_csv(path, COLUMNS[name].needed, COLUMNS[name].optional)
     check_rows(path, "Prompt", [prompt_fault(cell) for cell in frame["Prompt"]])
     prompts = [read_prompt(cell) for cell in frame["Prompt"]]
-    frame = frame.assign(Cell=frame["Prompt"], Prompt=prompts)
-    return decided(path, frame) if "Answer" in frame else frame
+    frame = frame.assign(PromptCell=frame["Prompt"], Prompt=prompts)
+    return with_a_winner(path, frame) if "Answer" in frame else frame
 
 
-def decided(path: Path, frame: DataFrame) -> DataFrame:
+def with_a_winner(path: Path, frame: DataFrame) -> DataFrame:
     """The rows that have a better side. Raises InputError if an Answer is unknown."""
     choices = "first, second, tie or skip"
     faults = []

@@ -31,7 +31,7 @@ def ticker(items: Sequence, what: str, seconds: float = 10.0) -> Iterator:
 
 def print_table(rows: list[dict]) -> None:
     """Print rows of the same columns, aligned, such as those of evaluation.csv. None is empty."""
-    frame = pandas.DataFrame(rows)
+    frame = pandas.DataFrame(rows).fillna(float("nan"))  # a column of None is one of objects
     print(frame.to_string(index=False, na_rep="", float_format="%.3f"))
 
 

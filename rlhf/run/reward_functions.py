@@ -22,6 +22,7 @@ from rlhf.run.errors import InputError
 from rlhf.run.files import check_file, digests
 from rlhf.run.user_code import PREFIX, call_score, load_code
 
+TAKEN = ("model", "std")  # ppo.csv has score_model and score_std
 SPEC = re.compile(r"(.+\.py)(?::(\w+))?")  # FILE.py or FILE.py:FUNCTION
 
 
@@ -33,7 +34,7 @@ class RewardFunction(NamedTuple):
     def __call__(self, prompts: Sequence, responses: list[str]) -> list[float]:
         """One number per response, checked."""
         where = f"{self.name}() in {self.path}"
-        return call_score(self.score, where, list(prompts), responses)
+        return call_score(self.score, where, prompts, responses)
 
 
 class Rewards(NamedTuple):
@@ -51,8 +52,11 @@ class Rewards(NamedTuple):
         functions = {}
         for spec in self.functions:
             function = load_function(spec)
-            if function.name in functions:
-                raise InputError(f"--reward {spec}: two are called {function.name}; rename one")
+            if function.name in functions or function.name in TAKEN:
+                raise InputError(
+                    f"--reward {spec}: the metric score_{function.name} exists already; rename the "
+                    f"function or the file"
+                )
             functions[function.name] = function
         return tuple(functions.values())
 
@@ -65,16 +69,24 @@ def named_rewards(names: tuple[str, ...], weights: tuple[float, ...], default: P
     names = names or (str(default),)
     functions = tuple(name for name in names if SPEC.fullmatch(name))
     models = [name for name in names if name not in functions]
-    if len(models) > 1:
+    if len(models) > 1 or models and not models[0].endswith(".pt"):
         raise ValueError(
-            f"--reward {' '.join(models)}: give one reward model at most; a function is FILE.py or "
-            f"FILE.py:FUNCTION"
+            f"--reward {' '.join(models)}: give one reward model FILE.pt at most, and functions as "
+            f"FILE.py or FILE.py:FUNCTION"
         )
     if weights and len(weights) != len(names):
         raise ValueError(f"--reward-weights: {len(weights)} weights for {len(names)} rewards")
     by_name = dict(zip(names, weights or [1.0] * len(names)))
     in_order = [by_name[name] for name in (*models, *functions)]
     return Rewards(Path(models[0]) if models else None, functions, tuple(in_order))
+
+
+def reward_name(spec: str) -> str:
+    """FUNCTION or, without it, FILE; "model" for a reward model."""
+    if not SPEC.fullmatch(spec):
+        return "model"
+    file, name = SPEC.fullmatch(spec).groups()
+    return name or Path(file).stem
 
 
 def load_function(spec: str) -> RewardFunction:
@@ -84,7 +96,7 @@ def load_function(spec: str) -> RewardFunction:
     function = getattr(load_code(path, PREFIX + spec), name or "score", None)
     if not callable(function):
         raise InputError(f"--reward {spec}: {path} has no function {name or 'score'}")
-    return RewardFunction(name or path.stem, path, function)
+    return RewardFunction(reward_name(spec), path, function)
 
 
 def part_means(model, functions: tuple[RewardFunction, ...], parts: Tensor) -> dict[str, float]:

@@ -5,7 +5,7 @@ Such a file is executed. An error inside it keeps its traceback.
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -35,10 +35,16 @@ def call_score(score: Callable, where: str, prompts: list, responses: list[str])
     Raises InputError, which names the function by `where`, if it is not one finite number per
     response.
     """
-    scores = [float(number) for number in score(prompts, responses)]
+    result = score(list(prompts), list(responses))
+    # An error inside a generator is one of the user's code, and keeps its traceback.
+    values = list(result) if isinstance(result, Iterable) else [result]
+    try:
+        scores = [float(value) for value in values]
+    except (TypeError, ValueError, RuntimeError):  # no number, or a tensor of several
+        scores = []
     if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
         raise InputError(
             f"{where} must return one finite number for each of {len(responses)} responses, got "
-            f"{len(scores)}: {str(scores)[:60]}"
+            f"{len(values)} values: {str(values)[:60]}"
         )
     return scores

@@ -35,9 +35,29 @@ class Warnings:
 
 def of_step(rows: list[dict], cfg) -> str:
     """A warning about the latest step of PPO, or "". Args: as for equal_scores."""
-    if len(rows) == 1 and cfg.rewards().functions:
-        return unusual_scale(rows[0]["score_std"], cfg.kl_coef)
-    return equal_scores(rows, cfg)
+    if len(rows) > 1:
+        return equal_scores(rows, cfg)
+    text = better_cut_off(rows[0], cfg.missing_eos_score)
+    if not text and cfg.rewards().functions:
+        text = unusual_scale(rows[0]["score_std"], cfg.kl_coef)
+    return text or equal_scores(rows, cfg)
+
+
+def better_cut_off(row: dict, missing_eos_score: float | None) -> str:
+    """A warning if responses that end score less than those that are cut off, or "".
+
+    row: of ppo.csv, whose score is the mean of both.
+    """
+    ended = row["eos_rate"]
+    if missing_eos_score is None or not ended:
+        return ""
+    score = (row["score"] - (1 - ended) * missing_eos_score) / ended
+    if score >= missing_eos_score:
+        return ""
+    return (
+        f"responses that end score {score:.2f} on average, and those that are cut off "
+        f"{missing_eos_score:g}: PPO would learn not to end; lower --missing-eos-score"
+    )
 
 
 def unusual_scale(score_std: float, kl_coef: float) -> str:

@@ -36,7 +36,7 @@ from rlhf.run.device import make_generator, pick_device
 from rlhf.run.errors import InputError, printable
 from rlhf.run.files import quoted, replacing, writing
 from rlhf.run.flags import arg, check_positive
-from rlhf.run.heldout import ANSWERS, SHARE
+from rlhf.run.heldout import ANSWERS, HELDOUT_SHARE
 from rlhf.run.loading import load_policy, tokenizer_of
 from rlhf.run.program import run
 from rlhf.run.tables import read_text, split_rows
@@ -349,7 +349,9 @@ def main(cfg: LabelConfig, annotator: Callable[[Pair], str] = ask) -> None:
     data = cfg.data or checkpoint["config"]["data"]
     tokenizer = tokenizer_of(path, checkpoint, data)
     limit = gpt.config.block_size - cfg.max_new_tokens
-    prompts = load_prompts(data, tokenizer, limit, share=checkpoint["config"].get("heldout", SHARE))
+    prompts = load_prompts(
+        data, tokenizer, limit, share=checkpoint["config"].get("heldout", HELDOUT_SHARE)
+    )
     pairs = Pairs(gpt.to(device), prompts, tokenizer, cfg)
 
     out = Path(cfg.out)

@@ -44,10 +44,10 @@ from rlhf.run.device import Compute, autocast, setup
 from rlhf.run.errors import InputError
 from rlhf.run.files import write_csv
 from rlhf.run.flags import DEVICES, arg, check_positive
-from rlhf.run.heldout import SHARE
+from rlhf.run.heldout import HELDOUT_SHARE
 from rlhf.run.loading import judge_of, load_policy, load_reward_model, new_network, tokenizer_of
 from rlhf.run.progress import print_table
-from rlhf.run.reward_functions import Rewards, function_digests, named_rewards
+from rlhf.run.reward_functions import Rewards, function_digests, named_rewards, reward_name
 from rlhf.tokenizer import Tokenizer
 
 UNRELIABLE = 10  # effective sample size
@@ -156,7 +156,7 @@ def load_run(cfg: RunConfig) -> Run:
         check_input(path, checkpoint, name, function.path)
     frozen = frozen._replace(functions=functions, weights=rewards.weights)
     limit = frozen.context - frozen.max_new_tokens
-    prompts = load_prompts(data, tokenizer, limit, True, config.get("heldout", SHARE))
+    prompts = load_prompts(data, tokenizer, limit, True, config.get("heldout", HELDOUT_SHARE))
     prompts = prompts[: config["eval_prompts"]]
     policy = policy.to(compute.device)
     kl_coef = checkpoint["kl_coef"]
@@ -172,18 +172,24 @@ def rewards_of(path: Path, checkpoint: dict, given: tuple[str, ...]) -> Rewards:
     """The rewards that the checkpoint at path was trained with, or those that the user names in
     their place.
 
-    Raises InputError if there are functions among them and the user has named none: a checkpoint
-    decides on no code that runs.
+    Raises InputError if there are functions among them and the user has named none (a checkpoint
+    decides on no code that runs), or others.
     """
     config = checkpoint["config"]
     trained = config["reward"]
     trained = (trained,) if isinstance(trained, str) and trained else tuple(trained)  # of DPO
     default = Path(config["out"]) / "reward.pt"
+    names = [reward_name(spec) for spec in trained or [str(default)]]
+    if given and [reward_name(spec) for spec in given] != names:
+        raise InputError(
+            f"{path} was trained with --reward {' '.join(trained) or default}; name all of them, "
+            f"in this order"
+        )
     rewards = named_rewards(given or trained, config.get("reward_weights", ()), default)
     if rewards.functions and not given:
         raise InputError(
-            f"{path} was trained with functions, which run only if you name them: give --reward "
-            f"{' '.join(trained)}"
+            f"{path} was trained with reward functions, which run only if you name them: give "
+            f"--reward {' '.join(trained)}"
         )
     if rewards.model is None:
         return rewards
@@ -234,15 +240,15 @@ def frozen_models(
 ) -> Frozen:
     """What the run sampled and scored with, without reward functions."""
     limits = config["max_new_tokens"]
-    *shorter, longest = (limits,) if isinstance(limits, int) else limits  # DPO's is one number
+    limits = (limits,) if isinstance(limits, int) else limits  # DPO's is one number
     if reward_model is not None:
         reward_model.to(compute.device)
     return Frozen(
         reference.to(compute.device),
         reward_model,
         tokenizer,
-        max_new_tokens=longest,
-        shortest_limit=sum(shorter),  # of one, or none
+        max_new_tokens=limits[-1],
+        shortest_limit=limits[0],
         missing_eos_score=config["missing_eos_score"],
         rows=config["micro_batch_size"] or 128,
         amp=compute.amp,

@@ -161,6 +161,24 @@ def test_functions_score_texts_beside_the_reward_model(policy, gpt, reward_model
     assert_close(fixed.parts, got.parts)
 
 
+def test_a_function_is_called_once_for_all_responses(policy, gpt, reward_model):
+    """Networks read three rows at once here; a judge may compare the responses with each other."""
+    counts = []
+
+    def score(prompts, responses):
+        counts.append((len(prompts), len(responses)))
+        return [0.0] * len(responses)
+
+    scored(
+        policy,
+        gpt,
+        reward_model,
+        functions=(RewardFunction("x", "x.py", score),),
+        weights=(1.0, 1.0),
+    )
+    assert counts == [(8, 8)]
+
+
 def test_functions_may_be_the_only_reward(policy, gpt):
     got = scored(policy, gpt, None, functions=(length_reward(),), missing_eos_score=None)
     assert got.parts.shape == (8, 1) and got.scores.tolist() == got.parts[:, 0].tolist()

@@ -34,8 +34,9 @@ def test_flags_name_a_model_and_functions_with_weights_of_their_own(names, weigh
 @pytest.mark.parametrize(
     ("names", "weights", "message"),
     [
-        (("a.pt", "b.pt"), (), "--reward a.pt b.pt: give one reward model at most"),
+        (("a.pt", "b.pt"), (), "--reward a.pt b.pt: give one reward model FILE.pt at most"),
         (("a.pt", "x.py:"), (), "FILE.py:FUNCTION"),
+        (("rules",), (), "--reward rules: give one reward model FILE.pt at most"),
         (("x.py",), (1.0, 2.0), "2 weights for 1 rewards"),
         ((), (1.0, 2.0), "2 weights for 1 rewards"),
     ],
@@ -71,10 +72,14 @@ def test_functions_are_found_in_their_files(tmp_path):
     assert digests["reward rules"] == digests["reward short"] != digests["reward asks"]
 
 
-def test_functions_get_a_list_of_their_own(tmp_path):
-    path = write(tmp_path / "x.py", "def score(prompts, responses): return [prompts.pop()]")
+def test_functions_get_lists_of_their_own(tmp_path):
+    """A function that sorts or empties them does not change what the next one gets."""
+    line = "def score(prompts, responses): return [prompts.pop() + responses.pop()]"
+    path = write(tmp_path / "x.py", line)
     prompts = ["3"]
-    assert load(path)[0](prompts, ["a"]) == [3.0] and prompts == ["3"]
+    responses = ["4"]
+    assert load(path)[0](prompts, responses) == [34.0]
+    assert prompts == ["3"] and responses == ["4"]
 
 
 @pytest.mark.parametrize(
@@ -99,11 +104,29 @@ def test_two_functions_of_one_name_are_refused(tmp_path):
     (tmp_path / "a").mkdir()
     text = "def score(prompts, responses): return []"
     paths = [write(tmp_path / "x.py", text), write(tmp_path / "a" / "x.py", text)]
-    with pytest.raises(InputError, match="two are called x"):
+    with pytest.raises(InputError, match="the metric score_x exists already"):
         load(*paths)
 
 
-@pytest.mark.parametrize("value", ["[1.0]", "[1.0, 2.0, 3.0]", "[1.0, float('nan')]", "[]"])
+@pytest.mark.parametrize("name", ["std", "model"])
+def test_names_of_other_columns_are_refused(tmp_path, name):
+    path = write(tmp_path / f"{name}.py", "def score(prompts, responses): return []")
+    with pytest.raises(InputError, match=f"the metric score_{name} exists already"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "value", ["numpy.ones(2)", "torch.ones(2)", "(1 for _ in prompts)", "[True, 1]", "iter('11')"]
+)
+def test_numbers_may_come_in_any_collection(tmp_path, value):
+    text = f"import numpy, torch\ndef score(prompts, responses): return {value}"
+    assert load(write(tmp_path / "x.py", text))[0](["a", "b"], ["c", "d"]) == [1.0, 1.0]
+
+
+ODD = ["[1.0]", "[1.0, 2.0, 3.0]", "[1.0, float('nan')]", "[]", "None", "3.0", "['a', 'b']"]
+
+
+@pytest.mark.parametrize("value", [*ODD, "[None, 1]", "__import__('torch').ones(2, 2)"])
 def test_anything_but_one_finite_number_per_response_is_refused(tmp_path, value):
     path = write(tmp_path / "x.py", f"def score(prompts, responses): return {value}")
     with pytest.raises(InputError, match=r"x\(\) in .*x.py must return one finite number for each"):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf.run import warnings
-from rlhf.run.warnings import Warnings
+from rlhf.run.warnings import Warnings, of_step
 from train_ppo import PPOConfig
 
 
@@ -148,3 +148,24 @@ def test_policy_evaluated_on_few_prompts_is_said_to_be():
     assert texts == [
         "evaluated on 2 prompts only: standard errors of shares are up to 0.35",
     ]
+
+
+def test_of_step_warns_if_an_end_scores_less_than_a_cut():
+    """Half of the responses end. The mean -6 of scores of which half are -3: those that end have
+    -9."""
+    row = {"score": -6.0, "eos_rate": 0.5, "score_std": 1.0}
+    cfg = PPOConfig()
+    text = of_step([row], cfg)
+    assert "responses that end score -9.00 on average, and those that are cut off -3" in text
+    assert of_step([row], PPOConfig(missing_eos_score=None)) == ""
+    assert of_step([row], PPOConfig(missing_eos_score=-9.5)) == ""
+    assert of_step([{**row, "eos_rate": 0.0}], cfg) == ""
+    assert of_step([{**row, "score": -3.0}], cfg) == ""  # -3 each
+
+
+def test_of_step_warns_of_an_odd_scale_of_functions_only():
+    row = {"score": 10.0, "eos_rate": 1.0, "score_std": 20.0}
+    text = of_step([row], PPOConfig(reward=("x.py",)))
+    assert "deviate by 20 at first" in text and "--reward-weights by 0.05" in text
+    assert of_step([row], PPOConfig()) == ""
+    assert of_step([{**row, "score_std": 1.0}], PPOConfig(reward=("x.py",))) == ""
