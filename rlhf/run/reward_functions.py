@@ -12,6 +12,7 @@ Its file is executed, and only if the user names it: a checkpoint never makes a 
 """
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -93,6 +94,7 @@ def load_function(spec: str) -> RewardFunction:
     """The function of FILE.py or FILE.py:FUNCTION. Raises InputError if there is none."""
     file, name = SPEC.fullmatch(spec).groups()
     path = check_file(Path(file), "give --reward a file with a function score(prompts, responses)")
+    sys.path.append(str(path.resolve().parent))  # it may import files beside it
     function = getattr(load_code(path, PREFIX + spec), name or "score", None)
     if not callable(function):
         raise InputError(f"--reward {spec}: {path} has no function {name or 'score'}")

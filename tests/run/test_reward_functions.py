@@ -1,5 +1,6 @@
 """rlhf.run.reward_functions: what --reward names, and functions that are found and checked."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,13 @@ def test_two_functions_of_one_name_are_refused(tmp_path):
     paths = [write(tmp_path / "x.py", text), write(tmp_path / "a" / "x.py", text)]
     with pytest.raises(InputError, match="the metric score_x exists already"):
         load(*paths)
+
+
+def test_a_file_may_import_those_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path])
+    write(tmp_path / "numbers_beside_it.py", "ONE = 1")
+    text = "from numbers_beside_it import ONE\ndef score(prompts, responses): return [ONE]"
+    assert load(write(tmp_path / "x.py", text))[0](["a"], ["b"]) == [1.0]
 
 
 @pytest.mark.parametrize("name", ["std", "model"])
