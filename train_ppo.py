@@ -19,6 +19,7 @@ its errors (try --kl-coef 0).
 rlhf/rollout.py, parts 5 and 6 in rlhf/ppo.py. What comes from rlhf/run can be skipped on a first
 reading.
 
+--reward takes functions of your own in the reward model's place or beside it (docs/data.md).
 --advantage replaces GAE in part 4 by RLOO, GRPO or REINFORCE, which need no value network
 (rlhf/advantages.py says what each does to J).
 

@@ -32,7 +32,7 @@ Glossary
     response       what a model says to a prompt, end-of-text included
     rollout        one batch of prompts with responses, log-probabilities, values and scores
     reward model   gives a response its score, learned from comparisons; frozen while PPO runs
-    score          the reward model's number for a whole response
+    score          the number for a whole response, of the reward model or of a reward function
     reward         what one action earns: minus its KL penalty, plus the score if it is the last
     judge, gold    the data set's judge.py, and its number for a response; for evaluation only
     vote           which of two responses an annotator prefers: a comparison, with noise
