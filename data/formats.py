@@ -25,9 +25,9 @@ from rlhf.run.tables import (
     LONGEST_CELL,
     check_rows,
     letters,
+    row_fault,
     split_rows,
     strip_blanks,
-    width_fault,
 )
 
 ROLES = {
@@ -110,7 +110,9 @@ def read_file(path: Path, named: dict[str, str]) -> Source:
     try:
         records, found = read_records(path)
         return to_rows(records, named, found)
-    except (ValueError, RecursionError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path} is no whole .gz file ({error}); fetch it again") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: {error}") from None
 
 
@@ -214,7 +216,7 @@ def read_table(path: Path, text: str) -> tuple[list[dict], str]:
     header, *rows = split_rows(path, text, separator)
     if len(set(header)) < len(header):
         raise ValueError(f"a column comes twice: {', '.join(header)}")
-    check_rows(path, "the row", [width_fault(cells, len(header)) for cells in rows])
+    check_rows(path, "the row", [row_fault(cells, header) for cells in rows])
     records = [dict(zip(header, cells)) for cells in rows]
     return records, f"CSV, separator {SEPARATORS[separator]}"
 
@@ -259,7 +261,7 @@ def to_rows(records: list[dict], named: dict[str, str], found: str) -> Source:
     about = f"{len(records):,} rows, {shape.about} ({found}; columns {', '.join(used)})"
     unused = [name for name in records[0] if name not in used]
     if unused:
-        about += f", not used: {', '.join(unused)}"
+        about += f", not used: {', '.join(name or '(no name)' for name in unused)}"
     if unused and not shape.responses:
         about += f"; if these are responses, {NAME_THEM}"
     return Source(about, rows, dropped, used)
@@ -271,8 +273,9 @@ def plain_name(name: str) -> str:
 
 def find_shape(record: dict, named: dict[str, str]) -> tuple[Shape, dict[str, str]]:
     """The shape, and {role: column} of its columns. Raises ValueError if it is none of SHAPES."""
-    columns = {plain_name(name): name for name in record}
-    if len(columns) < len(record):
+    with_names = [name for name in record if plain_name(name)]  # an index may have none
+    columns = {plain_name(name): name for name in with_names}
+    if len(columns) < len(with_names):
         raise ValueError(f"two columns have the same name: {', '.join(record)}")
     fields = {}
     for role, names in NAMES.items():
@@ -300,6 +303,9 @@ def convert(record: dict, shape: Shape, fields: dict[str, str]) -> list[Row]:
 
     Raises Dropped if it teaches nothing, ValueError if a cell is of another type.
     """
+    missing = [fields[role] for role in shape.needed if fields[role] not in record]
+    if missing:
+        raise ValueError(f"no {missing[0]!r}, which the first row has; split the file by kinds")
     cells = {role: record.get(name) for role, name in fields.items()}
     around = [read_string(cells.get(role)).strip() for role in ("system", "context")]
     prompt = join_prompt(read_cell(cells.get("prompt")), *around)

@@ -70,8 +70,18 @@ class PrepareConfig:
 
     def __post_init__(self):
         check_positive(self, "heldout", "block_size")
+        if self.heldout >= 1:
+            raise ValueError(f"--heldout is {self.heldout}: it must be below 1")
         if not self.files or not self.out:
             raise ValueError("give one or more files, and --out FOLDER")
+        names = list(self.named().values())
+        if len(set(names)) < len(names):
+            raise ValueError("two of --prompt, --response, --chosen, --rejected name one column")
+
+    def named(self) -> dict[str, str]:
+        """{role: name of its column} of the flags that are given."""
+        roles = ("prompt", "response", "chosen", "rejected", "ranked")
+        return {role: getattr(self, role) for role in roles if getattr(self, role)}
 
 
 def main(cfg: PrepareConfig) -> None:
@@ -83,28 +93,44 @@ def main(cfg: PrepareConfig) -> None:
     about, rows, dropped = read_files(cfg)
     tables = make_tables(rows, dropped)
 
+    existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out) as name:
+    try:
+        counts, flags = write_data_set(cfg, tables, about, dropped)
+    except InputError:
+        if not existed:
+            out.rmdir()
+        raise
+    for name, count in [*counts.items(), *(+dropped).items()]:  # + leaves out zeros
+        print(f"{name}: {count:,} rows")
+    print_commands(cfg.out, counts, flags)
+
+
+def write_data_set(
+    cfg: PrepareConfig, tables: dict[str, Table], about: dict[str, str], dropped: Counter
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Write all files of the data set, or none. Returns: counts of rows; flags of the stages.
+
+    Args: about: what each file was taken for; dropped: gets the count of rows that do not fit.
+    """
+    with tempfile.TemporaryDirectory(dir=cfg.out) as name:
         folder = Path(name)
         tokenizer = make_tokenizer(cfg, tables, folder)
         fitting, sizes = choose_sizes(tables, tokenizer, cfg.block_size, dropped)
-        dropped = +dropped  # without the zeros
         counts = write_tables(fitting, cfg.heldout, folder)
         flags = choose_flags(cfg.init, counts, sizes)
         record = {
             "sha256": digests(**{file: Path(file) for file in cfg.files}),
             "taken for": about,
             "rows": counts,
-            "dropped": dropped,
+            "dropped": +dropped,
             "flags": flags,
             "options": asdict(cfg),
         }
         text = json.dumps(record, indent=1, ensure_ascii=False)
         (folder / "prepare.json").write_text(text, encoding="utf-8")
-        move_files(folder, out)
-    for name, count in [*counts.items(), *dropped.items()]:
-        print(f"{name}: {count:,} rows")
-    print_commands(cfg.out, counts, flags)
+        move_files(folder, Path(cfg.out))
+    return counts, flags
 
 
 def read_files(cfg: PrepareConfig) -> tuple[dict[str, str], list[Row], Counter]:
@@ -112,8 +138,7 @@ def read_files(cfg: PrepareConfig) -> tuple[dict[str, str], list[Row], Counter]:
 
     Raises InputError if a column that is named is used in no file.
     """
-    roles = ("prompt", "response", "chosen", "rejected", "ranked")
-    named = {role: getattr(cfg, role) for role in roles if getattr(cfg, role)}
+    named = cfg.named()
     about = {}
     rows = []
     dropped = Counter()

@@ -28,7 +28,8 @@ def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
     Raises: InputError if it is missing, garbled, of another kind or unfinished.
     """
     programs = " or ".join(f"`{command(kind)}`" for kind in kinds)
-    check_file(path, f"run {programs} first, with the same --out")
+    other = ", or give --reward a function, FILE.py" if "reward" in kinds else ""
+    check_file(path, f"run {programs} first, with the same --out{other}")
     try:
         checkpoint = read_checkpoint(path)
     except Exception as error:  # a zip that is cut short, a pickle of something else, ...

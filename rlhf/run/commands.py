@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from rlhf.run.errors import did_you_mean, fail, printable
-from rlhf.run.files import data_folder
+from rlhf.run.files import csv_path, data_folder
 
 PROGRAMS = {
     "sft": "train_sft",
@@ -55,6 +55,8 @@ def next_command(cfg, name: str) -> str:
     A stage gets the run's flags about data and folders, and those that `prepare` has chosen for it;
     a tool gets the checkpoint.
     """
+    if name == "reward" and not csv_path(cfg.data, "comparisons").is_file():
+        return f"{next_command(cfg, 'ppo')} --reward FILE.py"
     words = []
     shared = ["data", "heldout", "out", "sft"]
     if "." in PROGRAMS[name]:

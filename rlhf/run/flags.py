@@ -21,7 +21,7 @@ SEVERAL = {
     tuple[int, ...]: (int, "N"),
     tuple[float, ...]: (float, "X"),
 }
-NOT_FROM_FILE = {"resume": False, "overwrite": False}  # only the command line may ask for these
+NOT_IN_FILE = ("resume", "overwrite")  # only the command line may ask for these
 LARGEST = 2**32 - 1  # whole number of a flag
 
 
@@ -121,7 +121,10 @@ def parse_cli(cls: type, argv: list[str] | None = None):
     given = parse_words(cls, argv)
     if "config" in given:
         path = given["config"]
-        given = parse_words(cls, read_config(path), f"{path}: ") | NOT_FROM_FILE | given
+        settings = parse_words(cls, read_config(path), f"{path}: ")
+        if "steps" in given:
+            settings.pop("warmup", None)  # it may be too long for them
+        given = settings | given
         del given["config"]
     try:
         check_numbers(cls, given)
@@ -151,6 +154,8 @@ def read_config(path: str) -> list[str]:
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
         for name, value in settings.items():
+            if name in NOT_IN_FILE:
+                continue
             if isinstance(value, bool):
                 words.append(flag_name(name if value else f"no_{name}"))
                 continue
@@ -171,6 +176,8 @@ def to_json(cfg) -> dict:
     words = {math.inf: "inf", None: "none"}
     values = {}
     for name, value in vars(cfg).items():
+        if name in NOT_IN_FILE:
+            continue
         values[name] = value if isinstance(value, tuple) else words.get(value, value)
     return values
 

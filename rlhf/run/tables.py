@@ -37,7 +37,7 @@ def read_csv(path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = (
     check_header(path, header, columns, optional)
     if not rows:
         raise InputError(f"{path} has a header but no rows")
-    check_rows(path, "the row", [width_fault(cells, len(header)) for cells in rows])
+    check_rows(path, "the row", [row_fault(cells, header) for cells in rows])
     table = {}
     for name in (*columns, *optional):
         if name in header:
@@ -95,7 +95,7 @@ def split_rows(path: Path, text: str, separator: str = ",") -> list[list[str]]:
             cells = []
     if at < len(text):
         line = 1 + text.count("\n", 0, at)
-        raise InputError(f"{path}, line {line}: {NOT_A_CELL}")
+        raise InputError(f"{path}, line {line}: {NOT_A_CELL}; {PREPARE} with any separator")
     if not rows:
         raise InputError(f"{path} is empty; its first line must name the columns")
     return rows
@@ -138,11 +138,13 @@ def letters(name: str) -> str:
     return re.sub(r"\W", "", name).casefold()
 
 
-def width_fault(cells: list[str], width: int) -> str:
-    if len(cells) == width:
+def row_fault(cells: list[str], header: list[str]) -> str:
+    if cells == header:
+        return "repeats the header, as if files were joined"
+    if len(cells) == len(header):
         return ""
     marks = "put quotation marks around text that holds a separator or a line end"
-    return f"has {len(cells)} cells, the header {width}: {marks}"
+    return f"has {len(cells)} cells, the header {len(header)}: {marks}"
 
 
 def text_fault(text: str) -> str:

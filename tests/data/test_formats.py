@@ -8,7 +8,7 @@ import re
 import pandas
 import pytest
 
-from data.formats import parse_dialogue, read_file
+from data.formats import Row, parse_dialogue, read_file
 from rlhf.run.errors import InputError
 from rlhf.run.messages import as_text, read_prompt
 from tests.helpers import real_data
@@ -432,3 +432,43 @@ def test_real_notebook_files_are_read():
     assert [row.table for row in ranked.rows] == ["comparisons"] * 46 * 3
     unnamed = read_file(folder / "reward_dataset.csv", {})
     assert "prompts (CSV" in unnamed.about and "if these are responses, name" in unnamed.about
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (",prompt,response\n0,Why?,So.\n", DEMONSTRATION),  # pandas writes its index so
+        (",prompt\n0,Why?\n", [("prompts", "Why?", ())]),
+        ("prompt,response,\nWhy?,So.,0\n", DEMONSTRATION),
+        (",prompt,chosen,rejected\n7,Why?,So.,No.\n", [("comparisons", "Why?", ("So.", "No."))]),
+    ],
+)
+def test_a_column_without_a_name_is_not_used(tmp_path, text, expected):
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    source = read_file(path, {})
+    assert source.rows == [Row(*row) for row in expected]
+    assert "not used: (no name)" in source.about
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.csv",
+            "prompt,response\nWhy?,So.\nprompt,response\n",
+            "row 2: the row repeats the",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "response": "b"}\n',
+            "row 2: no 'rejected', which the first row has; split the file",
+        ),
+        ("a.jsonl.gz", "no gzip", "is no whole .gz file"),
+    ],
+)
+def test_joined_and_cut_files_are_refused(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_file(path, {})

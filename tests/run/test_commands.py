@@ -136,6 +136,7 @@ def test_next_command_of_an_installed_program(started):
 
 
 def prepared(folder, content):
+    (folder / "comparisons.csv").touch()
     (folder / "prepare.json").write_text(json.dumps(content))
     return SFTConfig(data=str(folder))
 
@@ -170,6 +171,13 @@ def test_next_command_pastes_no_second_command_of_a_data_set(started, tmp_path):
 )
 def test_next_command_ignores_a_prepare_json_of_something_else(started, tmp_path, text):
     started("train_sft.py")
+    (tmp_path / "comparisons.csv").touch()
     (tmp_path / "prepare.json").write_text(text)
     cfg = SFTConfig(data=str(tmp_path))
     assert next_command(cfg, "reward") == f"python train_reward.py --data {tmp_path}"
+
+
+def test_next_command_without_comparisons_needs_a_reward_function(started, tmp_path):
+    started("train_sft.py")
+    expected = f"python train_ppo.py --data {tmp_path} --reward FILE.py"
+    assert next_command(SFTConfig(data=str(tmp_path)), "reward") == expected

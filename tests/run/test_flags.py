@@ -417,3 +417,13 @@ def test_checkpoint_is_the_file_of_its_flag_or_in_out():
 def test_kind_is_no_flag(cls, kind):
     assert cls.kind == kind
     assert "kind" not in [field.name for field, _ in described(cls)]
+
+
+def test_fewer_steps_than_those_of_the_file_have_a_warm_up_of_their_own(tmp_path):
+    """The file of a run of 8 steps holds the warm-up that followed from them."""
+    settings = to_json(parse_cli(PPOConfig, ["--steps", "8"]))
+    assert settings["warmup"] == 4 and not {"resume", "overwrite"} & settings.keys()
+    path = config_file(tmp_path, settings)
+    assert parse_cli(PPOConfig, ["--config", path]).warmup == 4
+    assert parse_cli(PPOConfig, ["--config", path, "--steps", "2"]).warmup == 1
+    assert parse_cli(PPOConfig, ["--config", path, "--steps", "9", "--warmup", "0"]).warmup == 0
