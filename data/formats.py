@@ -136,6 +136,7 @@ def read_records(path: Path) -> tuple[list[dict], str]:
 
 
 def read_parquet(data: bytes) -> list[dict]:
+    """The records. Raises ValueError if the package for it is missing, or the file is broken."""
     try:
         frame = pandas.read_parquet(io.BytesIO(data))
     except ImportError:
@@ -238,7 +239,11 @@ FORMATS = {
 
 
 def to_rows(records: list[dict], named: dict[str, str], found: str) -> Source:
-    """found: the format in words."""
+    """The rows of all records, of the shape of the first one.
+
+    Args: named: as for read_file; found: the format in words. Raises: ValueError if a record cannot
+        be read, if none is left, or if the first one is of no known shape.
+    """
     if not records:
         raise ValueError("no rows")
     rows = []
@@ -268,6 +273,7 @@ def to_rows(records: list[dict], named: dict[str, str], found: str) -> Source:
 
 
 def plain_name(name: str) -> str:
+    """A column's name without case, spaces and signs, as NAMES has it."""
     return letters(name).replace("_", "")
 
 
@@ -339,7 +345,7 @@ def convert(record: dict, shape: Shape, fields: dict[str, str]) -> list[Row]:
 
 # ---- cells -> prompts (text or messages) and responses ----
 
-# In a cell of a CSV file, as JSON.
+# In a cell of a CSV file, as JSON; with ShareGPT's keys too, which a data set does not have.
 LOOKS_LIKE_MESSAGES = re.compile(r"\[\s*\{\s*[\"'](role|content|from|value)[\"']\s*:")
 
 
@@ -382,6 +388,7 @@ def read_string(cell) -> str:
 
 
 def with_newlines(text: str) -> str:
+    """The text with \\n at the end of each line, where Windows has \\r\\n."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -17,8 +17,7 @@ from rlhf.tokenizer import Tokenizer
 
 NAMES = ("demonstrations", "comparisons", "prompts")
 
-
-Table = list[tuple[str, ...]]  # rows of prompt and responses, as the CSVs hold them
+Table = list[tuple[str, ...]]  # (prompt, responses ...) of each row, as the CSVs hold them
 
 
 def make_tables(rows: list[Row], dropped: Counter) -> dict[str, Table]:

@@ -36,6 +36,7 @@ class Frozen(NamedTuple):
 
     @property
     def draws_limits(self) -> bool:
+        """Whether the longest response differs from row to row."""
         return 0 < self.shortest_limit < self.max_new_tokens
 
     @property
@@ -83,6 +84,7 @@ def collect(
 
     Args: prompts (B, P), prompt_lens (B,); generator: as for generate; prompt_list: the same
         prompts as they were read, for reward functions.
+    Raises: InputError if a function does not return one finite number per response.
     """
     columns = frozen.max_new_tokens + frozen.draws_limits
     uniforms = draw_uniforms(generator, prompts, columns)  # (B, N), or (B, N+1)
@@ -98,7 +100,8 @@ def collect_rows(
     """collect, on one process.
 
     Args: prompts (B, P); prompt_lens (B,); uniforms (B, N): a random number for each token that may
-        be sampled, see sampling.draw_uniforms; prompt_list: as for collect.
+        be sampled, see sampling.draw_uniforms, and one more, (B, N+1), if limits are drawn;
+        prompt_list: as for collect.
     """
     eos_id = frozen.tokenizer.eos_id
     with autocast(prompts.device, frozen.amp):
@@ -145,7 +148,10 @@ def score_rows(policy, frozen: Frozen, tokens, mask, prompt_lens: Tensor) -> Rol
 
 
 def with_all_rewards(rollout: Rollout, frozen: Frozen, prompt_list: Sequence[Prompt]) -> Rollout:
-    """The rollout with the scores of all rewards. A function is called once for all responses."""
+    """The rollout with the scores of all rewards, (B,), and each reward's own in parts, (B, K).
+
+    A function is called once for all responses. prompt_list: the B prompts.
+    """
     tokens, mask = rollout.tokens, rollout.mask
     columns = [rollout.parts]  # (B, 1): the reward model's; (B, 0) without one
     if frozen.functions:

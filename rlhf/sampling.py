@@ -44,7 +44,7 @@ class Batch:
     tokens: Tensor  # (B, P+N): prompt, response, then 0
     lengths: Tensor  # (B,): of prompt and response so far
     longest: Tensor  # (B,): of prompt and longest response
-    uniforms: Tensor  # (B, N) for at most N new tokens
+    uniforms: Tensor  # (B, N) for at most N new tokens; further columns are not used
     eos_id: int
 
     def append(self, rows: Tensor, going: Tensor, logits: Tensor, t: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ def generate(
         prompts (B, P), padded on the right; prompt_lens (B,), each at least 1.
         max_new_tokens: one number, or one for each row (B,); N is the largest.
         generator: on the device of prompts; or the uniform random numbers themselves,
-            (B, N) in float64.
+            (B, N) or wider, in float64.
         rows: how many rows at once, which bounds the cache; 0: all. The responses do not depend on
             it.
     Returns: tokens (B, T), with 0 after a row's end, and T as short as the longest row allows;

@@ -27,6 +27,8 @@ TABLE = ROOT / "tests" / "mutants.md"
 TIMEOUT = 300  # seconds; a mutant that hangs is caught
 WIRING = "tests/scripts/test_wiring.py"
 UPDATES = "tests/scripts/test_updates.py"
+REWARDS = "tests/scripts/test_reward_functions.py"
+LABEL = "tests/tools/test_label.py"
 PROCESSES = "tests/run/test_processes.py"
 TOTAL = f"{PROCESSES}::test_total_sums_each_number_over_processes"
 TWO_PROCESSES = f"{PROCESSES}::test_ppo_step_is_that_of_one_process_in_float64[2]"
@@ -47,6 +49,17 @@ SUITES = {
     "loading": ("rlhf/run/loading.py", ["tests/networks/test_lora.py"]),
     "hf": ("rlhf/networks/hf.py", ["tests/networks/test_hf.py"]),
     "optimum": ("rlhf/methods/optimum.py", ["tests/methods/test_optimum.py"]),
+    "heldout": (
+        "rlhf/run/heldout.py",
+        ["tests/run/test_heldout.py", f"{LABEL}::test_load_comparisons_drops_ties_and_skips"],
+    ),
+    "messages": ("rlhf/run/messages.py", ["tests/run/test_messages.py"]),
+    "reward_functions": ("rlhf/run/reward_functions.py", ["tests/run/test_reward_functions.py"]),
+    "user_code": ("rlhf/run/user_code.py", ["tests/run/test_reward_functions.py"]),
+    "warnings": ("rlhf/run/warnings.py", ["tests/run/test_warnings.py"]),
+    "optimality": ("rlhf/tools/optimality.py", [REWARDS, "tests/tools/test_optimality.py"]),
+    "formats": ("data/formats.py", ["tests/data/test_formats.py"]),
+    "tables": ("data/tables.py", ["tests/tools/test_prepare.py", "-k", "not usual and not real"]),
     "dpo": ("rlhf/methods/dpo.py", ["tests/methods/test_dpo.py"]),
     "ptx": ("rlhf/methods/ptx.py", ["tests/methods/test_ptx.py"]),
     "checkpoints": (
@@ -63,7 +76,7 @@ SUITES = {
     "train_reward": ("train_reward.py", [WIRING, UPDATES]),
     "train_ppo": (
         "train_ppo.py",
-        [WIRING, "tests/scripts/test_advantage.py", "-k", "not tools_read"],
+        [WIRING, REWARDS, "tests/scripts/test_advantage.py", "-k", "not tools_read"],
     ),
 }
 OPTIONAL = {"hf": "transformers"}  # a suite whose tests are skipped without this package
@@ -121,10 +134,30 @@ MUTANTS = [
     ("sampling", "one random number for all rows", "self.uniforms[rows, t]", "self.uniforms[rows[:1], t].expand(len(rows))"),
     ("sampling", "cache keeps the rows that have ended", "self.cache.keep(kept)", "self.cache.keep(torch.arange(len(kept)))"),
     ("sampling", "end-of-text is not part of the response", "self.lengths[rows] += going", "self.lengths[rows] += going & (sampled != self.eos_id)"),
+    ("sampling", "a row's own limit does not end it", " | (self.lengths[rows] == self.longest[rows])", ""),
+    ("sampling", "limits are one token too long", "prompt_lens + limits, uniforms", "prompt_lens + limits + (limits < N), uniforms"),
+    ("sampling", "limits count the prompt", "prompt_lens + limits, uniforms", "torch.maximum(limits, prompt_lens + 1), uniforms"),
+    ("sampling", "a row's own limit does not end it without a cache", "        _, going = batch.append(rows, going, logits[every, last], t)\n", "        sampled, _ = batch.append(rows, going, logits[every, last], t)\n        going = going & (sampled != batch.eos_id)\n"),
+    ("sampling", "a row's own limit does not end it with a cache", "newest, state.going = batch.append(state.rows, state.going, logits, t)", "newest, _ = batch.append(state.rows, state.going, logits, t)\n        state.going &= newest != batch.eos_id"),
     ("rollout", "the reference responds", "            policy.gpt,\n", "            frozen.reference,\n"),
     ("rollout", "reference scored by the policy", "ref_hidden = frozen.reference.hidden(tokens)", "ref_hidden = hidden"),
     ("rollout", "rollout not gathered from the processes", "Rollout(*map(processes.gather, collect_rows(policy, frozen, *mine)))", "collect_rows(policy, frozen, *mine)"),
-    ("rollout", "random numbers belong to processes", "mine = [processes.share(x) for x in (prompts, prompt_lens, uniforms)]", "mine = [processes.share(prompts), processes.share(prompt_lens), uniforms[: len(processes.share(prompts))]]"),
+    ("rollout", "random numbers belong to processes", "mine = [processes.share(x) for x in (prompts, prompt_lens, uniforms, prompt_list)]", "mine = [processes.share(prompts), processes.share(prompt_lens), uniforms[: len(processes.share(prompts))], processes.share(prompt_list)]"),
+    ("rollout", "functions get the prompts of the first rows under torchrun", "mine = [processes.share(x) for x in (prompts, prompt_lens, uniforms, prompt_list)]", "mine = [processes.share(x) for x in (prompts, prompt_lens, uniforms)]\n    mine.append(prompt_list[: len(mine[0])])"),
+    ("rollout", "functions get the prompts of other rows", "[prompt.given for prompt in prompt_list]", "[prompt.given for prompt in prompt_list[1:] + prompt_list[:1]]"),
+    ("rollout", "functions get messages as text", "prompt.given for prompt", "prompt.text for prompt"),
+    ("rollout", "responses hold end-of-text", "[i for i in ids if i != tokenizer.eos_id]", "ids"),
+    ("rollout", "weights of the rewards ignored", "(parts * parts.new_tensor(frozen.weights)).sum(dim=1)", "parts.sum(dim=1)"),
+    ("rollout", "each reward gets the weight of another", "parts.new_tensor(frozen.weights)", "parts.new_tensor(frozen.weights).roll(1)"),
+    ("rollout", "only functions are weighted", "parts.new_tensor(frozen.weights)", "parts.new_tensor((1.0, *frozen.weights[1:]))"),
+    ("rollout", "--missing-eos-score for all responses", "torch.where(ended, scores, frozen.missing_eos_score)", "torch.full_like(scores, frozen.missing_eos_score)"),
+    ("rollout", "--missing-eos-score is added", "torch.where(ended, scores, frozen.missing_eos_score)", "torch.where(ended, scores, scores + frozen.missing_eos_score)"),
+    ("rollout", "--missing-eos-score replaces the reward model's part only", "torch.where(ended, scores, frozen.missing_eos_score)", "torch.where(ended, scores, frozen.missing_eos_score + scores - frozen.weights[0] * parts[:, 0])"),
+    ("rollout", "without --missing-eos-score the default", "        return scores\n", "        frozen = frozen._replace(missing_eos_score=-3.0)\n"),
+    ("rollout", "longest response never drawn", "limits = 1 + self.max_new_tokens - self.shortest_limit", "limits = self.max_new_tokens - self.shortest_limit"),
+    ("rollout", "limits from one token", "return self.shortest_limit + (uniforms[:, -1] * limits).long()", "return 1 + (uniforms[:, -1] * self.max_new_tokens).long()"),
+    ("rollout", "limits drawn with the number of the first token", "uniforms[:, -1] * limits", "uniforms[:, 0] * limits"),
+    ("rollout", "limits drawn with the number of the last token", "columns = frozen.max_new_tokens + frozen.draws_limits", "columns = frozen.max_new_tokens"),
     ("ppo", "entropy sign", "- cfg.entropy_coef * entropy", "+ cfg.entropy_coef * entropy"),
     ("ppo", "value loss without its weight", "cfg.value_coef * v_loss", "v_loss"),
     ("ppo", "value loss left out", "pg_loss + cfg.value_coef * v_loss", "pg_loss"),
@@ -142,10 +175,12 @@ MUTANTS = [
     ("train_sft", "validated on the training rows", "gpt.config.block_size, heldout=True)", "gpt.config.block_size)"),
     ("train_sft", "micro-batches not weighted", "part_loss = weighted_loss(gpt, part, rows,", "part_loss = weighted_loss(gpt, part, part,"),
     ("train_sft", "rate not scheduled", "cfg.lr * cosine_schedule(step, cfg.steps, cfg.warmup)", "cfg.lr"),
+    ("train_sft", "--heldout ignored", "tokenizer, limit, heldout, cfg.heldout)", "tokenizer, limit, heldout)"),
     ("train_reward", "accuracy reversed", "return share_positive(margins)", "return share_positive(-margins)"),
     ("train_reward", "not started from the fine-tuned model", "loading.with_adapters(gpt,", "loading.with_adapters(type(gpt)(gpt.config),"),
     ("train_reward", "evaluated on the training rows", "limit, True, cfg.heldout, files)", "limit, False, cfg.heldout, files)"),
     ("train_reward", "micro-batches not weighted", "part_loss * (len(part) / len(rows))", "part_loss * 1"),
+    ("train_reward", "trained on a share of its own", "limit, False, cfg.heldout, files)", "limit, False, 1e-9, files)"),
     ("train_ppo", "groups are not consecutive", "[prompt for prompt in chosen for _ in range(cfg.group_size)]", "[prompt for _ in range(cfg.group_size) for prompt in chosen]"),
     ("train_ppo", "as many prompts as responses", "cfg.batch_size // cfg.group_size", "cfg.batch_size"),
     ("train_ppo", "a value network with every advantage", '    if cfg.advantage != "gae":\n        return PolicyWithoutValue(gpt)', "    if False:\n        return PolicyWithoutValue(gpt)"),
@@ -165,6 +200,13 @@ MUTANTS = [
     ("train_ppo", "reference is the policy", "reference = loading.frozen_copy(gpt)", "reference = gpt"),
     ("train_ppo", "value network is the reward model", "    reward_model.gpt = loading.frozen_copy(value_gpt)\n", "    reward_model.gpt = value_gpt\n"),
     ("train_ppo", "the reward model's network is trained", "    return PolicyWithValue(gpt, value_gpt)", "    reward_model.gpt, value_gpt = value_gpt, reward_model.gpt\n    return PolicyWithValue(gpt, value_gpt)"),
+    ("train_ppo", "--heldout ignored by the training prompts", "limit, share=cfg.heldout)", "limit)"),
+    ("train_ppo", "--heldout ignored by the evaluation", "frozen.tokenizer, limit, True, cfg.heldout)", "frozen.tokenizer, limit, True)"),
+    ("train_ppo", "evaluated on training prompts", "frozen.tokenizer, limit, True, cfg.heldout)", "frozen.tokenizer, limit, False, cfg.heldout)"),
+    ("train_ppo", "value network without a reward model is frozen", "loading.trained_copy(gpt))", "loading.frozen_copy(gpt))"),
+    ("train_ppo", "value network without a reward model is the policy", "loading.trained_copy(gpt))", "gpt)"),
+    ("train_ppo", "--reward-weights ignored", "weights=rewards.weights", "weights=(1.0,)"),
+    ("train_ppo", "shortest limit ignored", "shortest_limit=shortest", "shortest_limit=0"),
     ("lora", "scale without the rank", "torch.tensor(ALPHA / rank)", "torch.tensor(ALPHA)"),
     ("lora", "B does not start at zero", "torch.zeros(linear.out_features, rank)", "torch.ones(linear.out_features, rank)"),
     ("lora", "frozen network is trained too", "    gpt.requires_grad_(False)\n", ""),
@@ -225,6 +267,56 @@ MUTANTS = [
     ("processes", "metrics not summed", "gather(mine).sum(dim=0)", "mine.sum(dim=0)"),
     ("processes", "loss not summed", 'return total({"": number.item()})[""]', "return number.item()"),
     ("micro_batches", "every process does all rows of a minibatch", "mine = share(rows)", "mine = rows"),
+    ("heldout", "rows are held out, not prompts", 'frame["PromptCell"].isin(chosen)', "(frame.astype(str).sum(axis=1).map(hash_of) < share)"),
+    ("heldout", "hash of the row's number", 'frame["PromptCell"].isin(chosen)', "(frame.index.astype(str).map(hash_of) < share)"),
+    ("heldout", "held-out rows are trained on", '[frame["PromptCell"].isin(chosen) == heldout]', '[frame["PromptCell"].isin(chosen) | (not heldout)]'),
+    ("heldout", "sides swapped", ".isin(chosen) == heldout]", ".isin(chosen) != heldout]"),
+    ("heldout", "held-out file of another table", "COLUMNS[name].twin or name, heldout", '"prompts", heldout'),
+    ("heldout", "rankings have a held-out file of their own", "COLUMNS[name].twin or name, heldout", "name, heldout"),
+    ("heldout", "held-out file is trained on", "((twin,) if heldout else files)", "((twin,) if heldout else (*files, twin))"),
+    ("heldout", "--heldout ignored", "choose_heldout(prompts, share)", "choose_heldout(prompts, HELDOUT_SHARE)"),
+    ("heldout", "no prompt is left to train on", "min(max(count, 1), len(different) - 1)", "max(count, 1)"),
+    ("heldout", "nothing is held out of a few prompts", "min(max(count, 1), len(different) - 1)", "min(count, len(different) - 1)"),
+    ("heldout", "ties and skips are learned", 'kept = frame[frame["Answer"].isin(ANSWERS[:2])]', "kept = frame"),
+    ("messages", "the user's and the assistant's words swapped", '"user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "', '"user": f"{ASSISTANT} ", "assistant": f"{HUMAN} "'),
+    ("messages", "the system's message is dropped", "for message in prompt]\n", 'for message in prompt if message["role"] != "system"]\n'),
+    ("messages", "the assistant does not get the word", 'return "".join(turns) + ASSISTANT', 'return "".join(turns)'),
+    ("messages", "a blank after the last Assistant:", 'return "".join(turns) + ASSISTANT', 'return "".join(turns) + BEGINNINGS["assistant"]'),
+    ("messages", "the last turn is the first", 'prompt[-1]["content"]', 'prompt[0]["content"]'),
+    ("messages", "the last turn of a text is the first", ".rpartition(HUMAN)[2]", ".split(HUMAN, 2)[-1 if HUMAN not in text else 1]"),
+    ("messages", "a prompt may end with the assistant", 'if messages[-1]["role"] != "user":', "if False:"),
+    ("reward_functions", "weights in the order of the flags", "for name in (*models, *functions)]", "for name in names]"),
+    ("reward_functions", "all weights are 1", "weights or [1.0] * len(names)", "[1.0] * len(names)"),
+    ("reward_functions", "metrics of the rewards swapped", 'names.insert(0, "model")', 'names.append("model")'),
+    ("reward_functions", "the named function is not taken", 'name or "score", None)', '"score", None)'),
+    ("user_code", "functions share their lists", "score(list(prompts), list(responses))", "score(prompts, responses)"),
+    ("user_code", "scores may be NaN", " or not all(map(math.isfinite, scores))", ""),
+    ("user_code", "too many scores are cut", "    scores = [float(value) for value in values]", "    scores = [float(value) for value in values][: len(responses)]"),
+    ("warnings", "fragments count as responses that end", '(row["score"] - (1 - ended) * missing_eos_score) / ended', 'row["score"]'),
+    ("warnings", "advises to enlarge large scores", "multiply --reward-weights by {1 / score_std:.2g}", "multiply --reward-weights by {score_std:.2g}"),
+    ("optimality", "weights are not the run's", "functions=functions, weights=rewards.weights)", "functions=functions, weights=(1.0,) * len(rewards.weights))"),
+    ("optimality", "weights of the checkpoint forgotten", 'config.get("reward_weights", ())', "()"),
+    ("optimality", "rewards in any order", "[reward_name(spec) for spec in given] != names", "sorted(reward_name(spec) for spec in given) != sorted(names)"),
+    ("optimality", "functions run that only the checkpoint names", "if rewards.functions and not given:", "if False:"),
+    ("optimality", "a changed function is not noticed", "        check_input(path, checkpoint, name, function.path)\n", "        pass\n"),
+    ("optimality", "held-out prompts are not the run's", 'True, config.get("heldout", HELDOUT_SHARE))', "True, HELDOUT_SHARE)"),
+    ("optimality", "fragments are scored as in a default run", 'missing_eos_score=config["missing_eos_score"]', "missing_eos_score=-3.0"),
+    ("optimality", "limits are not drawn", "shortest_limit=limits[0]", "shortest_limit=0"),
+    ("formats", "chosen and rejected swapped", '("rejected", "chosen"), ("rejected", "chosen")', '("rejected", "chosen"), ("chosen", "rejected")'),
+    ("formats", "rankings reversed", '("prompt", *ranked), ranked)', '("prompt", *ranked), ranked[::-1])'),
+    ("formats", "only neighbours of a ranking", "in combinations(sides, 2):", "in zip(sides, sides[1:]):"),
+    ("formats", "thumbs swapped", 'THUMBS = {"true": "up", "1": "up", "up": "up", "false": "down", "0": "down", "down": "down"}', 'THUMBS = {"true": "down", "1": "down", "up": "down", "false": "up", "0": "up", "down": "up"}'),
+    ("formats", "equal responses are a pair", "        if worse != better:\n", "        if True:\n"),
+    ("formats", "responses to different prompts are compared", "    if any(other != cell for other, _ in sides):", "    if False:"),
+    ("formats", "the prompt is the first turn of a dialogue", "text.rpartition(ASSISTANT)", "text.partition(ASSISTANT)"),
+    ("formats", "the response repeats its prompt", "side.removeprefix(text) if text.endswith(ASSISTANT) else side", "side"),
+    ("tables", "good and bad responses swapped", "(prompt, response, worse) for worse", "(prompt, worse, response) for worse"),
+    ("tables", "bad responses to other prompts", "bad.get(prompt, [])", "sum(bad.values(), [])"),
+    ("tables", "a bad response is a demonstration", "for row in better if row not in worse)", "for row in better)"),
+    ("tables", "tables are split differently", "        heldout |= choose_heldout(", "        heldout = choose_heldout("),
+    ("tables", "split by the whole dialogue", "return last_turn(read_prompt(row[0]))", "return row[0]"),
+    ("tables", "tokenizer trained on held-out text", '        if name.endswith("_heldout.csv"):\n            continue\n', ""),
+    ("tables", "no room for PPO's response", ".clip(lower=room).fillna(room)", ".fillna(0)"),
 ]  # fmt: skip
 
 # ---- running ----
@@ -281,7 +373,7 @@ def killer(suite: str, old: str, new: str) -> str | None:
 
 def copy_repository(folder: Path) -> None:
     """What the tests need, and make it the working directory."""
-    for name in ("rlhf", "tests", "data"):
+    for name in ("rlhf", "tests", "data", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("train_*.py"):
         shutil.copy(path, folder)

@@ -22,7 +22,7 @@ SEVERAL = {
     tuple[float, ...]: (float, "X"),
 }
 NOT_IN_FILE = ("resume", "overwrite")  # only the command line may ask for these
-LARGEST = 2**32 - 1  # whole number of a flag
+LARGEST = 2**32 - 1  # the largest whole number that a flag takes
 
 
 def arg(
@@ -149,7 +149,8 @@ def parse_words(cls: type, words: list[str] | None, source: str = "") -> dict:
 
 
 def read_config(path: str) -> list[str]:
-    """The settings in a file of --config, {name: value} in JSON, as flags."""
+    """The settings in a file of --config, {name: value} in JSON, as flags. Any other file ends the
+    program with one line."""
     words = []
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -229,6 +230,7 @@ def add_flag(group, field: dataclasses.Field, value_type: type, about: dict) -> 
 
 
 def number_or_none(text: str) -> float | None:
+    """The number; None for "none". Raises ValueError, which argparse prints."""
     return None if text == "none" else float(text)
 
 

@@ -2,7 +2,8 @@
 
 NAME_heldout.csv holds the held-out rows of NAME.csv. If it is missing, about a tenth of the prompts
 of NAME.csv is held out (--heldout), each with all of its rows. A hash of the prompt chooses them,
-so the same prompt is on the same side in every file and in every run.
+so the same prompt is on the same side in every file and in every run. (A file of a few prompts is
+the exception: one at least is held out, and one is not.)
 """
 
 import hashlib
@@ -46,8 +47,9 @@ def read_rows(
 ) -> list[tuple[Path, DataFrame]]:
     """The rows of one side of a table of a data set: [(the file, its rows)].
 
-    The column Prompt holds text or messages (rlhf/run/messages.py). Rows of comparisons that the
-    column Answer calls a tie or a skip are left out.
+    If a hash chooses the held-out prompts, their side prints how many they are. The column Prompt
+    holds text or messages (rlhf/run/messages.py). Rows of comparisons that the column Answer calls
+    a tie or a skip are left out.
 
     Args: name: of COLUMNS; share: of the prompts that is held out if there is no held-out file;
         files: instead of the folder's own to train on.
@@ -74,8 +76,10 @@ def read_rows(
 
 
 def read_table(path: Path, name: str) -> DataFrame:
-    """The table's columns, prompts read. The column PromptCell holds the prompts as the file spells
-    them."""
+    """The rows of a file, prompts read; the column PromptCell holds them as the file spells them.
+
+    Raises: as read_rows.
+    """
     frame = read_csv(path, COLUMNS[name].needed, COLUMNS[name].optional)
     check_rows(path, "Prompt", [prompt_fault(cell) for cell in frame["Prompt"]])
     prompts = [read_prompt(cell) for cell in frame["Prompt"]]
@@ -100,7 +104,7 @@ def with_a_winner(path: Path, frame: DataFrame) -> DataFrame:
 
 
 def hash_of(text: str) -> float:
-    """A number from 0 to 1 that depends on the text only."""
+    """A number in [0, 1) that depends on the text only."""
     digest = hashlib.sha256(text.encode()).hexdigest()
     return int(digest[:8], 16) / 16**8
 

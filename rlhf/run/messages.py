@@ -15,6 +15,7 @@ import textwrap
 HUMAN = "\n\nHuman:"  # begins a turn of a dialogue in HH-RLHF's form
 ASSISTANT = "\n\nAssistant:"
 BEGINNINGS = {"system": "", "user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}
+# Other text may begin with a bracket: "[1, 2] are numbers".
 LOOKS_LIKE_MESSAGES = re.compile(r"\[\s*\{\s*[\"'](role|content)[\"']\s*:")
 
 Prompt = str | list[dict[str, str]]
@@ -77,7 +78,7 @@ def last_turn(prompt: Prompt) -> str:
 
 def in_one_line(prompt: Prompt, width: int = 200) -> str:
     """The last turn as it is printed above responses: in one line, which begins with "Human:" in a
-    dialogue, and is cut in the middle if it is long."""
+    dialogue. A line of more than `width` characters is cut in the middle."""
     is_dialogue = HUMAN.strip() in as_text(prompt)
     line = " ".join([*["Human:"] * is_dialogue, *last_turn(prompt).split()])
     if len(line) <= width:

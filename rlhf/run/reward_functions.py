@@ -33,7 +33,7 @@ class RewardFunction(NamedTuple):
     score: Callable[[list, list[str]], list[float]]
 
     def __call__(self, prompts: Sequence, responses: list[str]) -> list[float]:
-        """One number per response, checked."""
+        """One number per response. Raises InputError if it is something else."""
         where = f"{self.name}() in {self.path}"
         return call_score(self.score, where, prompts, responses)
 

@@ -63,7 +63,7 @@ def better_cut_off(row: dict, missing_eos_score: float | None) -> str:
 def unusual_scale(score_std: float, kl_coef: float) -> str:
     """A warning if the scores of functions are not on a reward model's scale, or "".
 
-    score_std: of the first rollout.
+    score_std: the standard deviation of the first rollout's scores.
     """
     if score_std == 0 or 0.2 <= score_std <= 5:
         return ""
@@ -97,7 +97,11 @@ def equal_scores(rows: list[dict], cfg) -> str:
 
 
 def overfitting(losses: dict[int | str, float], name: str, noise: float) -> list[str]:
-    """losses: {step: loss on held-out rows, or share of wrong ones}; the last at the end."""
+    """Warns if the last loss is above the lowest.
+
+    Args: losses: {step: loss on held-out rows, or share of wrong ones}; name: of the loss; noise: a
+        difference up to this is none.
+    """
     best = min(losses, key=losses.get)
     last = list(losses.values())[-1]
     if last - losses[best] <= noise:
@@ -107,6 +111,7 @@ def overfitting(losses: dict[int | str, float], name: str, noise: float) -> list
 
 
 def few_rows(count: int, what: str) -> list[str]:
+    """Warns of standard errors if there are fewer than 20 rows."""
     if count >= 20:
         return []
     error = 0.5 / math.sqrt(count)  # of a share of one half, the largest

@@ -23,12 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.data import (
-    Prompt,
-    choose_batch,
-    load_prompts,
-    pad_prompts,
-)
+from rlhf.data import Prompt, choose_batch, load_prompts, pad_prompts
 from rlhf.model import GPT
 from rlhf.rollout import decode_responses
 from rlhf.run.commands import command

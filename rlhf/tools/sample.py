@@ -67,6 +67,7 @@ class Policy:
     dialogue: str = ""
 
     def prompt_for(self, question: str, plain: bool) -> str:
+        """The dialogue so far with the question; of a plain prompt, the question only."""
         if plain:
             return strip_blanks(question)
         return f"{self.dialogue}\n\nHuman: {question}\n\nAssistant:"
@@ -91,8 +92,10 @@ def load_policies(cfg: SampleConfig) -> tuple[list[Policy], str]:
 
 
 def find_reward_model(path: Path | None, given: bool, tokenizer: Tokenizer) -> RewardModel | None:
-    """The reward model of the file at path. None if there is none, or it cannot be used; an
-    InputError then, if the user has given the path."""
+    """The reward model of the file at path. None if there is none, or if it cannot be used.
+
+    Raises InputError in both cases if the user has given the path.
+    """
     if path is None or not given and not path.is_file():
         return None
     try:
@@ -162,6 +165,7 @@ def respond(
 
 
 def print_response(policy: Policy, response: Response) -> None:
+    """One line: the checkpoint, the response and, in brackets, what is known of it."""
     notes = [f"score {response.score:+.2f}"] * bool(policy.weights)
     if response.gold is not None:
         notes.append(f"gold {response.gold:+.2f}")

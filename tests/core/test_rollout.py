@@ -10,6 +10,7 @@ from rlhf.data import Prompt
 from rlhf.masked import token_logprobs
 from rlhf.model import GPT
 from rlhf.rollout import Frozen, collect
+from rlhf.run import processes
 from rlhf.run.reward_functions import RewardFunction
 from rlhf.sampling import generate, has_ended
 from tests.helpers import Digits, some_prompts
@@ -179,6 +180,16 @@ def test_a_function_is_called_once_for_all_responses(policy, gpt, reward_model):
     assert counts == [(8, 8)]
 
 
+def test_functions_get_the_rows_of_their_process(policy, gpt, monkeypatch):
+    """The second of two processes has the last four of eight rows, with their prompts."""
+    whole = scored(policy, gpt, None, functions=(length_reward(),))
+    monkeypatch.setattr(processes, "WORLD", 2)
+    monkeypatch.setattr(processes, "RANK", 1)
+    monkeypatch.setattr(processes, "gather", lambda rows: rows)
+    half = scored(policy, gpt, None, functions=(length_reward(),))
+    assert half.parts.tolist() == whole.parts[4:].tolist()
+
+
 def test_functions_may_be_the_only_reward(policy, gpt):
     got = scored(policy, gpt, None, functions=(length_reward(),), missing_eos_score=None)
     assert got.parts.shape == (8, 1) and got.scores.tolist() == got.parts[:, 0].tolist()
@@ -209,11 +220,13 @@ def test_longest_response_is_drawn_for_each_row():
 
 
 def test_rows_keep_their_limit_whichever_rows_they_are_sampled_with(policy, gpt, reward_model):
-    """A policy that never ends: responses have lengths from 2 to 6, not all the same."""
+    """A policy that never ends: responses have lengths from 2 to 6, not all the same. A row has a
+    random number for each of six tokens, then one for its limit."""
     options = {"max_new_tokens": 6, "shortest_limit": 2}
     frozen = Frozen(gpt, reward_model, Digits(eos_id=-1), **options)
     uniforms = torch.rand(8, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    got = collect(policy, frozen, some_prompts(8, 5), LENS, uniforms)
+    generator = torch.Generator().manual_seed(1)  # gives the same numbers
+    got = collect(policy, frozen, some_prompts(8, 5), LENS, generator)
     lengths = got.mask.sum(dim=1).tolist()
     expected = [2 + int(5 * u) for u in uniforms[:, 6].tolist()]
     assert lengths == expected and len(set(lengths)) > 2

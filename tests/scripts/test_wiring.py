@@ -20,12 +20,14 @@ import train_sft
 from rlhf import ppo
 from rlhf.data import Comparison, Prompt
 from rlhf.evaluate import decode_responses
-from rlhf.model import GPT
+from rlhf.model import GPT, GPTConfig
+from rlhf.rollout import Frozen
 from rlhf.run.device import make_generator
 from rlhf.run.flags import parse_cli
 from rlhf.run.judge import load_judge
 from rlhf.run.loading import find_tokenizer, load_policy, load_reward_model
 from rlhf.sampling import generate
+from rlhf.tokenizer import load_tokenizer
 from tests.helpers import CPU, end_earlier, rows, tiny
 
 FLAGS = (
@@ -372,6 +374,31 @@ def test_accuracy_by_hand():
         return torch.tensor([table[row[2]] for row in tokens.tolist()])
 
     assert train_reward.accuracy(model, pairs, train_reward.Scoring(0, CPU, 64)) == 0.625
+
+
+def test_heldout_is_the_share_of_every_stage(bundled, tmp_path):
+    """Without held-out files, "a", "b" and "c" have hashes of 0.79, 0.24 and 0.18: the default of
+    0.1 holds out "c" only, and 0.3 "b" too."""
+    (tmp_path / "prompts.csv").write_text("Prompt\na\nb\nc\n")
+    (tmp_path / "demonstrations.csv").write_text("Prompt,Response\na,x\nb,x\nc,x\n")
+    (tmp_path / "comparisons.csv").write_text("Prompt,Chosen,Rejected\na,x,y\nb,x,y\nc,x,y\n")
+    tokenizer = load_tokenizer(str(bundled / "tokenizer.tiktoken"))
+    flags = {"data": str(tmp_path), "heldout": 0.3}
+
+    sft = train_sft.SFTConfig(**flags)
+    for heldout, expected in ((False, ["a"]), (True, ["b", "c"])):
+        loaded = train_sft.load_rows(sft, tokenizer, 9, heldout)
+        assert [tokenizer.decode(row.tokens[: row.prompt_len]) for row in loaded] == expected
+
+    sides = train_reward.load_rows(train_reward.RewardConfig(**flags), tokenizer, 9)
+    assert [[row.prompt.text for row in side] for side in sides] == [["a"], ["b", "c"]]
+
+    gpt = GPT(
+        GPTConfig(vocab_size=tokenizer.vocab_size, block_size=9, n_layer=1, n_head=1, n_embd=8)
+    )
+    frozen = Frozen(gpt, None, tokenizer, max_new_tokens=1)
+    sides = train_ppo.load_both_prompts(train_ppo.PPOConfig(**flags), frozen)
+    assert [[prompt.text for prompt in side] for side in sides] == [["a"], ["b", "c"]]
 
 
 def test_sft_validation_loss_is_the_mean_over_held_out_tokens(trained):

@@ -231,6 +231,23 @@ def test_dialogues_with_one_last_turn_are_on_one_side():
     assert files["prompts_heldout.csv"] == expected and 0 < len(expected) < 8
 
 
+def test_turn_that_one_table_holds_out_is_trained_on_in_none():
+    """With hashes of 0.79, 0.24 and 0.18 no prompt is below 0.1, so each table holds out the one
+    with the lowest: "b" and "c". Both are held out in both."""
+    assert [round(hash_of(text), 2) for text in "abc"] == [0.79, 0.24, 0.18]
+    demonstrations = [("a", "x"), ("b", "x")]
+    prompts = [("a",), ("b",), ("c",)]
+    expected = {
+        "demonstrations.csv": [("a", "x")],
+        "demonstrations_heldout.csv": [("b", "x")],
+        "prompts.csv": [("a",)],
+        "prompts_heldout.csv": [("b",), ("c",)],
+    }
+    tables = {"demonstrations": demonstrations, "prompts": prompts}
+    assert split_tables(tables, 0.1) == expected
+    assert split_tables(dict(reversed(tables.items())), 0.1) == expected
+
+
 # ---- lengths ----
 
 
