@@ -55,7 +55,7 @@ def main(cfg: WalkConfig) -> None:
     device = next(run.policy.parameters()).device
     tokens, prompt_lens = pad_prompts(batch, tokenizer.pad_id, device)  # (B, P), (B,)
     generator = make_generator(device, cfg.seed, "walk")
-    rollout = collect(run.policy, run.frozen, tokens, prompt_lens, generator)
+    rollout = collect(run.policy, run.frozen, tokens, prompt_lens, generator, batch)
 
     print_response(describe(batch, rollout, tokenizer, run.judge)[0], run)
     slots, texts = slots_and_tokens(rollout, 0, tokenizer)
