@@ -180,7 +180,7 @@ MUTANTS = [
     ("train_reward", "not started from the fine-tuned model", "loading.with_adapters(gpt,", "loading.with_adapters(type(gpt)(gpt.config),"),
     ("train_reward", "evaluated on the training rows", "limit, True, cfg.heldout, files)", "limit, False, cfg.heldout, files)"),
     ("train_reward", "micro-batches not weighted", "part_loss * (len(part) / len(rows))", "part_loss * 1"),
-    ("train_reward", "trained on a share of its own", "limit, False, cfg.heldout, files)", "limit, False, 1e-9, files)"),
+    ("train_reward", "--heldout ignored by the training comparisons", "limit, False, cfg.heldout, files)", "limit, False, files=files)"),
     ("train_ppo", "groups are not consecutive", "[prompt for prompt in chosen for _ in range(cfg.group_size)]", "[prompt for _ in range(cfg.group_size) for prompt in chosen]"),
     ("train_ppo", "as many prompts as responses", "cfg.batch_size // cfg.group_size", "cfg.batch_size"),
     ("train_ppo", "a value network with every advantage", '    if cfg.advantage != "gae":\n        return PolicyWithoutValue(gpt)', "    if False:\n        return PolicyWithoutValue(gpt)"),

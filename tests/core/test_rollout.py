@@ -144,7 +144,7 @@ def test_functions_score_texts_beside_the_reward_model(policy, gpt, reward_model
         gpt,
         reward_model,
         functions=functions,
-        weights=(1.0, 0.5, -2.0),
+        weights=(3.0, 0.5, -2.0),
         missing_eos_score=None,
     )
     assert torch.equal(got.tokens, plain.tokens)
@@ -155,9 +155,9 @@ def test_functions_score_texts_beside_the_reward_model(policy, gpt, reward_model
         expected.append(len(GIVEN[row]) + 2 * len("".join(digits)))
     assert got.parts[:, 1].tolist() == got.parts[:, 2].tolist() == expected
     assert_close(got.parts[:, 0], plain.scores)
-    total = plain.scores + 0.5 * got.parts[:, 1] - 2 * got.parts[:, 2]
+    total = 3 * plain.scores + 0.5 * got.parts[:, 1] - 2 * got.parts[:, 2]
     assert_close(got.scores, total)
-    fixed = scored(policy, gpt, reward_model, functions=functions, weights=(1.0, 0.5, -2.0))
+    fixed = scored(policy, gpt, reward_model, functions=functions, weights=(3.0, 0.5, -2.0))
     assert_close(fixed.scores, torch.where(ended, total, -3.0))
     assert_close(fixed.parts, got.parts)
 
