@@ -41,7 +41,7 @@ ROLES = {
     "system": "system",
 }
 # What a column may be called, for each of its roles: without case, spaces and signs.
-NAMES = {
+COLUMN_NAMES = {
     "prompt": ("prompt", "instruction", "question", "query", "input"),
     "system": ("system", "systemprompt"),
     "context": ("input", "context"),
@@ -102,8 +102,8 @@ class Dropped(Exception):
 def read_file(path: Path, named: dict[str, str]) -> Source:
     """The rows of a file.
 
-    Args: named: {role: name of its column}, for names that are not in NAMES; "ranked": names of
-        columns of responses from worst to best, with commas between them.
+    Args: named: {role: name of its column}, for names that are not in COLUMN_NAMES; "ranked":
+        names of columns of responses from worst to best, with commas between them.
     Raises: InputError if the file cannot be read, or is of no known shape.
     """
     check_file(path, "give the path of a data file")
@@ -273,7 +273,7 @@ def to_rows(records: list[dict], named: dict[str, str], found: str) -> Source:
 
 
 def plain_name(name: str) -> str:
-    """A column's name without case, spaces and signs, as NAMES has it."""
+    """A column's name without case, spaces and signs, as COLUMN_NAMES has it."""
     return letters(name).replace("_", "")
 
 
@@ -284,7 +284,7 @@ def find_shape(record: dict, named: dict[str, str]) -> tuple[Shape, dict[str, st
     if len(columns) < len(with_names):
         raise ValueError(f"two columns have the same name: {', '.join(record)}")
     fields = {}
-    for role, names in NAMES.items():
+    for role, names in COLUMN_NAMES.items():
         for name in (plain_name(named.get(role, "")), *names):
             if name in columns and columns[name] not in fields.values():
                 fields[role] = columns[name]

@@ -20,7 +20,7 @@ from data.bpe import train_bpe, vocabulary_size, write_ranks
 from data.formats import Row, plain_name, read_file
 from data.tables import (
     DEFAULT,
-    NAMES,
+    TABLES,
     Sizes,
     Table,
     choose_sizes,
@@ -158,7 +158,7 @@ def read_files(cfg: PrepareConfig) -> tuple[dict[str, str], list[Row], Counter]:
 
 def move_files(folder: Path, out: Path) -> None:
     """Replace the data set in `out` by that in `folder`."""
-    for name in NAMES:
+    for name in TABLES:
         csv_path(out, name).unlink(missing_ok=True)
         csv_path(out, name, heldout=True).unlink(missing_ok=True)
     (out / TOKENIZER).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from rlhf.run.heldout import COLUMNS, choose_heldout
 from rlhf.run.messages import as_text, last_turn, read_prompt
 from rlhf.tokenizer import Tokenizer
 
-NAMES = ("demonstrations", "comparisons", "prompts")
+TABLES = ("demonstrations", "comparisons", "prompts")
 
 Table = list[tuple[str, ...]]  # (prompt, responses ...) of each row, as the CSVs hold them
 
@@ -25,7 +25,7 @@ def make_tables(rows: list[Row], dropped: Counter) -> dict[str, Table]:
 
     dropped: gets the count of repeated rows.
     """
-    found = {name: {} for name in (*NAMES, "up", "down")}
+    found = {name: {} for name in (*TABLES, "up", "down")}
     for row in rows:
         found[row.table][(row.prompt, *row.responses)] = None
     dropped["dropped, repetitions"] = len(rows) - sum(map(len, found.values()))
@@ -40,7 +40,7 @@ def make_tables(rows: list[Row], dropped: Counter) -> dict[str, Table]:
         print("no file holds prompts only: they are those of all rows")
         found["prompts"] = {row[:1]: None for table in found.values() for row in table}
     found["comparisons"] = comparisons
-    return {name: list(found[name]) for name in NAMES if found[name]}
+    return {name: list(found[name]) for name in TABLES if found[name]}
 
 
 def pair_up(up: Table, down: Table) -> Table:

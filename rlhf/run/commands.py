@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rlhf.run.errors import did_you_mean, fail, printable
 from rlhf.run.files import csv_path, data_folder
+from rlhf.run.flags import flag_name
 
 PROGRAMS = {
     "sft": "train_sft",
@@ -62,9 +63,11 @@ def next_command(cfg, name: str) -> str:
     if "." in PROGRAMS[name]:
         words = ["--checkpoint", str(cfg.checkpoint(cfg.kind))]
         shared = ["data", "reward"]
+    if name == "sample":
+        shared.append("reward_weights")
     for flag, value in vars(cfg).items():
         if flag in shared and value != getattr(type(cfg), flag):  # the default
-            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+            words += [flag_name(flag), *map(str, value if isinstance(value, tuple) else [value])]
     words += prepared_flags(cfg.data, name)
     return printable(f"{command(name)} {shlex.join(words)}".rstrip())
 

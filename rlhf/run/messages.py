@@ -79,8 +79,9 @@ def last_turn(prompt: Prompt) -> str:
 def in_one_line(prompt: Prompt, width: int = 200) -> str:
     """The last turn as it is printed above responses: in one line, which begins with "Human:" in a
     dialogue. A line of more than `width` characters is cut in the middle."""
-    is_dialogue = HUMAN.strip() in as_text(prompt)
-    line = " ".join([*["Human:"] * is_dialogue, *last_turn(prompt).split()])
+    line = " ".join(last_turn(prompt).split())
+    if HUMAN.strip() in as_text(prompt):
+        line = f"Human: {line}"
     if len(line) <= width:
         return line
     return textwrap.shorten(line, width // 2, placeholder="") + " ... " + line[-width // 2 :]

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from rlhf.run import processes
 from rlhf.run.errors import InputError, fail
 from rlhf.run.flags import parse_cli
-from rlhf.run.user_code import is_users
+from rlhf.run.user_code import is_user_code
 
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate|MemoryError")
 
@@ -131,7 +131,7 @@ def end_without_file(error: OSError) -> None:
     user's code.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if any(is_users(frame.f_globals.get("__name__")) for frame in frames):
+    if any(is_user_code(frame.f_globals.get("__name__")) for frame in frames):
         raise error
     if error.filename:
         fail(f"{error.filename} cannot be read or written: {error.strerror}")

@@ -23,7 +23,7 @@ from rlhf.run.errors import InputError
 from rlhf.run.files import check_file, digests
 from rlhf.run.user_code import PREFIX, call_score, load_code
 
-TAKEN = ("model", "std")  # ppo.csv has score_model and score_std
+RESERVED_NAMES = ("model", "std")  # ppo.csv has score_model and score_std
 SPEC = re.compile(r"(.+\.py)(?::(\w+))?")  # FILE.py or FILE.py:FUNCTION
 
 
@@ -53,7 +53,7 @@ class Rewards(NamedTuple):
         functions = {}
         for spec in self.functions:
             function = load_function(spec)
-            if function.name in functions or function.name in TAKEN:
+            if function.name in functions or function.name in RESERVED_NAMES:
                 raise InputError(
                     f"--reward {spec}: the metric score_{function.name} exists already; rename the "
                     f"function or the file"

@@ -34,6 +34,7 @@ from rlhf.run.flags import TrainConfig, to_json
 from rlhf.run.optimizer import check_trained
 from rlhf.run.processes import is_first
 from rlhf.run.progress import Progress, print_responses, print_table, sample_rows
+from rlhf.run.reward_functions import reward_name
 from rlhf.run.warnings import Warnings, of_policy
 from rlhf.tokenizer import Tokenizer
 
@@ -280,4 +281,7 @@ def check_evaluation(folder: Path, kind: str) -> None:
 def settings(config: dict, inputs: dict[str, str]) -> dict:
     """{name: value} of all that determines a run: its flags, and the digests of its files."""
     files = {f"{name} file": digest for name, digest in inputs.items()}
-    return {**config, **files}
+    rewards = config.get("reward") or "reward.pt"
+    specs = [rewards] if isinstance(rewards, str) else rewards  # DPO's is a path
+    names = [reward_name(spec) for spec in specs]  # in the order of their weights
+    return {**config, **files, "list of rewards": names}

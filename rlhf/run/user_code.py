@@ -24,7 +24,7 @@ def load_code(path: Path, name: str) -> ModuleType:
     return module
 
 
-def is_users(module_name: str | None) -> bool:
+def is_user_code(module_name: str | None) -> bool:
     """Whether a module of this name was made by load_code."""
     return module_name == "judge" or str(module_name).startswith(PREFIX)
 

@@ -132,7 +132,7 @@ def test_resume_needs_the_same_functions(trained, tmp_path, rules):
     done = run(trained, tmp_path, f"{rules}:letters", "--eval-every", 1, "--resume", ok=False)
     assert done.returncode == 2 and "another reward letters file" in done.stderr
     done = run(trained, tmp_path, f"{rules}:kinds", "--eval-every", 1, "--resume", ok=False)
-    assert done.returncode == 2 and "begun with another reward" in done.stderr
+    assert done.returncode == 2 and "begun with another list of rewards" in done.stderr
 
 
 def test_an_odd_scale_is_said_once(trained, tmp_path, rules):
@@ -141,6 +141,14 @@ def test_an_odd_scale_is_said_once(trained, tmp_path, rules):
     std = float(table(tmp_path)[0]["score_std"])
     assert std > 5
     assert printed.count("multiply --reward-weights by") == 2  # and again at the end
+
+
+def test_resume_needs_the_rewards_in_the_order_of_their_weights(trained, tmp_path, rules):
+    two = [f"{rules}:letters", f"{rules}:kinds"]
+    weights = ["--reward-weights", 1, 2, "--eval-every", 1]
+    run(trained, tmp_path, *two, *weights)
+    done = run(trained, tmp_path, *reversed(two), *weights, "--resume", ok=False)
+    assert done.returncode == 2 and "begun with another list of rewards" in done.stderr
 
 
 # ---- the tools ----
