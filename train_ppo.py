@@ -111,16 +111,14 @@ class PPOConfig(TrainConfig):
         for size in ("minibatch_size", "group_size"):
             if self.batch_size % getattr(self, size):
                 raise ValueError(f"--batch-size must be a multiple of --{size.replace('_', '-')}")
-        compared = {"gae": 2, "reinforce": self.batch_size}.get(self.advantage, self.group_size)
-        if compared < 2:
-            raise ValueError(
-                "rloo and grpo need --group-size 2 or more, reinforce --batch-size 2 or more"
-            )
-        if self.kl_target and not (self.kl_coef and self.kl_horizon >= self.batch_size):
-            raise ValueError(
-                "--kl-target multiplies --kl-coef, which must start above 0, and needs a "
-                "--kl-horizon of --batch-size or more"
-            )
+        if self.advantage in ("rloo", "grpo") and self.group_size < 2:
+            raise ValueError("rloo and grpo need --group-size 2 or more")
+        if self.advantage == "reinforce" and self.batch_size < 2:
+            raise ValueError("reinforce needs --batch-size 2 or more")
+        if self.kl_target and self.kl_horizon < self.batch_size:
+            raise ValueError("--kl-horizon must be --batch-size or more")
+        if self.kl_target and not self.kl_coef:
+            raise ValueError("--kl-target multiplies --kl-coef, which must start above 0")
         if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
             raise ValueError("--gamma and --lam must lie between 0 and 1")
 
@@ -212,19 +210,18 @@ def load_models(
     policy = make_policy(cfg, gpt, reward_model, generator).to(compute.device)
     if reward_model is not None:
         reward_model.to(compute.device)
-    shortest, longest = cfg.max_new_tokens[0], cfg.max_new_tokens[-1]
     frozen = Frozen(
         reference,
         reward_model,
         tokenizer,
-        max_new_tokens=longest,
+        max_new_tokens=cfg.max_new_tokens[-1],
         missing_eos_score=cfg.missing_eos_score,
         # Rounding depends on the number of rows in a pass, in half precision a lot. So the old
         # log-probabilities are computed with as many as the update takes: the first ratio is 1.
         rows=cfg.micro_batch_size or cfg.minibatch_size,
         amp=compute.amp,
         sample_rows=cfg.sample_rows,
-        shortest_limit=shortest,
+        shortest_limit=cfg.max_new_tokens[0],
         functions=functions,
         weights=rewards.weights,
     )

@@ -20,7 +20,7 @@ import pandas
 
 from rlhf.run.errors import InputError
 from rlhf.run.files import check_file
-from rlhf.run.messages import ASSISTANT, HUMAN, Prompt, as_text, last_turn
+from rlhf.run.messages import ASSISTANT, HUMAN, TextOrMessages, as_text, last_turn
 from rlhf.run.tables import (
     LONGEST_CELL,
     check_rows,
@@ -354,7 +354,7 @@ def is_messages(cell) -> bool:
     return is_list(cell, dict) and bool(cell) and ("role" in cell[0] or "from" in cell[0])
 
 
-def read_cell(cell) -> Prompt:
+def read_cell(cell) -> TextOrMessages:
     """A cell as text or as messages. Raises ValueError if it is neither."""
     if isinstance(cell, str) and LOOKS_LIKE_MESSAGES.match(cell.strip()):
         try:
@@ -392,7 +392,7 @@ def with_newlines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def join_prompt(prompt: Prompt, system: str, context: str) -> Prompt:
+def join_prompt(prompt: TextOrMessages, system: str, context: str) -> TextOrMessages:
     """The prompt with the columns beside it that belong to it: a system message, and what follows
     it, as Alpaca's "input"."""
     if isinstance(prompt, str):
@@ -404,7 +404,7 @@ def join_prompt(prompt: Prompt, system: str, context: str) -> Prompt:
     return [{"role": "system", "content": system}, *prompt]
 
 
-def parse_dialogue(text: str) -> Prompt:
+def parse_dialogue(text: str) -> TextOrMessages:
     """The messages of a dialogue in HH-RLHF's form, which ends with "Assistant:", if they take
     turns and as_text gives this text back. Otherwise the text.
 
@@ -422,7 +422,7 @@ def parse_dialogue(text: str) -> Prompt:
     return text
 
 
-def split_side(prompt: Prompt, side: Prompt) -> tuple[Prompt, str]:
+def split_side(prompt: TextOrMessages, side: TextOrMessages) -> tuple[TextOrMessages, str]:
     """(prompt, response) of a response that may repeat its prompt.
 
     Of messages, the assistant's last one is the response, and those before it are the prompt or its
@@ -443,14 +443,14 @@ def split_side(prompt: Prompt, side: Prompt) -> tuple[Prompt, str]:
     return before or prompt, response["content"]
 
 
-def split_text(text: str) -> tuple[Prompt, str]:
+def split_text(text: str) -> tuple[TextOrMessages, str]:
     """(prompt, response) of a dialogue in HH-RLHF's form: the prompt goes up to the last
     "Assistant:". Of any other text, there is no prompt."""
     before, marker, response = text.rpartition(ASSISTANT)
     return parse_dialogue(before + marker), response
 
 
-def prompt_cell(prompt: Prompt) -> str:
+def prompt_cell(prompt: TextOrMessages) -> str:
     """The prompt as the CSVs of a data set hold it. Raises Dropped if it is of no use."""
     if prompt and isinstance(prompt, list) and prompt[-1]["role"] != "user":
         raise Dropped("a prompt that does not end with the user's message")

@@ -142,7 +142,7 @@ def read_files(cfg: PrepareConfig) -> tuple[dict[str, str], list[Row], Counter]:
     about = {}
     rows = []
     dropped = Counter()
-    used = {""}
+    used = set()
     for file in cfg.files:
         source = read_file(Path(file), named)
         print(f"{file}: {source.about}")
@@ -150,9 +150,10 @@ def read_files(cfg: PrepareConfig) -> tuple[dict[str, str], list[Row], Counter]:
         rows += source.rows
         dropped += source.dropped
         used |= set(map(plain_name, source.columns))
-    for name in ",".join(named.values()).split(","):
-        if plain_name(name) not in used:
-            raise InputError(f"no file has a column {name.strip()!r} that is used, see above")
+    for names in named.values():
+        for name in names.split(","):  # --ranked names several
+            if plain_name(name) not in used:
+                raise InputError(f"no file has a column {name.strip()!r} that is used, see above")
     return about, rows, dropped
 
 

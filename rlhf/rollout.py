@@ -42,8 +42,10 @@ class Frozen(NamedTuple):
     @property
     def context(self) -> int:
         """The most tokens that all models read."""
-        gpts = [self.reference] + ([self.reward_model.gpt] if self.reward_model else [])
-        return min(gpt.config.block_size for gpt in gpts)
+        context = self.reference.config.block_size
+        if self.reward_model is None:
+            return context
+        return min(context, self.reward_model.gpt.config.block_size)
 
     def response_limits(self, uniforms: Tensor) -> int | Tensor:
         """The longest response of each row, drawn with the last of its random numbers (B, N+1)."""

@@ -7,7 +7,7 @@ import tiktoken
 
 from rlhf.run.errors import InputError
 from rlhf.run.files import read_ranks
-from rlhf.run.messages import Prompt, as_text
+from rlhf.run.messages import TextOrMessages, as_text
 
 # GPT-2's pattern (Radford et al. 2019): contractions, words, numbers and signs, each with the space
 # before it.
@@ -38,7 +38,7 @@ class Tokenizer:
         """Ids of the text. "<|endoftext|>" inside it is text, not the special token."""
         return self.encoding.encode_ordinary(text)
 
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
+    def prompt_ids(self, prompt: TextOrMessages) -> list[int]:
         """Ids of a prompt: text, or messages (rlhf/run/messages.py)."""
         return self.encode(as_text(prompt))
 

@@ -64,8 +64,10 @@ def objective_settings(run: Run) -> dict:
     """What the optimum and its estimate depend on."""
     settings = {"kl_coef": run.kl_coef, "temperature": run.policy.gpt.temperature}
     settings |= {"list of held-out prompts": run.prompts}
-    for name in ("sft", "reward"):
-        settings[f"{name} file"] = run.inputs.get(name)
+    settings["weights of the rewards"] = run.frozen.weights
+    settings["files of sft and rewards"] = {
+        name: digest for name, digest in run.inputs.items() if name.startswith(("sft", "reward"))
+    }
     for name in ("seed", "max_new_tokens", "missing_eos_score", "amp"):
         settings[name] = run.config[name]
     return settings

@@ -177,9 +177,8 @@ def to_json(cfg) -> dict:
     words = {math.inf: "inf", None: "none"}
     values = {}
     for name, value in vars(cfg).items():
-        if name in NOT_IN_FILE:
-            continue
-        values[name] = value if isinstance(value, tuple) else words.get(value, value)
+        if name not in NOT_IN_FILE:
+            values[name] = words.get(value, value)
     return values
 
 

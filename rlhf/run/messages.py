@@ -18,10 +18,10 @@ BEGINNINGS = {"system": "", "user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}
 # Other text may begin with a bracket: "[1, 2] are numbers".
 LOOKS_LIKE_MESSAGES = re.compile(r"\[\s*\{\s*[\"'](role|content)[\"']\s*:")
 
-Prompt = str | list[dict[str, str]]
+TextOrMessages = str | list[dict[str, str]]
 
 
-def read_prompt(cell: str) -> Prompt:
+def read_prompt(cell: str) -> TextOrMessages:
     """The prompt in a cell of a CSV file: its text or, of a JSON list of messages, the messages.
 
     Raises ValueError, in words, if it looks like messages and is not a list of them that ends with
@@ -59,7 +59,7 @@ def prompt_fault(cell: str) -> str:
     return ""
 
 
-def as_text(prompt: Prompt) -> str:
+def as_text(prompt: TextOrMessages) -> str:
     """The prompt as the own GPT reads it: text as it is, messages in HH-RLHF's form."""
     if isinstance(prompt, str):
         return prompt
@@ -67,7 +67,7 @@ def as_text(prompt: Prompt) -> str:
     return "".join(turns) + ASSISTANT
 
 
-def last_turn(prompt: Prompt) -> str:
+def last_turn(prompt: TextOrMessages) -> str:
     """What the user says last: the content of the last message or, of a text, what stands between
     the last "Human:" and the "Assistant:" at its end."""
     if not isinstance(prompt, str):
@@ -76,7 +76,7 @@ def last_turn(prompt: Prompt) -> str:
     return f"\n\n{text}".rpartition(HUMAN)[2].strip()
 
 
-def in_one_line(prompt: Prompt, width: int = 200) -> str:
+def in_one_line(prompt: TextOrMessages, width: int = 200) -> str:
     """The last turn as it is printed above responses: in one line, which begins with "Human:" in a
     dialogue. A line of more than `width` characters is cut in the middle."""
     line = " ".join(last_turn(prompt).split())

@@ -52,7 +52,7 @@ def better_cut_off(row: dict, missing_eos_score: float | None) -> str:
     if missing_eos_score is None or not ended:
         return ""
     score = (row["score"] - (1 - ended) * missing_eos_score) / ended
-    if score >= missing_eos_score:
+    if score >= missing_eos_score - 1e-6:  # rounding
         return ""
     return (
         f"responses that end score {score:.2f} on average, and those that are cut off "

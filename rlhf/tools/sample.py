@@ -166,7 +166,9 @@ def respond(
 
 def print_response(policy: Policy, response: Response) -> None:
     """One line: the checkpoint, the response and, in brackets, what is known of it."""
-    notes = [f"score {response.score:+.2f}"] * bool(policy.weights)
+    notes = []
+    if policy.weights:
+        notes.append(f"score {response.score:+.2f}")
     if response.gold is not None:
         notes.append(f"gold {response.gold:+.2f}")
     if not response.ended:

@@ -581,6 +581,7 @@ def test_several_policies_have_one_optimum(two, capsys):
     ("flags", "name"),
     [
         (["--kl-coef", 0.2], "kl_coef"),
+        (["--reward-weights", 2], "weights of the rewards"),
         (["--seed", 1], "seed"),
         (["--temperature", 0.9], "temperature"),
         (["--max-new-tokens", 7], "max_new_tokens"),
