@@ -206,7 +206,7 @@ MUTANTS = [
     ("train_ppo", "value network without a reward model is frozen", "loading.trained_copy(gpt))", "loading.frozen_copy(gpt))"),
     ("train_ppo", "value network without a reward model is the policy", "loading.trained_copy(gpt))", "gpt)"),
     ("train_ppo", "--reward-weights ignored", "weights=rewards.weights", "weights=(1.0,)"),
-    ("train_ppo", "shortest limit ignored", "shortest_limit=shortest", "shortest_limit=0"),
+    ("train_ppo", "shortest limit ignored", "shortest_limit=cfg.max_new_tokens[0]", "shortest_limit=0"),
     ("lora", "scale without the rank", "torch.tensor(ALPHA / rank)", "torch.tensor(ALPHA)"),
     ("lora", "B does not start at zero", "torch.zeros(linear.out_features, rank)", "torch.ones(linear.out_features, rank)"),
     ("lora", "frozen network is trained too", "    gpt.requires_grad_(False)\n", ""),
