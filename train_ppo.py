@@ -205,7 +205,7 @@ def load_models(
 
     gpt.temperature = cfg.temperature
     generator = make_generator("cpu", cfg.seed, "adapters")
-    gpt = loading.with_adapters(gpt, cfg.lora_rank, generator)
+    gpt = loading.with_adapters(gpt, cfg, generator)
     reference = loading.frozen_copy(gpt).to(compute.device)
     policy = make_policy(cfg, gpt, reward_model, generator).to(compute.device)
     if reward_model is not None:
@@ -243,7 +243,7 @@ def make_policy(
         return PolicyWithValue(gpt)
     if reward_model is None:
         return PolicyWithValue(gpt, loading.trained_copy(gpt))
-    value_gpt = loading.with_adapters(reward_model.gpt, cfg.lora_rank, generator)
+    value_gpt = loading.with_adapters(reward_model.gpt, cfg, generator)
     reward_model.gpt = loading.frozen_copy(value_gpt)
     return PolicyWithValue(gpt, value_gpt)
 
@@ -315,7 +315,7 @@ def step_metrics(
         **update_metrics,  # policy_loss to first_log_ratio: see rlhf/ppo.py
         "explained_variance": explained.item(),
         "length": rollout.mask.sum(dim=1).float().mean().item(),
-        "eos_rate": rollout.ended(frozen.tokenizer.eos_id).float().mean().item(),
+        "eos_rate": rollout.ended(frozen.tokenizer.stop_ids).float().mean().item(),
         **part_means(frozen.reward_model, frozen.functions, rollout.parts),
     }
     if cfg.advantage != "gae":

@@ -148,7 +148,7 @@ def make_model(
     gpt, sft = loading.load_policy(sft_path, "sft")
     tokenizer = loading.tokenizer_of(sft_path, sft, cfg.data)
     generator = make_generator("cpu", cfg.seed, "adapters")
-    model = RewardModel(loading.with_adapters(gpt, cfg.lora_rank, generator))
+    model = RewardModel(loading.with_adapters(gpt, cfg, generator))
     inputs = digests(sft=sft_path)
     for number, file in enumerate(cfg.training_files(), start=1):
         inputs |= digests(**{f"{cfg.kind_of_rows()} {number}": file})

@@ -20,7 +20,7 @@ import pandas
 
 from rlhf.run.errors import InputError
 from rlhf.run.files import check_file
-from rlhf.run.messages import ASSISTANT, HUMAN, TextOrMessages, as_text, last_turn
+from rlhf.run.messages import ASSISTANT, HUMAN, TextOrMessages, as_cell, as_text, last_turn
 from rlhf.run.tables import (
     LONGEST_CELL,
     check_rows,
@@ -456,9 +456,7 @@ def prompt_cell(prompt: TextOrMessages) -> str:
         raise Dropped("a prompt that does not end with the user's message")
     if not prompt or not last_turn(prompt):
         raise Dropped("an empty prompt")
-    text = isinstance(prompt, str)
-    cell = strip_blanks(prompt) if text else json.dumps(prompt, ensure_ascii=False)
-    return checked_length(cell)
+    return checked_length(strip_blanks(as_cell(prompt)))
 
 
 def checked_response(response: str) -> str:

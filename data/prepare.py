@@ -175,7 +175,7 @@ def make_tokenizer(cfg: PrepareConfig, tables: dict[str, Table], folder: Path) -
     if cfg.init and not is_gpt2(cfg.init):
         from rlhf.networks.hf import HFTokenizer
 
-        return HFTokenizer(cfg.init)
+        return HFTokenizer(cfg.init)  # train_sft.py has the same --template by default
     if cfg.init or cfg.tokenizer == "gpt2":
         return load_tokenizer("gpt2")
     path = folder / TOKENIZER

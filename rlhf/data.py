@@ -38,6 +38,7 @@ class Prompt(NamedTuple):
 class Demonstration(NamedTuple):
     tokens: list[int]  # prompt, response, end-of-text
     prompt_len: int
+    given: str | list[dict[str, str]] = ""  # the prompt, as it is in Prompt
 
     @property
     def size(self) -> int:
@@ -93,7 +94,7 @@ def load_demonstrations(
     rows = []
     for row in frame.itertuples():
         ids = tokenizer.prompt_ids(row.Prompt)
-        rows.append(Demonstration(ids + tokenizer.response_ids(row.Response), len(ids)))
+        rows.append(Demonstration(ids + tokenizer.response_ids(row.Response), len(ids), row.Prompt))
     lengths = [row.size for row in rows]
     check_lengths(path, frame.index, lengths, limit, "the prompt with its response")
     return rows

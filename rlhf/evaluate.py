@@ -70,7 +70,7 @@ def describe(
     scores = rollout.scores.tolist()
     kl_refs = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1).tolist()  # off the mask: 0
     lengths = rollout.mask.sum(dim=1).tolist()
-    ended = rollout.ended(tokenizer.eos_id).tolist()
+    ended = rollout.ended(tokenizer.stop_ids).tolist()
     columns = zip(questions, texts, scores, golds, kl_refs, lengths, ended)
     return [Response(*row) for row in columns]
 

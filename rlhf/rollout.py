@@ -66,7 +66,7 @@ class Rollout(NamedTuple):
     scores: Tensor  # (B,)
     parts: Tensor | None = None  # (B, K): of K rewards; `scores` is their weighted sum
 
-    def ended(self, eos_id: int) -> Tensor:
+    def ended(self, eos_id: int | Sequence[int]) -> Tensor:
         """(B,) bool: did the policy say end-of-text, or was it cut off?"""
         return has_ended(self.tokens, self.mask, eos_id)
 
@@ -105,7 +105,7 @@ def collect_rows(
         be sampled, see sampling.draw_uniforms, and one more, (B, N+1), if limits are drawn;
         prompt_list: as for collect.
     """
-    eos_id = frozen.tokenizer.eos_id
+    stops = frozen.tokenizer.stop_ids
     with autocast(prompts.device, frozen.amp):
         # ---- 1 generate ----
         tokens, mask = generate(
@@ -113,7 +113,7 @@ def collect_rows(
             prompts,
             prompt_lens,
             frozen.response_limits(uniforms),
-            eos_id,
+            stops,
             uniforms,
             frozen.sample_rows,
         )  # (B, T), (B, T-1)
@@ -179,7 +179,7 @@ def total_scores(frozen: Frozen, parts: Tensor, tokens: Tensor, mask: Tensor) ->
     scores = (parts * parts.new_tensor(frozen.weights)).sum(dim=1)  # (B,)
     if frozen.missing_eos_score is None:
         return scores
-    ended = has_ended(tokens, mask, frozen.tokenizer.eos_id)  # (B,)
+    ended = has_ended(tokens, mask, frozen.tokenizer.stop_ids)  # (B,)
     return torch.where(ended, scores, frozen.missing_eos_score)
 
 
@@ -188,6 +188,6 @@ def decode_responses(tokenizer: Tokenizer, tokens: Tensor, mask: Tensor) -> list
     texts = []
     for row, row_mask in zip(tokens.cpu(), mask.cpu()):
         ids = row[1:][row_mask].tolist()
-        text = tokenizer.decode([i for i in ids if i != tokenizer.eos_id])
+        text = tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids])
         texts.append(text.strip())
     return texts

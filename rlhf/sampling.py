@@ -1,5 +1,6 @@
 """Sampling a response to each prompt from exactly the model's distribution. No gradients here."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,7 @@ class Batch:
     lengths: Tensor  # (B,): of prompt and response so far
     longest: Tensor  # (B,): of prompt and longest response
     uniforms: Tensor  # (B, N) for at most N new tokens; further columns are not used
-    eos_id: int
+    stops: Tensor  # (K,) or (): the tokens that end a response
 
     def append(self, rows: Tensor, going: Tensor, logits: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Sample token number t of n rows. A row that is not going has ended: its length stays, and
@@ -57,7 +58,7 @@ class Batch:
         sampled = sample(logits, self.uniforms[rows, t])  # (n,)
         self.tokens[rows, self.lengths[rows]] = torch.where(going, sampled, 0)
         self.lengths[rows] += going
-        ended = (sampled == self.eos_id) | (self.lengths[rows] == self.longest[rows])
+        ended = torch.isin(sampled, self.stops) | (self.lengths[rows] == self.longest[rows])
         return sampled, going & ~ended
 
 
@@ -67,7 +68,7 @@ def generate(
     prompts: Tensor,
     prompt_lens: Tensor,
     max_new_tokens: int | Tensor,
-    eos_id: int,
+    eos_id: int | Sequence[int],
     generator: torch.Generator | Tensor | None = None,
     rows: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -82,6 +83,7 @@ def generate(
             it returns a tuple, its first entry counts.
         prompts (B, P), padded on the right; prompt_lens (B,), each at least 1.
         max_new_tokens: one number, or one for each row (B,); N is the largest.
+        eos_id: what ends a response; several tokens may.
         generator: on the device of prompts; or the uniform random numbers themselves,
             (B, N) or wider, in float64.
         rows: how many rows at once, which bounds the cache; 0: all. The responses do not depend on
@@ -96,7 +98,13 @@ def generate(
     P = int(prompt_lens.max())
     real = torch.arange(P, device=prompts.device) < prompt_lens.unsqueeze(1)  # (B, P)
     tokens = F.pad(torch.where(real, prompts[:, :P], 0), (0, N))  # (B, P+N)
-    batch = Batch(tokens, prompt_lens.clone(), prompt_lens + limits, uniforms, eos_id)
+    batch = Batch(
+        tokens,
+        prompt_lens.clone(),
+        prompt_lens + limits,
+        uniforms,
+        torch.tensor(eos_id, device=prompts.device),
+    )
 
     fill = fill_with_cache if hasattr(model, "make_cache") else fill_without_cache
     by_length = prompt_lens.argsort(stable=True)  # prompts of similar length: less is padded
@@ -190,6 +198,7 @@ def fill_with_cache(model: GPT, batch: Batch, rows: Tensor) -> None:
         logits = model.logits(hidden[:, 0])  # (n, V)
 
 
-def has_ended(tokens: Tensor, mask: Tensor, eos_id: int) -> Tensor:
+def has_ended(tokens: Tensor, mask: Tensor, eos_id: int | Sequence[int]) -> Tensor:
     """(B, T), (B, T-1) -> (B,) bool: did the policy say end-of-text, or was it cut off?"""
-    return (mask & (tokens[:, 1:] == eos_id)).any(dim=1)
+    stops = torch.tensor(eos_id, device=tokens.device)
+    return (mask & torch.isin(tokens[:, 1:], stops)).any(dim=1)

@@ -17,10 +17,13 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 class Tokenizer:
     """encode, decode, and the two ids that are not text.
 
-    eos_id ends a response and is learned like any token. pad_id only fills the rectangle after a
-    row of data. No mask is made by looking for it, so it may be any valid id except eos_id. (The
-    sampler knows no tokenizer and fills with 0, which works as well.)
+    eos_id ends a response and is learned like any token. stop_ids are all that end a sampled
+    response, eos_id first: a pretrained model may have several. pad_id only fills the rectangle
+    after a row of data. No mask is made by looking for it, so it may be any valid id except eos_id.
+    (The sampler knows no tokenizer and fills with 0, which works as well.)
     """
+
+    template = ""  # of messages; only pretrained models have one
 
     def __init__(self, name: str, encoding: tiktoken.Encoding, eos_id: int, pad_id: int):
         if eos_id == pad_id:
@@ -28,6 +31,7 @@ class Tokenizer:
         self.name = name  # what load_tokenizer was given
         self.encoding = encoding
         self.eos_id = eos_id
+        self.stop_ids = (eos_id,)
         self.pad_id = pad_id
         self.vocab_size = encoding.n_vocab
         # Tells vocabularies of the same size apart; a checkpoint keeps it.

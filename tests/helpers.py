@@ -12,6 +12,7 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +52,11 @@ def some_prompts(count, width):
     return torch.randint(11, (count, width), generator=torch.Generator().manual_seed(0))
 
 
+def lora(rank, alpha=16.0):
+    """The flags that say which adapters a network gets."""
+    return SimpleNamespace(lora_rank=rank, lora_alpha=alpha)
+
+
 class Digits:
     """A tokenizer whose tokens are numbers: decode([1, 2]) is "12". Enough for what only needs
     ids."""
@@ -59,6 +65,7 @@ class Digits:
 
     def __init__(self, eos_id=10):
         self.eos_id = eos_id
+        self.stop_ids = (eos_id,)
 
     @staticmethod
     def decode(ids):

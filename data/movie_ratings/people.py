@@ -62,7 +62,7 @@ def encode(table: pandas.DataFrame, side: str, tokenizer) -> list[list[int]]:
     """The ids of each row's Prompt with the response in the column `side`."""
     rows = []
     for prompt, response in zip(table["Prompt"], table[side]):
-        rows.append(tokenizer.encode(prompt) + tokenizer.response_ids(response))
+        rows.append(tokenizer.prompt_ids(prompt) + tokenizer.response_ids(response))
     return rows
 
 
@@ -137,11 +137,12 @@ class People:
 
     def __init__(self, model: str):
         self.gpt = hf.HF(hf.HFConfig(model, rank=0, four_bit=False, kept=()))
+        self.tokenizer = hf.HFTokenizer(model, "none")
         self.regression = None
 
     def read(self, table: pandas.DataFrame, side: str, what: str) -> Tensor:
         """The features of the responses in the column `side`, (N, 2C)."""
-        tokenizer = self.gpt.tokenizer
+        tokenizer = self.tokenizer
         rows = encode(table, side, tokenizer)
 
         def read_batch(tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ def numbers(column: pandas.Series) -> list[float]:
 def score_with(reward: Path, table: pandas.DataFrame) -> Tensor:
     """The reward model's scores of the responses, (N,)."""
     model, _ = load_reward_model(reward)
-    tokenizer = model.gpt.tokenizer
+    tokenizer = model.tokenizer
     rows = encode(table, "Response", tokenizer)
     return in_batches(model, rows, tokenizer.pad_id, "reward model")
 

@@ -134,7 +134,7 @@ def make_models(cfg: BenchConfig, compute: Compute) -> tuple[PolicyWithValue, Fr
     frozen = Frozen(
         reference,
         reward_model,
-        tokenizer=SimpleNamespace(eos_id=NO_EOS),
+        tokenizer=SimpleNamespace(eos_id=NO_EOS, stop_ids=(NO_EOS,)),
         max_new_tokens=cfg.response,
         rows=cfg.ppo().minibatch_size,
         amp=compute.amp,

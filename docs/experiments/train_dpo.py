@@ -126,7 +126,7 @@ def load_models(
     gpt, reward_model, tokenizer, inputs = loading.load_stages(cfg, cfg.checkpoint("reward"))
     inputs |= digests(comparisons=csv_path(cfg.data, "comparisons"))
     generator = make_generator("cpu", cfg.seed, "adapters")
-    gpt = loading.with_adapters(gpt, cfg.lora_rank, generator)
+    gpt = loading.with_adapters(gpt, cfg, generator)
     reference = loading.frozen_copy(gpt)
     policy = PolicyWithoutValue(gpt).to(compute.device)
     frozen = Frozen(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from data.label import LabelConfig, Pair
 from rlhf.run.checkpoints import load_checkpoint
 from rlhf.run.errors import InputError
 from rlhf.run.flags import check_positive
@@ -18,7 +19,6 @@ from rlhf.run.judge import gold_scores, vote_probabilities
 from rlhf.run.loading import judge_of
 from rlhf.run.program import run
 from rlhf.tools import label
-from rlhf.tools.label import LabelConfig, Pair
 
 
 @dataclass(frozen=True)

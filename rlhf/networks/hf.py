@@ -11,14 +11,11 @@ under them. Then all networks of a run share that model's weights, and each has 
 Those of the policy and of the reward model start as copies of sft.pt's, those of the value network
 as copies of the reward model's, and the reference keeps sft.pt's.
 
-The model brings its own tokenizer. If it expects a begin-of-text token, HF puts that before each
-row, so the rest of the project does not see it.
+The model brings its own tokenizer, and a chat model its chat template: HFTokenizer.
 """
 
 import copy
 import functools
-import hashlib
-import importlib
 import inspect
 import re
 from dataclasses import dataclass, replace
@@ -29,12 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.networks.gpt2 import PRETRAINED
-from rlhf.networks.lora import add_adapters
+from rlhf.networks.hf_tokenizer import HFTokenizer
+from rlhf.networks.lora import ALPHA, add_adapters
+from rlhf.networks.pretrained import from_pretrained, package
 from rlhf.run.errors import InputError
 from rlhf.run.files import csv_path, digests
-from rlhf.run.messages import as_text, read_prompt
+from rlhf.run.messages import read_prompt
 from rlhf.run.tables import read_csv
-from rlhf.tokenizer import Tokenizer
 
 ATTENTION = {"full_attention", "sliding_attention"}  # layers whose memory is keys and values
 
@@ -47,78 +45,9 @@ class HFConfig:
     kept: tuple[int, ...]  # the model's ids of the tokens that are kept; empty: all
     block_size: int = 0  # this and n_embd are the model's
     n_embd: int = 0
-
-
-# ---- the tokenizer ----
-
-
-class HFTokenizer(Tokenizer):
-    """A model's own tokenizer, with the interface of rlhf.tokenizer.Tokenizer.
-
-    With `kept`, token i is the model's token kept[i]. A token that is not kept is spelled in bytes.
-    """
-
-    def __init__(self, init: str, kept: tuple[int, ...] = ()):
-        self.name = init
-        self.original = load_tokenizer(init)
-        self.vocab = self.original.get_vocab()
-        self.kept = kept or range(max(self.vocab.values()) + 1)
-        self.new_ids = {old: new for new, old in enumerate(self.kept)}
-        self.vocab_size = len(self.kept)
-        if self.original.eos_token_id is None:
-            raise InputError(
-                f"--init {init}: the tokenizer names no end-of-text token; give it one (eos_token)"
-            )
-        self.eos_id = self.new_ids[self.original.eos_token_id]
-        # Any token but end-of-text can be the pad. The model's own may be end-of-text, or have no
-        # row in the embedding.
-        self.pad_id = int(self.eos_id == 0)
-        self.begin = None  # begin-of-text, if the model expects it before each text
-        bos = self.original.bos_token_id
-        if bos is not None and self.original("")["input_ids"][:1] == [bos]:
-            self.begin = self.new_ids[bos]
-        contents = f"{self.original.backend_tokenizer.to_str()}{kept}"
-        self.fingerprint = hashlib.sha256(contents.encode()).hexdigest()[:16]
-
-    def __deepcopy__(self, memo):
-        return self  # nothing changes it
-
-    def encode(self, text: str) -> list[int]:
-        ids = []
-        for old in self.original_ids(text):
-            if old in self.new_ids:
-                ids.append(self.new_ids[old])
-            else:
-                ids += [self.new_ids[byte] for byte in self.spell(old)]
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        # A model may have logits of more than its tokens.
-        old = [self.kept[i] for i in ids if i < len(self.kept)]
-        return self.original.decode(old, clean_up_tokenization_spaces=False)
-
-    def original_ids(self, text: str | list[str]) -> list:
-        """The model's ids of a text, or of each of several texts."""
-        encoded = self.original(text, add_special_tokens=False, split_special_tokens=True)
-        return encoded["input_ids"]
-
-    def spell(self, old: int) -> list[int]:
-        """The model's ids of the bytes of one of its tokens."""
-        text = self.original.convert_ids_to_tokens(old).replace("\u2581", " ")
-        if self.has_byte_names():
-            names = [f"<0x{byte:02X}>" for byte in text.encode()]
-        else:  # a letter for each byte; but a token that was added later holds spaces as they are
-            names = text.translate({32: "Ġ", 9: "ĉ", 10: "Ċ"})
-        return [self.vocab[name] for name in names]
-
-    def has_byte_names(self) -> bool:
-        """Whether bytes are called <0x41>, as in SentencePiece, and not by letters, as in GPT-2."""
-        return "<0x41>" in self.vocab
-
-
-@functools.lru_cache(maxsize=2)  # loading takes up to a minute
-def load_tokenizer(init: str):
-    return from_pretrained("AutoTokenizer", init)
+    alpha: float = ALPHA  # of the adapters
+    template: str = "none"  # of the tokenizer: see HFTokenizer
+    system: str = ""
 
 
 # ---- the network ----
@@ -163,7 +92,7 @@ class HF(nn.Module):
 
     def __init__(self, config: HFConfig):
         super().__init__()
-        base, self.tokenizer = load_base(config.init, config.kept, config.four_bit)
+        base = load_base(config.init, config.kept, config.four_bit)
         # With adapters, all networks share the weights of the base. Without, each has its own.
         shared = {}
         if config.rank:
@@ -174,14 +103,13 @@ class HF(nn.Module):
         tied = output.weight is model.get_input_embeddings().weight
         self.lm_head = None if tied else output
 
-        begin_columns = int(self.tokenizer.begin is not None)
-        context = self.trunk.config.max_position_embeddings - begin_columns
+        context = self.trunk.config.max_position_embeddings
         self.config = replace(config, block_size=context, n_embd=output.weight.size(1))
         # Releases of transformers differ in the name of this argument.
         arguments = inspect.signature(self.trunk.forward).parameters
         self.cache_argument = "cache" if "cache" in arguments else "past_key_values"
         if config.rank:
-            add_adapters(self, config.rank, None)
+            add_adapters(self, config.rank, None, config.alpha)
             self.register_state_dict_post_hook(HF.leave_out_base)
             self.register_load_state_dict_post_hook(HF.allow_missing_base)
         else:
@@ -206,19 +134,10 @@ class HF(nn.Module):
         readable: Tensor | None = None,
     ) -> Tensor:
         """As GPT.hidden: tokens (B, T) -> (B, T, C)."""
-        begin = self.tokenizer.begin
-        shift = int(begin is not None)  # begin-of-text takes a column
-        past = None if cache is None else cache.past
-        continues = past is not None and past.get_seq_length() > 0
-        first = 0 if continues else shift
-        if first:
-            tokens = F.pad(tokens, (first, 0), value=begin)  # (B, first + T)
-        if positions is not None:
-            positions = positions + shift
         mask = None
         if readable is not None:
-            real = F.pad(readable[:, 0, 0].int(), (shift, 0), value=1)  # (B, shift + columns)
-            mask = cache.pads_first(real)
+            mask = cache.pads_first(readable[:, 0, 0].int())  # (B, columns)
+        past = None if cache is None else cache.past
         output = self.trunk(
             tokens,
             attention_mask=mask,
@@ -226,7 +145,7 @@ class HF(nn.Module):
             position_ids=positions,
             **{self.cache_argument: past},
         )
-        return output.last_hidden_state[:, first:]
+        return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, V)"""
@@ -248,8 +167,8 @@ class HF(nn.Module):
 
 
 @functools.lru_cache(maxsize=1)
-def load_base(init: str, kept: tuple[int, ...], four_bit: bool) -> tuple[nn.Module, HFTokenizer]:
-    """A model of transformers, in float32 or with linear layers in 4 bits, and its tokenizer.
+def load_base(init: str, kept: tuple[int, ...], four_bit: bool) -> nn.Module:
+    """A model of transformers, in float32 or with linear layers in 4 bits.
 
     Raises InputError if it cannot be loaded or used.
     """
@@ -259,41 +178,7 @@ def load_base(init: str, kept: tuple[int, ...], four_bit: bool) -> tuple[nn.Modu
         keep_tokens(model, list(kept))
     if four_bit:
         hold_in_four_bits(model.base_model)
-    return model, HFTokenizer(init, kept)
-
-
-def package(name: str):
-    """The imported package. Raises InputError if the extra is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(
-            f"--init of this kind needs the package {name}: pip install .[hf] ({error})"
-        ) from error
-
-
-def from_pretrained(kind: str, init: str, **options):
-    """transformers.KIND.from_pretrained(init), without running code that comes with the model.
-
-    Raises InputError if that fails.
-    """
-    where = init
-    if init.endswith(".gguf"):
-        where = Path(init).parent
-        options["gguf_file"] = Path(init).name
-    load = getattr(package("transformers"), kind).from_pretrained
-    try:
-        return load(where, trust_remote_code=False, **options)
-    except Exception as error:  # no such folder, no connection, a damaged file, ...
-        if "trust_remote_code" in str(error):
-            raise InputError(
-                f"--init {init} needs Python code that comes with the model (auto_map), which is "
-                f"never run; give a model whose class is part of transformers"
-            ) from None
-        raise InputError(
-            f"--init {init} cannot be loaded: {type(error).__name__}: {error}; give a model's "
-            f"folder, a GGUF file, or a name on the Hugging Face hub and an internet connection"
-        ) from error
+    return model
 
 
 def check_usable(init: str, model: nn.Module) -> None:
@@ -378,14 +263,26 @@ def init_from(cfg) -> tuple[HF, HFTokenizer, dict[str, str]]:
         raise InputError(
             f"--init {cfg.init} brings its own tokenizer; leave out --tokenizer {cfg.tokenizer}"
         )
+    tokenizer = HFTokenizer(cfg.init, cfg.template, cfg.system)
+    template = tokenizer.template or "none"
     kept = ()
     if cfg.cut_vocab:
-        kept = used_ids(HFTokenizer(cfg.init), cfg.data)
-    gpt = HF(HFConfig(cfg.init, cfg.lora_rank, cfg.load_in_4bit, kept))
+        kept = used_ids(tokenizer, cfg.data)
+        tokenizer = HFTokenizer(cfg.init, template, cfg.system, kept)
+    config = HFConfig(
+        init=cfg.init,
+        rank=cfg.lora_rank,
+        four_bit=cfg.load_in_4bit,
+        kept=kept,
+        alpha=cfg.lora_alpha,
+        template=template,
+        system=cfg.system,
+    )
+    gpt = HF(config)
     print_trained(cfg.init, gpt)
     files = [Path(cfg.init), *sorted(Path(cfg.init).glob("*.[bjs]*"))]
     inputs = {f"init {file.name}": file for file in files if file.is_file()}
-    return gpt, gpt.tokenizer, digests(**inputs)
+    return gpt, tokenizer, digests(**inputs)
 
 
 def print_trained(init: str, gpt: HF) -> None:
@@ -401,29 +298,27 @@ def print_trained(init: str, gpt: HF) -> None:
 
 def used_ids(tokenizer: HFTokenizer, data: str) -> tuple[int, ...]:
     """Sorted: the tokens of the data set's training files, those that spell bytes, and those that
-    bound a text."""
+    bound a text. tokenizer: with all tokens."""
     byte_name = "<0x..>" if tokenizer.has_byte_names() else "."
     ids = {i for token, i in tokenizer.vocab.items() if re.fullmatch(byte_name, token)}
-    ids.add(tokenizer.eos_id)
-    if tokenizer.begin is not None:
-        ids.add(tokenizer.begin)
-    texts = training_texts(data)
-    if texts:
-        for row in tokenizer.original_ids(texts):
-            ids.update(row)
+    ids.update(tokenizer.stop_ids, tokenizer.begin)
+    prompts, responses = training_texts(data)
+    for prompt in prompts:
+        ids.update(tokenizer.prompt_ids(read_prompt(prompt)))
+    for response in responses:
+        ids.update(tokenizer.response_ids(response))
     return tuple(sorted(ids))
 
 
-def training_texts(data: str) -> list[str]:
-    """The different texts of a data set's training files, as they are and as rlhf/data.py encodes
-    them."""
-    texts = set()
+def training_texts(data: str) -> tuple[set[str], set[str]]:
+    """The different prompts, as the files spell them, and the different responses of a data set's
+    training files."""
+    prompts = set()
+    responses = set()
     for name in ("prompts", "demonstrations", "comparisons", "rankings"):
         path = csv_path(data, name)
         if path.is_file():
             frame = read_csv(path, ("Prompt",), ("Response", "Chosen", "Rejected"))
-            frame["Prompt"] = [as_text(read_prompt(cell)) for cell in frame["Prompt"]]
-            cells = frame.stack()
-            texts.update(cells)
-            texts.update(" " + cell.strip() for cell in cells)
-    return list(texts)
+            prompts.update(frame.pop("Prompt"))
+            responses.update(frame.stack())
+    return prompts, responses

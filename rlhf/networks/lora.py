@@ -5,7 +5,7 @@ layer, freeze the rest.
 
     W (out, in) and b (out,)               frozen
     A (rank, in) and B (out, rank)         trained
-    scale = ALPHA / rank
+    scale = alpha / rank           alpha: --lora-alpha
 
 B starts at zero, so training starts at the frozen network itself. This saves memory: only A and B
 need gradients and AdamW's two moments. The reference policy costs almost nothing: it has its own
@@ -19,17 +19,23 @@ from torch import Tensor, nn
 from rlhf.model import GPT
 from rlhf.run.errors import InputError
 
-ALPHA = 16.0  # one learning rate then serves several ranks (Hu et al., section 4.1)
+ALPHA = 16.0  # the default: one learning rate then serves several ranks (Hu et al., section 4.1)
 
 
 class LoRALinear(nn.Module):
     """A frozen nn.Linear and its adapter. rlhf/run/checkpoints.py merges the adapters of a
     checkpoint."""
 
-    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator | None):
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        generator: torch.Generator | None,
+        alpha: float = ALPHA,
+    ):
         super().__init__()
         self.linear = linear
-        self.register_buffer("scale", torch.tensor(ALPHA / rank))
+        self.register_buffer("scale", torch.tensor(alpha / rank))
         noise = torch.randn(rank, linear.in_features, generator=generator)
         self.A = nn.Parameter(noise * linear.in_features**-0.5)
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
@@ -41,18 +47,21 @@ class LoRALinear(nn.Module):
         return frozen + F.linear(narrow, self.B)
 
 
-def add_adapters(gpt: GPT, rank: int, generator: torch.Generator | None) -> GPT:
+def add_adapters(
+    gpt: GPT, rank: int, generator: torch.Generator | None, alpha: float = ALPHA
+) -> GPT:
     """Freeze the GPT and give an adapter to each linear layer of its blocks, in place. rank 0:
     leave it as it is.
 
     A network of rlhf/networks/hf.py that has adapters already keeps them.
-    Raises InputError if their rank is another one, or if there is no linear layer.
+    Raises InputError if their rank or alpha is another one, or if there is no linear layer.
     """
     if any(isinstance(module, LoRALinear) for module in gpt.modules()):
-        if gpt.config.rank != rank:
+        config = gpt.config
+        if (config.rank, config.alpha) != (rank, alpha):
             raise InputError(
-                f"--lora-rank {rank}, and sft.pt has adapters of rank {gpt.config.rank}; give that "
-                f"rank"
+                f"--lora-rank {rank} --lora-alpha {alpha:g}, and sft.pt has adapters of rank "
+                f"{config.rank} and alpha {config.alpha:g}; give those"
             )
         return gpt
     if rank == 0:
@@ -61,7 +70,7 @@ def add_adapters(gpt: GPT, rank: int, generator: torch.Generator | None) -> GPT:
     for module in list(gpt.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and name != "lm_head":  # not the output matrix
-                setattr(module, name, LoRALinear(child, rank, generator))
+                setattr(module, name, LoRALinear(child, rank, generator, alpha))
     if not any(parameter.requires_grad for parameter in gpt.parameters()):
         raise InputError(
             f"--lora-rank {rank}: the network has no linear layers of torch; use --lora-rank 0"

@@ -67,11 +67,14 @@ class TrainConfig:
     warmup: int = arg(0, "steps of linear warm-up; unless given, at most half")
     max_grad_norm: float = arg(1.0, "gradient clipping norm")
     lora_rank: int = arg(0, "LoRA rank (0: train all weights)")
+    lora_alpha: float = arg(16.0, "LoRA alpha: adapters are scaled by alpha / rank")
     eval_every: int = arg(1, "steps between evaluations and checkpoints")
 
     def __post_init__(self):
         check_numbers(type(self), vars(self))
-        check_positive(self, "steps", "batch_size", "lr", "max_grad_norm", "eval_every")
+        check_positive(self, "batch_size", "lr", "max_grad_norm", "eval_every")
+        if self.kind != "sft":  # which writes the model as it is in 0 steps
+            check_positive(self, "steps")
         if not 0 < self.heldout < 1:
             raise ValueError(f"--heldout is {self.heldout}: it must lie between 0 and 1")
         if not self.data or not self.out:
@@ -99,6 +102,27 @@ class TrainConfig:
         """The file named by the flag --sft or --reward or, without such a flag, OUT/name.pt."""
         named = getattr(self, name, "")
         return Path(named) if named else Path(self.out) / f"{name}.pt"
+
+
+@dataclass(frozen=True)
+class InitConfig(TrainConfig):
+    """The flags of a program that may start from a pretrained model."""
+
+    init: str = arg(
+        "", "pretrained weights: gpt2, ..., a folder, a GGUF file, a name", group="pretrained model"
+    )
+    template: str = arg("auto", "chat template: auto (the model's), none or FILE.jinja")
+    system: str = arg("", "system message of prompts that have none")
+    load_in_4bit: bool = arg(False, "hold the weights of --init in 4 bits")
+    cut_vocab: bool = arg(False, "drop the tokens that the data set does not use")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("lora_rank", "template", "system", "load_in_4bit", "cut_vocab"):
+            if not self.init and getattr(self, name) != getattr(InitConfig, name):
+                raise ValueError(f"{flag_name(name)} needs --init")
+        if self.load_in_4bit and not self.lora_rank:
+            raise ValueError("--load-in-4bit needs --lora-rank")
 
 
 def described(cls: type) -> Iterator[tuple[dataclasses.Field, dict]]:

@@ -35,7 +35,7 @@ COLUMNS = {
     "comparisons": Columns(("Prompt", "Chosen", "Rejected"), ("Answer",)),
     "rankings": Columns(("Prompt", "Response", "Rank"), ("Group",), "comparisons"),
 }
-ANSWERS = ("first", "second", "tie", "skip")  # of rlhf/tools/label.py; the first two have a winner
+ANSWERS = ("first", "second", "tie", "skip")  # of data/label.py; the first two have a winner
 
 
 def read_rows(

@@ -38,23 +38,25 @@ def start_from(cfg) -> tuple[GPT, Tokenizer, dict[str, str]]:
 
     if not gpt2.is_gpt2(cfg.init):
         return hf.init_from(cfg)
-    if cfg.load_in_4bit or cfg.cut_vocab:
+    if cfg.load_in_4bit or cfg.cut_vocab or cfg.system or cfg.template != "auto":
         raise InputError(
-            f"--init {cfg.init} is a GPT-2; --load-in-4bit and --cut-vocab are for other models"
+            f"--init {cfg.init} is a GPT-2; --load-in-4bit and --cut-vocab are for other models, "
+            f"and so are --template and --system"
         )
     return gpt2.init_from(cfg.init, find_tokenizer(cfg.data, cfg.tokenizer))
 
 
-def with_adapters(gpt: GPT, rank: int, generator: torch.Generator) -> GPT:
-    """The GPT to train, in place: with adapters (rlhf/networks/lora.py), unchanged if rank is 0.
+def with_adapters(gpt: GPT, cfg, generator: torch.Generator) -> GPT:
+    """The GPT to train, in place: with adapters (rlhf/networks/lora.py), unchanged if --lora-rank
+    is 0.
 
-    Raises InputError if it has adapters of another rank.
+    Raises InputError if it has adapters of another rank or alpha.
     """
-    if rank == 0 and not getattr(gpt.config, "rank", 0):
+    if cfg.lora_rank == 0 and not getattr(gpt.config, "rank", 0):
         return gpt
     from rlhf.networks.lora import add_adapters
 
-    return add_adapters(gpt, rank, generator)
+    return add_adapters(gpt, cfg.lora_rank, generator, cfg.lora_alpha)
 
 
 def trained_copy(gpt: GPT) -> GPT:
@@ -124,9 +126,12 @@ def tokenizer_of(path: Path, checkpoint: dict, folder: str) -> Tokenizer:
     """
     config = checkpoint["model_config"]
     if "init" in config:
-        from rlhf.networks.hf import HFTokenizer
+        from rlhf.networks.hf import HFConfig, HFTokenizer
 
-        tokenizer = HFTokenizer(config["init"], config["kept"])
+        hf_config = HFConfig(**config)
+        tokenizer = HFTokenizer(
+            hf_config.init, hf_config.template, hf_config.system, hf_config.kept
+        )
     else:
         tokenizer = find_own_tokenizer(checkpoint, folder)
     check_tokenizer(path, checkpoint, tokenizer)

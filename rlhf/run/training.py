@@ -192,7 +192,8 @@ class Training:
 
     def write_records(self) -> None:
         """Write the metrics, and the settings for --config."""
-        write_csv(self.csv, self.rows)
+        if self.rows:  # none in 0 steps
+            write_csv(self.csv, self.rows)
         with replacing(self.path.with_suffix(".json")) as file:
             print(json.dumps(to_json(self.cfg), indent=1), file=file)
 

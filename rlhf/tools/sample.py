@@ -21,6 +21,7 @@ from rlhf.run.device import pick_device
 from rlhf.run.errors import InputError, printable
 from rlhf.run.flags import arg, check_positive
 from rlhf.run.loading import judge_of, load_policy, load_reward_model, tokenizer_of
+from rlhf.run.messages import as_text
 from rlhf.run.program import run
 from rlhf.run.reward_functions import RewardFunction, Rewards, named_rewards
 from rlhf.run.tables import strip_blanks
@@ -64,13 +65,13 @@ class Policy:
     reward_model: RewardModel | None = None  # None: there is none, or it reads other tokens
     functions: tuple[RewardFunction, ...] = ()
     weights: tuple[float, ...] = ()
-    dialogue: str = ""
+    dialogue: tuple[dict[str, str], ...] = ()  # messages
 
-    def prompt_for(self, question: str, plain: bool) -> str:
+    def prompt_for(self, question: str, plain: bool) -> str | list[dict[str, str]]:
         """The dialogue so far with the question; of a plain prompt, the question only."""
         if plain:
             return strip_blanks(question)
-        return f"{self.dialogue}\n\nHuman: {question}\n\nAssistant:"
+        return [*self.dialogue, {"role": "user", "content": question}]
 
 
 # ---- what is loaded ----
@@ -127,26 +128,31 @@ def give_rewards(policies: list[Policy], cfg: SampleConfig) -> None:
 # ---- responses to one prompt ----
 
 
-def shorten(text: str, tokenizer: Tokenizer, limit: int) -> Prompt:
+def shorten(given: str | list[dict[str, str]], tokenizer: Tokenizer, limit: int) -> Prompt:
     """The dialogue without its first turns, so that it takes at most `limit` tokens.
 
     Raises InputError if the last turn does not fit.
     """
-    ids = tokenizer.encode(text)
+    ids = tokenizer.prompt_ids(given)
     while len(ids) > limit:
-        next_turn = text.find("\n\nHuman:", 1)
-        if next_turn < 0:
+        if isinstance(given, str) or len(given) == 1:
             raise InputError(
                 f"the prompt takes {len(ids)} tokens and there is room for {limit}; shorten it, or "
                 f"give a smaller --max-new-tokens"
             )
-        text = text[next_turn:]
-        ids = tokenizer.encode(text)
-    return Prompt(text, ids)
+        given = given[2:]  # without the first question and its response
+        ids = tokenizer.prompt_ids(given)
+    if not tokenizer.template:  # reward functions then get what the policy reads
+        given = as_text(given)
+    return Prompt(given, ids)
 
 
 def respond(
-    policy: Policy, text: str, judge: ModuleType | None, cfg: SampleConfig, turn: int
+    policy: Policy,
+    given: str | list[dict[str, str]],
+    judge: ModuleType | None,
+    cfg: SampleConfig,
+    turn: int,
 ) -> list[Response]:
     """cfg.samples responses to one prompt. turn: of the dialogue, for the random numbers."""
     frozen = Frozen(
@@ -158,7 +164,7 @@ def respond(
         weights=policy.weights,
     )
     room = cfg.max_new_tokens or min(200, frozen.context // 2)
-    prompt = shorten(text, policy.tokenizer, frozen.context - room)
+    prompt = shorten(given, policy.tokenizer, frozen.context - room)
     frozen = frozen._replace(max_new_tokens=room)
     seed = 1000 * cfg.seed + turn
     return evaluate.respond(policy.gpt, [prompt] * cfg.samples, frozen, judge, seed)
@@ -188,7 +194,8 @@ def take_turn(
     responses = respond(policy, prompt, judge, cfg, turn)
     for response in responses:
         print_response(policy, response)
-    policy.dialogue = f"{prompt} {responses[0].text}"
+    if not cfg.plain:
+        policy.dialogue = (*prompt, {"role": "assistant", "content": responses[0].text})
 
 
 def read_question() -> str:

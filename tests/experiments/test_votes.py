@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from data import label
+from data.label import Pair
 from docs.experiments.votes import VotesConfig, judge_answer, main
 from rlhf.run.flags import parse_cli
-from rlhf.tools import label
-from rlhf.tools.label import Pair
 from tests.helpers import rows
 
 

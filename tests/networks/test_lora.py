@@ -23,7 +23,7 @@ from rlhf.run.flags import parse_cli
 from rlhf.run.loading import frozen_copy, load_policy, load_reward_model, with_adapters
 from rlhf.run.training import Training
 from rlhf.sampling import generate
-from tests.helpers import TINY, noisy, rows, stopped_by_its_first_checkpoint
+from tests.helpers import TINY, lora, noisy, rows, stopped_by_its_first_checkpoint
 
 TOKENS = torch.randint(11, (3, 10), generator=torch.Generator().manual_seed(0))
 LENGTHS = torch.tensor([10, 10, 10])
@@ -140,7 +140,7 @@ def test_frozen_copy_equals_original_network(gpt):
     before = gpt(TOKENS)
     prompts, lens = TOKENS[:, :3], torch.tensor([3, 3, 3])
     sampled = generate(gpt, prompts, lens, 6, 10, generator())
-    trained = with_adapters(gpt, 2, generator())
+    trained = with_adapters(gpt, lora(2), generator())
     frozen = frozen_copy(trained)
     changed = with_other_b(trained.double())(TOKENS)
     reference = frozen.double()
@@ -155,7 +155,7 @@ def test_frozen_copy_equals_original_network(gpt):
 def test_frozen_copy_shares_what_is_not_trained(gpt, rank):
     """With adapters these are the weights under them. Without, everything is trained, and
     everything is a copy."""
-    trained = with_adapters(gpt, rank, generator())
+    trained = with_adapters(gpt, lora(rank), generator())
     frozen = frozen_copy(trained)
     assert trained is gpt and not any(p.requires_grad for p in frozen.parameters())
     copies = dict(frozen.named_parameters())
@@ -472,7 +472,10 @@ def test_full_training_from_lora_sft_trains_every_weight(trained, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lora-rank", "4"], "need --init"),
+        (["--lora-rank", "4"], "--lora-rank needs --init"),
+        (["--template", "none"], "--template needs --init"),
+        (["--system", "Be kind."], "--system needs --init"),
+        (["--init", "gpt2", "--load-in-4bit"], "--load-in-4bit needs --lora-rank"),
         (["--init", "gpt2", "--n-layer", "12"], "come with --init"),
     ],
 )

@@ -24,7 +24,7 @@ from rlhf.run.loading import (
     with_adapters,
 )
 from rlhf.tokenizer import load_tokenizer
-from tests.helpers import BUNDLED, ROOT, noisy
+from tests.helpers import BUNDLED, ROOT, lora, noisy
 from tests.run.small_run import (
     SHAPE,
     TOKENS,
@@ -48,7 +48,7 @@ def test_new_network_of_a_gpts_config_is_a_gpt():
 def test_with_adapters_of_rank_0_changes_nothing():
     gpt = GPT(SHAPE)
     before = list(gpt.state_dict())
-    assert with_adapters(gpt, 0, torch.Generator()) is gpt
+    assert with_adapters(gpt, lora(0), torch.Generator()) is gpt
     assert list(gpt.state_dict()) == before
     assert all(parameter.requires_grad for parameter in gpt.parameters())
 

@@ -9,12 +9,13 @@ import torch
 from torch.testing import assert_close
 
 import train_ppo
+from data import label
 from docs.experiments import walk
 from rlhf.model import PolicyWithoutValue
 from rlhf.run.errors import InputError
 from rlhf.run.flags import parse_cli
 from rlhf.run.loading import load_policy
-from rlhf.tools import export, label, optimality, sample
+from rlhf.tools import export, optimality, sample
 from tests.helpers import end_earlier, rows, script, stopped_by_its_first_checkpoint, tiny
 
 METHODS = ["rloo", "grpo", "reinforce"]

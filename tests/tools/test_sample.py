@@ -12,6 +12,7 @@ import train_sft
 from rlhf.run.errors import InputError
 from rlhf.run.flags import parse_cli
 from rlhf.run.loading import load_policy
+from rlhf.run.messages import as_text
 from rlhf.tools import sample
 from rlhf.tools.sample import Response, SampleConfig, shorten
 from tests.helpers import tiny
@@ -20,17 +21,27 @@ from tests.helpers import tiny
 class Letters:
     """A tokenizer whose tokens are the characters."""
 
-    encode = staticmethod(list)
+    template = ""
+
+    @staticmethod
+    def prompt_ids(prompt):
+        return list(as_text(prompt))
 
 
 def test_shorten_leaves_out_whole_leading_turns():
-    first, second = "\n\nHuman: a\n\nAssistant: b", "\n\nHuman: c\n\nAssistant:"
-    both = first + second
-    assert shorten(both, Letters, 100).text == both
-    assert shorten(both, Letters, len(both) - 1).text == second
-    message = f"takes {len(second)} tokens and there is room for {len(second) - 1}"
-    with pytest.raises(InputError, match=message):
-        shorten(both, Letters, len(second) - 1)
+    """A tokenizer with a template gets messages, one without gets their text."""
+    question = {"role": "user", "content": "c"}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, question]
+    second = "\n\nHuman: c\n\nAssistant:"
+    both = "\n\nHuman: a\n\nAssistant: b" + second
+    assert shorten(turns, Letters, 100).given == both
+    assert shorten(turns, Letters, len(both) - 1) == (second, list(second))
+    for prompt in (turns, second):
+        message = f"takes {len(second)} tokens and there is room for {len(second) - 1}"
+        with pytest.raises(InputError, match=message):
+            shorten(prompt, Letters, len(second) - 1)
+    chat = type("Chat", (Letters,), {"template": "{{ messages }}"})
+    assert shorten(turns, chat, len(both) - 1).given == [question]
 
 
 HELLO = ["--prompt", "Hello?", "--max-new-tokens", 5]
@@ -126,8 +137,9 @@ def test_dialogue_goes_on_until_an_empty_line(trained, monkeypatch, capsys):
     for flags in ([], ["--plain"]):
         monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n\nthree\n"))
         run("--checkpoint", out / "sft.pt", "--data", data, *flags)
-    one = "\n\nHuman: one\n\nAssistant:"
-    assert seen == [one, f"{one} fine\n\nHuman: two\n\nAssistant:", "one", "two"]
+    one, two = ({"role": "user", "content": text} for text in ("one", "two"))
+    fine = {"role": "assistant", "content": "fine"}
+    assert seen == [[one], [one, fine, two], "one", "two"]
 
 
 def test_too_long_question_does_not_end_the_dialogue(trained, monkeypatch, capsys):

@@ -12,14 +12,8 @@ import pytest
 import torch
 
 import train_reward
-from rlhf.data import load_comparisons
-from rlhf.run.errors import InputError, printable
-from rlhf.run.flags import parse_cli
-from rlhf.run.program import lock
-from rlhf.run.program import run as cli_run
-from rlhf.tokenizer import load_tokenizer
-from rlhf.tools import label
-from rlhf.tools.label import (
+from data import label
+from data.label import (
     COLUMNS,
     Choice,
     LabelConfig,
@@ -29,6 +23,12 @@ from rlhf.tools.label import (
     read_choices,
     write_choices,
 )
+from rlhf.data import load_comparisons
+from rlhf.run.errors import InputError, printable
+from rlhf.run.flags import parse_cli
+from rlhf.run.program import lock
+from rlhf.run.program import run as cli_run
+from rlhf.tokenizer import load_tokenizer
 from tests.helpers import BUNDLED, rows, tiny
 
 PROMPT = '\n\nHuman: say "hi", please\n\nAssistant:'
