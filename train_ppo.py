@@ -52,7 +52,7 @@ from rlhf.run.flags import TrainConfig, arg, check_positive, check_range
 from rlhf.run.judge import load_judge
 from rlhf.run.optimizer import linear_schedule, make_optimizer, set_lr
 from rlhf.run.progress import print_responses
-from rlhf.run.reward_functions import Rewards, function_digests, named_rewards, part_means
+from rlhf.run.reward_functions import Rewards, named_rewards, part_means
 from rlhf.run.training import Training
 from rlhf.tokenizer import Tokenizer
 
@@ -196,9 +196,9 @@ def load_models(
 ) -> tuple[PolicyWithValue | PolicyWithoutValue, Frozen, dict[str, str]]:
     """The policy with its value estimate; what is frozen; digests of what the run is made from."""
     rewards = cfg.rewards()
-    gpt, reward_model, tokenizer, inputs = loading.load_stages(cfg, rewards.model)
-    functions = rewards.load_functions()
-    inputs |= function_digests(functions)
+    gpt, reward_model, functions, tokenizer, inputs = loading.load_stages(
+        cfg, rewards, compute.device
+    )
     inputs |= digests(prompts=csv_path(cfg.data, "prompts"))
     if cfg.ptx_coef:
         inputs |= digests(demonstrations=csv_path(cfg.data, "demonstrations"))
@@ -208,8 +208,6 @@ def load_models(
     gpt = loading.with_adapters(gpt, cfg, generator)
     reference = loading.frozen_copy(gpt).to(compute.device)
     policy = make_policy(cfg, gpt, reward_model, generator).to(compute.device)
-    if reward_model is not None:
-        reward_model.to(compute.device)
     frozen = Frozen(
         reference,
         reward_model,

@@ -41,8 +41,8 @@ from rlhf.model import RewardModel
 from rlhf.run import loading, program, warnings
 from rlhf.run.checks import check_finite, check_spread
 from rlhf.run.device import Compute, make_generator, setup
-from rlhf.run.files import csv_path, digests, write_csv
-from rlhf.run.flags import TrainConfig, arg, check_positive
+from rlhf.run.files import csv_path, digests, numbered, write_csv
+from rlhf.run.flags import InitConfig, arg, check_positive
 from rlhf.run.judge import judge_accuracies, load_judge, share_positive
 from rlhf.run.micro_batches import micro_batches
 from rlhf.run.optimizer import (
@@ -59,7 +59,7 @@ SHOWN = ("loss", "accuracy", "heldout", "margin", "grad_norm", "lr")
 
 
 @dataclass(frozen=True)
-class RewardConfig(TrainConfig):
+class RewardConfig(InitConfig):
     """Train a reward model on comparisons (stage two of three)."""
 
     kind = "reward"
@@ -70,11 +70,11 @@ class RewardConfig(TrainConfig):
     lr: float = 1.5e-3
     warmup: int = 20
     max_grad_norm: float = 5.0
-    log_every: int = arg(20, "steps between lines of metrics")
+    log_every: int = arg(20, "steps between lines of metrics", group="reward model")
     eval_every: int = 150
     eval_rows: int = arg(0, "rows of the closing evaluation, and that set the scale (0: all)")
     weight_decay: float = arg(0.5, "AdamW's weight decay, on matrices only")
-    sft: str = arg("", "checkpoint to start from (empty: OUT/sft.pt)", group="model and data")
+    sft: str = arg("", "checkpoint to start from without --init (empty: OUT/sft.pt)")
     comparison_files: tuple[str, ...] = arg((), "files to learn from instead of comparisons.csv")
     comparisons: int = arg(0, "train on the first N comparisons or rankings (0: all)")
     rankings: bool = arg(False, "learn from rankings.csv, K responses to a prompt")
@@ -102,7 +102,7 @@ def main(cfg: RewardConfig) -> None:
 
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     run = Training(cfg, model, optimizer, compute, tokenizer, inputs)
-    judged = judge_accuracies(load_judge(cfg.data), heldout_rows, tokenizer)
+    judged = judge_accuracies(load_judge(cfg.data), heldout_rows)
     evaluated_on = f"{len(heldout_rows):,} comparisons"
     run.announce(run.warnings.count_epochs(cfg, len(train_rows), cfg.kind_of_rows(), evaluated_on))
     print(f"held out, the judge in the reward model's place: {in_words(judged) or 'there is none'}")
@@ -143,15 +143,18 @@ def main(cfg: RewardConfig) -> None:
 def make_model(
     cfg: RewardConfig, device: torch.device
 ) -> tuple[RewardModel, Tokenizer, dict[str, str]]:
-    """The fine-tuned GPT with a score head, its tokenizer, and digests of the run's files."""
-    sft_path = cfg.checkpoint("sft")
-    gpt, sft = loading.load_policy(sft_path, "sft")
-    tokenizer = loading.tokenizer_of(sft_path, sft, cfg.data)
-    generator = make_generator("cpu", cfg.seed, "adapters")
-    model = RewardModel(loading.with_adapters(gpt, cfg, generator))
-    inputs = digests(sft=sft_path)
-    for number, file in enumerate(cfg.training_files(), start=1):
-        inputs |= digests(**{f"{cfg.kind_of_rows()} {number}": file})
+    """The fine-tuned GPT, or the model that --init names, with a score head; its tokenizer; digests
+    of the run's files."""
+    if cfg.init:
+        model, tokenizer, inputs = loading.start_reward_model(cfg)
+    else:
+        sft_path = cfg.checkpoint("sft")
+        gpt, sft = loading.load_policy(sft_path, "sft")
+        tokenizer = loading.tokenizer_of(sft_path, sft, cfg.data)
+        generator = make_generator("cpu", cfg.seed, "adapters")
+        model = RewardModel(loading.with_adapters(gpt, cfg, generator))
+        inputs = digests(sft=sft_path)
+    inputs |= digests(**numbered(cfg.kind_of_rows(), cfg.training_files()))
     return model.to(device), tokenizer, inputs
 
 

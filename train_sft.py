@@ -71,6 +71,7 @@ class SFTConfig(InitConfig):
     tokenizer: str = arg(
         "auto", "auto (the data set's, else GPT-2's), gpt2 or FILE.tiktoken", group="model"
     )
+    cut_vocab: bool = arg(False, "drop the tokens of --init that the data set does not use")
     n_layer: int = arg(3, "transformer blocks")
     n_head: int = arg(4, "attention heads")
     n_embd: int = arg(64, "channels")

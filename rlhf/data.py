@@ -50,6 +50,7 @@ class Comparison(NamedTuple):
     prompt: Prompt
     chosen: list[int]  # response and end-of-text, without the prompt
     rejected: list[int]
+    texts: tuple[str, str] = ("", "")  # the chosen and the rejected response
 
     @property
     def size(self) -> int:
@@ -136,7 +137,7 @@ def encode_comparison(row, tokenizer: Tokenizer) -> Comparison:
     prompt = Prompt(row.Prompt, tokenizer.prompt_ids(row.Prompt))
     chosen = tokenizer.response_ids(row.Chosen)
     rejected = tokenizer.response_ids(row.Rejected)
-    return Comparison(prompt, chosen, rejected)
+    return Comparison(prompt, chosen, rejected, (row.Chosen, row.Rejected))
 
 
 def swap_prompts(rows: list[Comparison], seed: int, limit: int) -> list[Comparison]:

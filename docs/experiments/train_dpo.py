@@ -31,12 +31,14 @@ from rlhf.rollout import Frozen
 from rlhf.run import loading, program
 from rlhf.run.checks import check_finite
 from rlhf.run.device import Compute, make_generator, setup
+from rlhf.run.errors import InputError
 from rlhf.run.files import csv_path, digests
 from rlhf.run.flags import TrainConfig, arg, check_positive
 from rlhf.run.judge import load_judge, share_positive
 from rlhf.run.micro_batches import micro_batches
 from rlhf.run.optimizer import cosine_schedule, make_optimizer, optimizer_step, set_lr
 from rlhf.run.processes import gather, total_of
+from rlhf.run.reward_functions import Rewards
 from rlhf.run.training import Training
 
 SHOWN = ("loss", "accuracy", "heldout", "chosen_log_ratio", "rejected_log_ratio")
@@ -123,7 +125,12 @@ def load_models(
     cfg: DPOConfig, compute: Compute
 ) -> tuple[PolicyWithoutValue, Frozen, dict[str, str]]:
     """The policy; what is frozen; digests of what the run is made from."""
-    gpt, reward_model, tokenizer, inputs = loading.load_stages(cfg, cfg.checkpoint("reward"))
+    rewards = Rewards(cfg.checkpoint("reward"), (), (1.0,))
+    gpt, reward_model, functions, tokenizer, inputs = loading.load_stages(
+        cfg, rewards, compute.device
+    )
+    if functions:
+        raise InputError(f"{rewards.model} was not made from sft.pt; DPO here needs one that was")
     inputs |= digests(comparisons=csv_path(cfg.data, "comparisons"))
     generator = make_generator("cpu", cfg.seed, "adapters")
     gpt = loading.with_adapters(gpt, cfg, generator)
@@ -131,7 +138,7 @@ def load_models(
     policy = PolicyWithoutValue(gpt).to(compute.device)
     frozen = Frozen(
         reference.to(compute.device),
-        reward_model.to(compute.device),
+        reward_model,
         tokenizer,
         cfg.max_new_tokens,
         cfg.missing_eos_score,

@@ -48,6 +48,7 @@ class HFConfig:
     alpha: float = ALPHA  # of the adapters
     template: str = "none"  # of the tokenizer: see HFTokenizer
     system: str = ""
+    pooled: str = ""  # a reward model's: the "first" or "last" token has the score
 
 
 # ---- the network ----
@@ -92,19 +93,23 @@ class HF(nn.Module):
 
     def __init__(self, config: HFConfig):
         super().__init__()
-        base = load_base(config.init, config.kept, config.four_bit)
+        base = load_base(
+            config.init,
+            config.kept,
+            config.four_bit,
+            "AutoModel" if config.pooled else "AutoModelForCausalLM",
+        )
         # With adapters, all networks share the weights of the base. Without, each has its own.
         shared = {}
         if config.rank:
             shared = {id(parameter): parameter for parameter in base.parameters()}
         model = copy.deepcopy(base, shared)
         self.trunk = model.base_model
-        output = model.get_output_embeddings()
-        tied = output.weight is model.get_input_embeddings().weight
+        output = model.get_output_embeddings()  # a reward model has none
+        tied = output is None or output.weight is model.get_input_embeddings().weight
         self.lm_head = None if tied else output
-
-        context = self.trunk.config.max_position_embeddings
-        self.config = replace(config, block_size=context, n_embd=output.weight.size(1))
+        width = self.trunk.config.hidden_size if output is None else output.weight.size(1)
+        self.config = replace(config, block_size=longest_text(self.trunk), n_embd=width)
         # Releases of transformers differ in the name of this argument.
         arguments = inspect.signature(self.trunk.forward).parameters
         self.cache_argument = "cache" if "cache" in arguments else "past_key_values"
@@ -167,13 +172,16 @@ class HF(nn.Module):
 
 
 @functools.lru_cache(maxsize=1)
-def load_base(init: str, kept: tuple[int, ...], four_bit: bool) -> nn.Module:
+def load_base(
+    init: str, kept: tuple[int, ...], four_bit: bool, kind: str = "AutoModelForCausalLM"
+) -> nn.Module:
     """A model of transformers, in float32 or with linear layers in 4 bits.
 
     Raises InputError if it cannot be loaded or used.
     """
-    model = from_pretrained("AutoModelForCausalLM", init, dtype=torch.float32).eval()
-    check_usable(init, model)
+    model = from_pretrained(kind, init, dtype=torch.float32).eval()
+    if kind == "AutoModelForCausalLM":
+        check_usable(init, model)
     if kept:
         keep_tokens(model, list(kept))
     if four_bit:
@@ -203,6 +211,14 @@ def check_usable(init: str, model: nn.Module) -> None:
             f"weights not quantised, max_position_embeddings, and logits = a matrix times the "
             f"hidden states"
         )
+
+
+def longest_text(trunk: nn.Module) -> int:
+    """The most tokens that a model reads."""
+    context = trunk.config.max_position_embeddings
+    embedding = getattr(getattr(trunk, "embeddings", None), "position_embeddings", None)
+    before = getattr(embedding, "padding_idx", None)  # RoBERTa's positions begin after this row
+    return context if before is None else context - before - 1
 
 
 @torch.no_grad()
@@ -280,9 +296,13 @@ def init_from(cfg) -> tuple[HF, HFTokenizer, dict[str, str]]:
     )
     gpt = HF(config)
     print_trained(cfg.init, gpt)
-    files = [Path(cfg.init), *sorted(Path(cfg.init).glob("*.[bjs]*"))]
-    inputs = {f"init {file.name}": file for file in files if file.is_file()}
-    return gpt, tokenizer, digests(**inputs)
+    return gpt, tokenizer, digests(**local_files(cfg.init))
+
+
+def local_files(init: str) -> dict[str, Path]:
+    """{"init NAME": path} of the files of a model that lies in a folder or in a file."""
+    files = [Path(init), *sorted(Path(init).glob("*.[bjs]*"))]
+    return {f"init {file.name}": file for file in files if file.is_file()}
 
 
 def print_trained(init: str, gpt: HF) -> None:

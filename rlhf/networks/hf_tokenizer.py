@@ -54,8 +54,12 @@ class HFTokenizer(Tokenizer):
 
         # Begin-of-text, if the model expects it: it goes before a prompt without a template.
         empty = self.original("")["input_ids"]
-        self.begin = empty[: empty.count(self.original.bos_token_id)]
-        ends = [self.end_of_turn(), self.original.eos_token_id, *end_tokens(init)]
+        starts = (self.original.bos_token_id, self.original.cls_token_id)
+        self.begin = [old for old in empty[:1] if old in starts]
+        end_of_text = self.original.eos_token_id
+        if end_of_text is None:  # of BERT
+            end_of_text = self.original.sep_token_id
+        ends = [self.end_of_turn(), end_of_text, *end_tokens(init)]
         # Without repetition, in this order.
         stops = [self.new_ids[old] for old in dict.fromkeys(ends) if old in self.new_ids]
         if not stops:

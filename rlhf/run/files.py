@@ -62,8 +62,22 @@ def digests(**paths: Path) -> dict[str, str]:
     """{name: SHA-256} of the files that a run is made from; --resume compares them."""
     found = {}
     for name, path in paths.items():
-        found[name] = hashlib.sha256(check_file(path).read_bytes()).hexdigest()
+        found[name] = digest(check_file(path))
     return found
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, which may be larger than memory."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            sha.update(piece)
+    return sha.hexdigest()
+
+
+def numbered(name: str, paths: list[Path]) -> dict[str, Path]:
+    """{"NAME 1": the first path, ...}"""
+    return {f"{name} {number}": path for number, path in enumerate(paths, start=1)}
 
 
 @contextlib.contextmanager

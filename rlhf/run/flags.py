@@ -73,7 +73,7 @@ class TrainConfig:
     def __post_init__(self):
         check_numbers(type(self), vars(self))
         check_positive(self, "batch_size", "lr", "max_grad_norm", "eval_every")
-        if self.kind != "sft":  # which writes the model as it is in 0 steps
+        if self.kind != "sft" or not self.init:  # 0 steps write the model of --init as it is
             check_positive(self, "steps")
         if not 0 < self.heldout < 1:
             raise ValueError(f"--heldout is {self.heldout}: it must lie between 0 and 1")
@@ -114,12 +114,16 @@ class InitConfig(TrainConfig):
     template: str = arg("auto", "chat template: auto (the model's), none or FILE.jinja")
     system: str = arg("", "system message of prompts that have none")
     load_in_4bit: bool = arg(False, "hold the weights of --init in 4 bits")
-    cut_vocab: bool = arg(False, "drop the tokens that the data set does not use")
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("lora_rank", "template", "system", "load_in_4bit", "cut_vocab"):
-            if not self.init and getattr(self, name) != getattr(InitConfig, name):
+        if self.init and getattr(self, "sft", ""):
+            raise ValueError("--sft and --init are two models to start from; give one of them")
+        names = ["template", "system", "load_in_4bit"]
+        if self.kind == "sft":  # the other programs put adapters on the network of sft.pt
+            names += ["lora_rank", "cut_vocab"]
+        for name in names:
+            if not self.init and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"{flag_name(name)} needs --init")
         if self.load_in_4bit and not self.lora_rank:
             raise ValueError("--load-in-4bit needs --lora-rank")

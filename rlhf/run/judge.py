@@ -70,7 +70,7 @@ def share_positive(margins: Tensor) -> float:
     return wins.mean().item()
 
 
-def judge_accuracies(judge: ModuleType | None, rows: list, tokenizer) -> dict[str, float]:
+def judge_accuracies(judge: ModuleType | None, rows: list) -> dict[str, float]:
     """Accuracies on these rlhf.data.Comparison of a reward model that equals the judge.
 
     judge_accuracy: on the votes as they were drawn, which lie a little off their expectation.
@@ -80,8 +80,8 @@ def judge_accuracies(judge: ModuleType | None, rows: list, tokenizer) -> dict[st
     if judge is None:
         return {}
     prompts = [row.prompt.text for row in rows]
-    chosen = [tokenizer.decode(row.chosen[:-1]).strip() for row in rows]  # without end-of-text
-    rejected = [tokenizer.decode(row.rejected[:-1]).strip() for row in rows]
+    chosen = [row.texts[0].strip() for row in rows]
+    rejected = [row.texts[1].strip() for row in rows]
     chosen_golds = gold_scores(judge, prompts, chosen)
     rejected_golds = gold_scores(judge, prompts, rejected)
     margins = torch.tensor(chosen_golds) - torch.tensor(rejected_golds)

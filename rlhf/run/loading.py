@@ -4,6 +4,7 @@ The network's class is chosen in this file only; its optional packages are impor
 """
 
 import copy
+import functools
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,7 @@ from rlhf.run.checkpoints import check_input, check_tokenizer, load_checkpoint, 
 from rlhf.run.errors import InputError, printable
 from rlhf.run.files import BUNDLED, check_folder, data_folder, digests
 from rlhf.run.judge import load_judge
+from rlhf.run.reward_functions import RewardFunction, Rewards, function_digests
 from rlhf.tokenizer import Tokenizer, load_tokenizer
 
 # ---- networks ----
@@ -44,6 +46,14 @@ def start_from(cfg) -> tuple[GPT, Tokenizer, dict[str, str]]:
             f"and so are --template and --system"
         )
     return gpt2.init_from(cfg.init, find_tokenizer(cfg.data, cfg.tokenizer))
+
+
+def start_reward_model(cfg) -> tuple[RewardModel, Tokenizer, dict[str, str]]:
+    """The reward model that `train_reward.py --init` names, its tokenizer, and digests of its
+    files."""
+    from rlhf.networks.hf_reward import init_from
+
+    return init_from(cfg)
 
 
 def with_adapters(gpt: GPT, cfg, generator: torch.Generator) -> GPT:
@@ -91,28 +101,67 @@ def load_policy(path: Path, *kinds: str) -> tuple[GPT, dict]:
 def load_reward_model(path: Path) -> tuple[RewardModel, dict]:
     """The reward model of reward.pt, and the checkpoint."""
     checkpoint = load_checkpoint(path, "reward")
-    model = RewardModel(new_network(checkpoint["model_config"]))
+    network = new_network(checkpoint["model_config"])
+    if reads_text(checkpoint):
+        from rlhf.networks.hf_reward import HFReward
+
+        model = HFReward(network)
+    else:
+        model = RewardModel(network)
     load_weights(path, model, checkpoint["model"])
     return model, checkpoint
 
 
-def load_stages(
-    cfg, reward_path: Path | None
-) -> tuple[GPT, RewardModel | None, Tokenizer, dict[str, str]]:
-    """The results of the first two stages: --sft, and reward.pt, if there is a path of it.
+def reads_text(checkpoint: dict) -> bool:
+    """Whether a reward model is of a family of its own (train_reward.py --init), with its own
+    tokenizer, and not made from sft.pt."""
+    return bool(checkpoint["model_config"].get("pooled"))
 
-    Returns: the fine-tuned GPT, the reward model, their tokenizer, digests of the files.
+
+def load_rewards(
+    rewards: Rewards, tokenizer: Tokenizer, device: torch.device, sft_path: Path | None = None
+) -> tuple[RewardModel | None, tuple[RewardFunction, ...]]:
+    """The reward model that reads the policy's tokens, if there is one, and the functions of text.
+
+    A reward model that reads text is the first of the functions.
+
+    Args: tokenizer: the policy's; sft_path: what the reward model must have been made from.
+    Raises: InputError if it was made from another sft.pt or has another tokenizer.
+    """
+    functions = rewards.load_functions()
+    path = rewards.model
+    if path is None:
+        return None, functions
+    model, checkpoint = load_reward_model(path)
+    model.to(device)
+    if reads_text(checkpoint):
+        from rlhf.networks.hf_reward import score_texts
+
+        own_tokenizer = tokenizer_of(path, checkpoint, "")
+        score = functools.partial(score_texts, model, own_tokenizer)
+        return None, (RewardFunction("model", path, score), *functions)
+    check_tokenizer(path, checkpoint, tokenizer)
+    if sft_path is not None:
+        check_input(path, checkpoint, "sft", sft_path)
+    return model, functions
+
+
+def load_stages(
+    cfg, rewards: Rewards, device: torch.device
+) -> tuple[GPT, RewardModel | None, tuple[RewardFunction, ...], Tokenizer, dict[str, str]]:
+    """The result of the first stage, --sft, and the rewards.
+
+    Returns: the fine-tuned GPT; as load_rewards; the GPT's tokenizer; digests of the files.
     Raises: InputError if the reward model was made from another sft.pt.
     """
     sft_path = cfg.checkpoint("sft")
     gpt, sft = load_policy(sft_path, "sft")
     tokenizer = tokenizer_of(sft_path, sft, cfg.data)
-    if reward_path is None:
-        return gpt, None, tokenizer, digests(sft=sft_path)
-    reward_model, reward = load_reward_model(reward_path)
-    check_tokenizer(reward_path, reward, tokenizer)
-    check_input(reward_path, reward, "sft", sft_path)
-    return gpt, reward_model, tokenizer, digests(sft=sft_path, reward=reward_path)
+    reward_model, functions = load_rewards(rewards, tokenizer, device, sft_path)
+    inputs = digests(sft=sft_path) | function_digests(functions)
+    if rewards.model is not None:
+        inputs |= digests(reward=rewards.model)
+    return gpt, reward_model, functions, tokenizer, inputs
 
 
 # ---- what a checkpoint names besides weights ----

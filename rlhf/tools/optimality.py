@@ -45,7 +45,7 @@ from rlhf.run.errors import InputError
 from rlhf.run.files import write_csv
 from rlhf.run.flags import DEVICES, arg, check_positive
 from rlhf.run.heldout import HELDOUT_SHARE
-from rlhf.run.loading import judge_of, load_policy, load_reward_model, new_network, tokenizer_of
+from rlhf.run.loading import judge_of, load_policy, load_rewards, new_network, tokenizer_of
 from rlhf.run.progress import print_table
 from rlhf.run.reward_functions import Rewards, function_digests, named_rewards, reward_name
 from rlhf.tokenizer import Tokenizer
@@ -143,15 +143,14 @@ def load_run(cfg: RunConfig) -> Run:
     sft_path = trained_file(path, checkpoint, "sft", sft_path, moved=not cfg.sft)
     reference, _ = load_policy(sft_path, "sft")
     rewards = rewards_of(path, checkpoint, cfg.reward)
-    reward_model = load_reward_model(rewards.model)[0] if rewards.model else None
+    data = cfg.data or config["data"]
+    tokenizer = tokenizer_of(path, checkpoint, data)
+    reward_model, functions = load_rewards(rewards, tokenizer, compute.device)
     policy = load_whole_policy(path, checkpoint, reward_model)
     reference.temperature = policy.gpt.temperature
 
-    data = cfg.data or config["data"]
-    tokenizer = tokenizer_of(path, checkpoint, data)
     judge = judge_of(cfg.data, config["data"])
     frozen = frozen_models(reference, reward_model, tokenizer, config, compute)
-    functions = rewards.load_functions()
     for name, function in zip(function_digests(functions), functions):
         check_input(path, checkpoint, name, function.path)
     frozen = frozen._replace(functions=functions, weights=rewards.weights)
@@ -241,8 +240,6 @@ def frozen_models(
     """What the run sampled and scored with, without reward functions."""
     limits = config["max_new_tokens"]
     limits = (limits,) if isinstance(limits, int) else limits  # DPO's is one number
-    if reward_model is not None:
-        reward_model.to(compute.device)
     return Frozen(
         reference.to(compute.device),
         reward_model,

@@ -16,11 +16,10 @@ from rlhf.data import Prompt
 from rlhf.evaluate import Response
 from rlhf.model import GPT, RewardModel
 from rlhf.rollout import Frozen
-from rlhf.run.checkpoints import check_tokenizer
 from rlhf.run.device import pick_device
 from rlhf.run.errors import InputError, printable
 from rlhf.run.flags import arg, check_positive
-from rlhf.run.loading import judge_of, load_policy, load_reward_model, tokenizer_of
+from rlhf.run.loading import judge_of, load_policy, load_rewards, tokenizer_of
 from rlhf.run.messages import as_text
 from rlhf.run.program import run
 from rlhf.run.reward_functions import RewardFunction, Rewards, named_rewards
@@ -92,37 +91,28 @@ def load_policies(cfg: SampleConfig) -> tuple[list[Policy], str]:
     return policies, data
 
 
-def find_reward_model(path: Path | None, given: bool, tokenizer: Tokenizer) -> RewardModel | None:
-    """The reward model of the file at path. None if there is none, or if it cannot be used.
-
-    Raises InputError in both cases if the user has given the path.
-    """
-    if path is None or not given and not path.is_file():
-        return None
-    try:
-        model, checkpoint = load_reward_model(path)
-        check_tokenizer(path, checkpoint, tokenizer)
-    except InputError as error:
-        if given:
-            raise
-        print(f"going on without a reward model: {printable(str(error))}")
-        return None
-    return model
-
-
 def give_rewards(policies: list[Policy], cfg: SampleConfig) -> None:
-    """Give the rewards to all policies that have the first one's tokenizer."""
+    """Give the rewards to all policies that have the first one's tokenizer.
+
+    Rewards that the user has not named may be missing, or be unfit for this policy.
+    """
     first = policies[0]
     rewards = cfg.rewards()
-    functions = rewards.load_functions()
-    reward_model = find_reward_model(rewards.model, bool(cfg.reward), first.tokenizer)
-    if reward_model is not None:
-        reward_model.to(next(first.gpt.parameters()).device)
+    if not cfg.reward and not (rewards.model and rewards.model.is_file()):
+        return
+    device = next(first.gpt.parameters()).device
+    try:
+        reward_model, functions = load_rewards(rewards, first.tokenizer, device)
+    except InputError as error:
+        if cfg.reward:
+            raise
+        print(f"going on without a reward model: {printable(str(error))}")
+        return
     for policy in policies:
         if policy.tokenizer.fingerprint == first.tokenizer.fingerprint:
             policy.reward_model = reward_model
             policy.functions = functions
-            policy.weights = rewards.weights if reward_model or functions else ()
+            policy.weights = rewards.weights
 
 
 # ---- responses to one prompt ----

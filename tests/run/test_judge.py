@@ -15,7 +15,6 @@ from rlhf.run.judge import (
     share_positive,
     vote_probabilities,
 )
-from tests.helpers import Digits
 
 
 def judge_of(score, **functions):
@@ -128,11 +127,11 @@ def test_share_positive_counts_a_tie_half():
 
 
 PROMPT = Prompt("?", [1])
-# Texts of 3 against 1 letters, 1 against 2, 2 against 2. The last token is end-of-text.
+# Texts of 3 against 1 letters, 1 against 2, 2 against 2.
 ROWS = [
-    Comparison(PROMPT, [2, 2, 2, 9], [3, 9]),
-    Comparison(PROMPT, [2, 9], [3, 3, 9]),
-    Comparison(PROMPT, [2, 2, 9], [3, 3, 9]),
+    Comparison(PROMPT, [2, 9], [3, 9], ("aaa", " b")),
+    Comparison(PROMPT, [2, 9], [3, 9], ("a ", "bb")),
+    Comparison(PROMPT, [2, 9], [3, 9], ("aa", "bb")),
 ]
 
 
@@ -144,13 +143,13 @@ def test_judge_accuracies_match_hand_computation():
         return 0.5 if first == second else 0.9 if first > second else 0.1
 
     judge = judge_of(len, preference_probability=preference_probability)
-    accuracies = judge_accuracies(judge, ROWS, Digits())
+    accuracies = judge_accuracies(judge, ROWS)
     assert accuracies == pytest.approx({"judge_accuracy": 0.5, "bayes_accuracy": 2.3 / 3})
 
 
 def test_judge_accuracies_without_known_noise_have_no_bayes_accuracy():
-    assert judge_accuracies(judge_of(len), ROWS[:1], Digits()) == {"judge_accuracy": 1.0}
+    assert judge_accuracies(judge_of(len), ROWS[:1]) == {"judge_accuracy": 1.0}
 
 
 def test_judge_accuracies_without_a_judge_are_empty():
-    assert judge_accuracies(None, ROWS, Digits()) == {}
+    assert judge_accuracies(None, ROWS) == {}

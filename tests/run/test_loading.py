@@ -23,6 +23,7 @@ from rlhf.run.loading import (
     tokenizer_of,
     with_adapters,
 )
+from rlhf.run.reward_functions import Rewards
 from rlhf.tokenizer import load_tokenizer
 from tests.helpers import BUNDLED, ROOT, lora, noisy
 from tests.run.small_run import (
@@ -127,15 +128,19 @@ def stages(tmp_path, small_data):
     model = noisy(RewardModel(GPT(SHAPE)), seed=1)
     saved(small_run(tmp_path, model, RewardConfig, tokenizer, digests(sft=sft)), 9)
     cfg = PPOConfig(data=str(small_data), out=str(tmp_path))
-    return SimpleNamespace(cfg=cfg, gpt=gpt, model=model, tokenizer=tokenizer)
+    rewards = Rewards(tmp_path / "reward.pt", (), (1.0,))
+    return SimpleNamespace(cfg=cfg, rewards=rewards, gpt=gpt, model=model, tokenizer=tokenizer)
 
 
 def test_load_stages_gives_the_networks_their_tokenizer_and_digests(stages, tmp_path):
-    gpt, model, tokenizer, inputs = load_stages(stages.cfg, tmp_path / "reward.pt")
+    gpt, model, functions, tokenizer, inputs = load_stages(
+        stages.cfg, stages.rewards, torch.device("cpu")
+    )
     assert torch.equal(gpt(TOKENS), stages.gpt(TOKENS))
     lengths = torch.tensor([3])
     assert torch.equal(model(TOKENS, lengths), stages.model(TOKENS, lengths))
     assert tokenizer.fingerprint == stages.tokenizer.fingerprint
+    assert functions == ()
     assert inputs == digests(sft=tmp_path / "sft.pt", reward=tmp_path / "reward.pt")
 
 
@@ -143,7 +148,7 @@ def test_load_stages_rejects_a_reward_model_of_another_sft(stages, tmp_path):
     small = small_run(tmp_path, noisy(GPT(SHAPE), 5), Config, stages.tokenizer, overwrite=True)
     saved(small, 9)
     with pytest.raises(InputError, match="reward.pt was made from another sft file than .*sft.pt"):
-        load_stages(stages.cfg, tmp_path / "reward.pt")
+        load_stages(stages.cfg, stages.rewards, torch.device("cpu"))
 
 
 def test_load_stages_rejects_a_reward_model_of_another_tokenizer(stages, tmp_path):
@@ -151,7 +156,7 @@ def test_load_stages_rejects_a_reward_model_of_another_tokenizer(stages, tmp_pat
     run = small_run(tmp_path, stages.model, RewardConfig, inputs=inputs, overwrite=True)
     saved(run, 9)  # with the tokenizer Digits
     with pytest.raises(InputError, match="reward.pt was trained with another tokenizer"):
-        load_stages(stages.cfg, tmp_path / "reward.pt")
+        load_stages(stages.cfg, stages.rewards, torch.device("cpu"))
 
 
 # ---- tokenizers ----
