@@ -73,9 +73,8 @@ class TrainConfig:
     def __post_init__(self):
         check_numbers(type(self), vars(self))
         check_positive(self, "batch_size", "lr", "max_grad_norm", "eval_every")
-        if self.kind != "sft" or not getattr(
-            self, "init", ""
-        ):  # 0 steps write the model of --init as it is
+        # train_sft.py writes the model of --init as it is in 0 steps.
+        if self.kind != "sft" or not getattr(self, "init", ""):
             check_positive(self, "steps")
         if not 0 < self.heldout < 1:
             raise ValueError(f"--heldout is {self.heldout}: it must lie between 0 and 1")
