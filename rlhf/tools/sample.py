@@ -92,7 +92,8 @@ def load_policies(cfg: SampleConfig) -> tuple[list[Policy], str]:
 
 
 def give_rewards(policies: list[Policy], cfg: SampleConfig) -> None:
-    """Give the rewards to all policies that have the first one's tokenizer.
+    """Give the rewards to all policies, or a reward model that reads tokens to those that have the
+    first one's tokenizer.
 
     Rewards that the user has not named may be missing, or be unfit for this policy.
     """
@@ -109,7 +110,8 @@ def give_rewards(policies: list[Policy], cfg: SampleConfig) -> None:
         print(f"going on without a reward model: {printable(str(error))}")
         return
     for policy in policies:
-        if policy.tokenizer.fingerprint == first.tokenizer.fingerprint:
+        same_tokens = policy.tokenizer.fingerprint == first.tokenizer.fingerprint
+        if reward_model is None or same_tokens:  # functions read text
             policy.reward_model = reward_model
             policy.functions = functions
             policy.weights = rewards.weights

@@ -3,6 +3,7 @@
 import io
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,20 @@ def test_unusable_reward_model_gives_a_note_or_an_error(trained, tmp_path, capsy
     run(*flags)
     shown = capsys.readouterr().out
     assert "going on without a reward model" in shown and "score" not in shown and "gold" in shown
+
+
+def test_functions_score_policies_of_any_tokenizer_and_a_reward_model_those_of_one(trained):
+    """The second policy has other tokens than the first."""
+    _, out, _ = trained
+    (out / "brief.py").write_text("def score(prompts, responses): return [0.0, 0.0]\n")
+    tokens = torch.load(out / "reward.pt", weights_only=True)["tokenizer"]
+    for rewards, scored in (("brief.py", [True, True]), ("reward.pt", [True, False])):
+        policies = []
+        for fingerprint in (tokens, "another"):
+            tokenizer = SimpleNamespace(fingerprint=fingerprint)
+            policies.append(sample.Policy(out, torch.nn.Linear(1, 1), tokenizer))
+        sample.give_rewards(policies, SampleConfig(reward=(str(out / rewards),)))
+        assert [bool(policy.weights) for policy in policies] == scored
 
 
 def test_policy_is_sampled_at_its_training_temperature(trained, tmp_path):
