@@ -300,8 +300,6 @@ class Estimate:
 
     rows: list[dict]  # of evaluation.csv: sft, the policy, best_of_n, optimum
     n: int  # of best_of_n
-    policy: Tensor  # (4, Q), METRICS
-    optimum: Tensor  # (4, Q)
     ess: Tensor  # (Q,) effective sample size of the optimum
     raised: float  # J* by the jackknife
 
@@ -345,7 +343,7 @@ def estimate_optimum(
             (best_row, best_gain),
         ]
         rows = [{**row, **optimality(gain, best_gain)} for row, gain in gains]
-        estimates.append(Estimate(rows, n, policy, best, plain.ess, raised))
+        estimates.append(Estimate(rows, n, plain.ess, raised))
     return estimates
 
 
@@ -363,17 +361,3 @@ def row_beside(name: str, more: Tensor, row: dict) -> dict:
         if row[metric] is not None:
             new[metric] = row[metric] + difference
     return new
-
-
-def prompt_rows(prompts: list[str], samples: int, estimate: Estimate) -> list[dict]:
-    """The rows of optimality.csv: ppo_... are the metrics of the policy, the others those of the
-    optimum."""
-    names = ["ess", *[f"ppo_{name}" for name in METRICS], *METRICS]
-    columns = torch.cat([estimate.ess[None], estimate.policy, estimate.optimum])  # (9, Q)
-    rows = []
-    for prompt, numbers in zip(prompts, columns.T.tolist()):
-        row = {"prompt": prompt, "samples": samples}
-        for name, number in zip(names, numbers):
-            row[name] = None if math.isnan(number) else number
-        rows.append(row)
-    return rows

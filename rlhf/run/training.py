@@ -48,10 +48,9 @@ RESULTS = {
         "ppo.json",
         "evaluation.csv",
         "ppo_samples.csv",
-        "optimality.csv",
         "learning_curve.png",
     ),
-    "dpo": ("dpo.csv", "dpo.json", "evaluation.csv", "dpo_samples.csv", "optimality.csv"),
+    "dpo": ("dpo.csv", "dpo.json", "evaluation.csv", "dpo_samples.csv"),
 }
 # Settings that may change on --resume: they change no training step, or name files whose contents
 # are compared.

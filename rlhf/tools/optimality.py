@@ -1,8 +1,7 @@
 """How close did PPO come to the best policy there is? Adds the rows best_of_n and optimum to
 evaluation.csv.
 
-    python -m rlhf.tools.optimality     # reads runs/sft.pt, reward.pt and ppo.pt; writes
-                                        # optimality.csv too
+    python -m rlhf.tools.optimality     # reads runs/sft.pt, reward.pt and ppo.pt
 
 The objective J = score - kl_coef * kl_ref has a best policy in closed form. What it reaches is
 estimated by importance sampling from the reference and PPO's policy (rlhf/methods/optimum.py).
@@ -10,7 +9,7 @@ Every row of evaluation.csv gets its
 
     optimality = (J - J_sft) / (J* - J_sft)     0 for the reference, 1 for the best policy of J
 
-and its standard error. optimality.csv has a row for each prompt on which the optimum is estimated.
+and its standard error.
 
 docs/experiments/compare.py compares several policies with one J*.
 """
@@ -34,7 +33,6 @@ from rlhf.methods.optimum import (
     Samples,
     column,
     estimate_optimum,
-    prompt_rows,
 )
 from rlhf.model import GPT, PolicyWithoutValue, PolicyWithValue, RewardModel
 from rlhf.rollout import Frozen, Rollout
@@ -116,14 +114,11 @@ def compare_with_optimum(runs: list[Run], cfg: OptimalityConfig) -> None:
     prompts = first.prompts[: cfg.prompts]
     samples = sample_all(policies, first.frozen, first.judge, prompts, cfg.samples, seed)
     estimates = estimate_optimum(evaluations, samples, first.kl_coef)
-    texts = [prompt.text for prompt in prompts]
     for run, estimate in zip(runs, estimates):
         path = run.path.with_name("evaluation.csv")
         write_csv(path, estimate.rows)
-        rows = prompt_rows(texts, len(policies) * cfg.samples, estimate)
-        write_csv(path.with_name("optimality.csv"), rows)
         print(describe(estimate, run.kind.upper(), samples))
-        print(f"wrote {path} and optimality.csv\n")
+        print(f"wrote {path}\n")
         print_table(estimate.rows)
 
 

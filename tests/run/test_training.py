@@ -158,11 +158,11 @@ def test_new_run_refuses_to_replace_another(tmp_path, name):
 
 def test_overwrite_finds_what_goes_when_the_run_is_first_saved(tmp_path):
     """Not the checkpoint, which is renamed over the old one."""
-    for name in ("ppo.pt", "ppo.csv", "optimality.csv", "sft.csv"):
+    for name in ("ppo.pt", "ppo.csv", "evaluation.csv", "sft.csv"):
         (tmp_path / name).write_text("old")
     run = small_run(tmp_path, cls=PPOConfig, overwrite=True)
     assert run.state == {"step": 0, "metrics": []}
-    assert run.old_results == [tmp_path / "ppo.csv", tmp_path / "optimality.csv"]
+    assert run.old_results == [tmp_path / "ppo.csv", tmp_path / "evaluation.csv"]
 
 
 def test_overwrite_without_the_old_checkpoint_finds_what_it_left(tmp_path):
@@ -336,10 +336,9 @@ def test_resume_removes_results_of_an_older_run(tmp_path, step, cls):
 def test_resume_refuses_a_folder_with_the_evaluation_of_the_other_method(
     tmp_path, cls, other, step
 ):
-    """PPO's and DPO's evaluation.csv and optimality.csv have the same names. Nothing changes."""
+    """PPO's and DPO's evaluation.csv have the same name. Nothing changes."""
     saved(small_run(tmp_path, cls=cls), step)
     (tmp_path / "evaluation.csv").write_text(f"policy,score\nsft,0\n{other},1\noptimum,2\n")
-    (tmp_path / "optimality.csv").write_text("of the other method")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(InputError, match="evaluation.csv is of another run, by .*; move the files"):
         small_run(tmp_path, cls=cls, resume=True)
@@ -354,10 +353,10 @@ def test_resume_takes_an_evaluation_that_compares_both_methods(tmp_path):
 
 def test_refused_resume_removes_nothing(tmp_path):
     saved(small_run(tmp_path, cls=PPOConfig), 9)
-    (tmp_path / "optimality.csv").write_text("of this run")
+    (tmp_path / "ppo_samples.csv").write_text("of this run")
     with pytest.raises(InputError, match="begun with another lr"):
         small_run(tmp_path, cls=PPOConfig, resume=True, lr=0.1)
-    assert (tmp_path / "optimality.csv").read_text() == "of this run"
+    assert (tmp_path / "ppo_samples.csv").read_text() == "of this run"
 
 
 # ---- log ----

@@ -20,9 +20,10 @@ from rlhf.methods.optimum import (
     Evaluation,
     best_of_n_kl,
     estimate_optimum,
+    jackknife,
+    optimal_metrics,
     optimum,
     policy_metrics,
-    prompt_rows,
 )
 from rlhf.model import GPT
 from rlhf.rollout import Frozen
@@ -55,12 +56,10 @@ def evaluated(before, after, kl_coef):
 
 
 def add_optimum(evaluation, samples, kl_coef):
-    """What the program makes of an evaluation and samples: rows of evaluation.csv and of
-    optimality.csv, and the report."""
+    """What the program makes of an evaluation and samples: rows of evaluation.csv, and the
+    report."""
     (estimate,) = estimate_optimum([evaluation], samples, kl_coef)
-    prompts = [f"prompt {at}" for at in range(samples.scores.size(1))]
-    per_prompt = prompt_rows(prompts, samples.scores[:, 0].numel(), estimate)
-    return estimate.rows, per_prompt, describe(estimate, "PPO", samples)
+    return estimate.rows, describe(estimate, "PPO", samples)
 
 
 # ---- the optimum beside PPO ----
@@ -74,15 +73,13 @@ def test_add_optimum_matches_hand_computation():
     n = 6 has the KL ln 6 - 5/6 = 0.958, n = 7 ln 7 - 6/7 = 1.089, n = 8 1.204, so 7 is nearest to
     ln 3 = 1.099. In the row it is 1.089 + 0.2 - ln 3."""
     evaluation = evaluated([one(0.25, 0, 0.0)], [one(1.5, 0.2, 3.0)], kl_coef=2.0)
-    table, found, text = add_optimum(evaluation, HAND, 2.0)
+    table, text = add_optimum(evaluation, HAND, 2.0)
     sft, ppo, best, optimal = table
     assert [row["policy"] for row in table] == ["sft", "ppo", "best_of_n", "optimum"]
     ppo_there = {"score": LN3 / 2 + 2 * LN2, "gold": 0.5, "kl_ref": LN3}
     ppo_there["objective"] = 2 * LN2 - 1.5 * LN3
     for name, there in ppo_there.items():
         assert optimal[name] == pytest.approx(HAND_OPTIMUM[name] + ppo[name] - there)
-        assert found[0][f"ppo_{name}"] == pytest.approx(there)
-        assert found[0][name] == pytest.approx(HAND_OPTIMUM[name])
     assert best["kl_ref"] == pytest.approx(math.log(7) - 6 / 7 + 0.2 - LN3)
     for row in table:
         assert row["objective"] == pytest.approx(row["score"] - 2 * row["kl_ref"])
@@ -90,8 +87,6 @@ def test_add_optimum_matches_hand_computation():
         assert row["optimality"] == pytest.approx((row["objective"] - J_sft) / (J_best - J_sft))
         assert row["optimality_se"] is None  # of a single prompt
     assert (best["length"], best["prompts"], optimal["prompts"]) == (None, 1, 1)
-    assert [(row["prompt"], row["samples"]) for row in found] == [("prompt 0", 8)]
-    assert found[0]["ess"] == pytest.approx(6)
     raised = 4 * math.log(1.5) - LN2 - 2 * math.log(1.5)
     assert text.splitlines() == [
         "best_of_n: n = 7, whose KL is nearest to PPO's (up to 1,000,000)",
@@ -119,7 +114,7 @@ def test_add_optimum_standard_error_matches_hand_computation(second, lacking):
     table J is 0 for sft, and 1 and 3 for ppo: 2 on average. So R = 2 / (2 + L), and the standard
     error is half of the difference of (1 - R) J - R lacking, divided by 2 + L."""
     evaluation = evaluated([one(0, 0)] * 2, [one(2, 1), one(4, 1)], kl_coef=1.0)
-    table, _, text = add_optimum(evaluation, samples_of(lacks(2, 3), lacks(4, second)), 1.0)
+    table, text = add_optimum(evaluation, samples_of(lacks(2, 3), lacks(4, second)), 1.0)
     L = math.log(1.5) + lacking / 2
     R = 2 / (2 + L)
     error = abs((1 - R) * 2 - R * lacking) / 2 / (2 + L)
@@ -137,7 +132,7 @@ def test_best_of_n_beside_ppo_matches_hand_computation():
     best of n = 7 (the KL nearest to ln 3) has the score ln 2 (1 - (2/3)^7). On both prompts. PPO
     has the score ln 2 and the KL ln 3; in the table 2 and 1. kl_coef is 1."""
     evaluation = evaluated([one(0, 0)] * 2, [one(2, 1)] * 2, kl_coef=1.0)
-    table, _, _ = add_optimum(evaluation, samples_of(lacks(0, 3), lacks(0, 3)), 1.0)
+    table, _ = add_optimum(evaluation, samples_of(lacks(0, 3), lacks(0, 3)), 1.0)
     score = LN2 * (1 - (2 / 3) ** 7)
     kl = math.log(7) - 6 / 7
     assert table[2]["score"] == pytest.approx(score + 2 - LN2)
@@ -166,15 +161,17 @@ def test_all_policies_have_the_same_optimum():
     q = torch.tensor([1.0] * 4 + [5 / 3] * 4 + [7 / 3] * 4).double()
     plain = optimum(scores.view(1, 12), 0.5, q.log()[None])
     assert first.ess.item() == pytest.approx(plain.ess.item())
-    more = (first.optimum - first.policy).mean(dim=1).tolist()  # both are beside the first policy
+    best = jackknife(optimal_metrics, samples, 0.5)  # (4, 1)
+    more = (best - policy_metrics(samples, 0.5, 1)).mean(dim=1).tolist()  # beside the first policy
     J_best = first.rows[3]["objective"]
     assert J_best == pytest.approx(2.0 + more[3])
     for estimate, J in zip((first, second), (2.0, 0.75)):
         assert estimate.rows[1]["objective"] == pytest.approx(J)
         assert estimate.rows[1]["optimality"] == pytest.approx(J / J_best)
-        torch.testing.assert_close(estimate.optimum, first.optimum)
     expected = [scores[2].mean(), scores[2].mean(), math.log(5)]
-    assert second.policy[:3, 0].tolist() == pytest.approx([float(x) for x in expected])
+    assert policy_metrics(samples, 0.5, 2)[:3, 0].tolist() == pytest.approx(
+        [float(x) for x in expected]
+    )
     assert (first.n, second.n) == (7, 13)  # ln 13 - 12/13 = 1.642 is nearest to ln 5 = 1.609
     moved = second.rows[2]["kl_ref"] - first.rows[2]["kl_ref"]  # both beside the first policy
     assert moved == pytest.approx(best_of_n_kl(13) - best_of_n_kl(7))
@@ -184,7 +181,7 @@ def test_add_optimum_without_possible_gain_has_no_optimality():
     """All samples have the same score and PPO has the score of SFT: there is nothing to divide
     by."""
     equal = samples_of(*[[[(1, 0, 0)] * 2] * 2] * 2)
-    table, _, text = add_optimum(evaluated([one(1, 0)] * 2, [one(1, 0)] * 2, 0.5), equal, 0.5)
+    table, text = add_optimum(evaluated([one(1, 0)] * 2, [one(1, 0)] * 2, 0.5), equal, 0.5)
     assert [row["optimality"] for row in table] == [None] * 4 and "warning" in text
     assert [row["optimality_se"] for row in table] == [None] * 4
     assert table[3]["score"] == 1
@@ -196,18 +193,20 @@ def test_add_optimum_warns_of_nothing_if_the_samples_are_enough():
     good = [[(1, 0, 0)] * 20] * 2
     poor = [[(1, 0, 0)] * 20, [(1.001, 0, 0)] + [(1, 0, 0)] * 19]
     evaluation = evaluated([one(0, 0)] * 3, [one(0.5, 0)] * 3, 1e-5)
-    _, found, text = add_optimum(evaluation, samples_of(good, good, poor), 1e-5)
-    assert [round(row["ess"]) for row in found] == [40, 40, 1]
-    assert "below 10 for 1\n" in text and "warning" not in text
+    _, text = add_optimum(evaluation, samples_of(good, good, poor), 1e-5)
+    # (40 + 40 + 1) / 3
+    assert (
+        "effective sample size 27.0 on average, below 10 for 1\n" in text and "warning" not in text
+    )
 
 
 def test_add_optimum_without_judge_has_no_gold():
     samples = samples_of(lacks(2, 3), lacks(2, 3))
     samples = samples._replace(golds=samples.golds * math.nan)
     evaluation = evaluated([one(0, 0)] * 2, [one(1, 0.1)] * 2, kl_coef=1.0)
-    table, found, _ = add_optimum(evaluation, samples, 1.0)
-    assert [row["gold"] for row in table + found] == [None] * 6
-    assert found[0]["ppo_gold"] is None and found[0]["score"] > 1
+    table, _ = add_optimum(evaluation, samples, 1.0)
+    assert [row["gold"] for row in table] == [None] * 4
+    assert table[3]["score"] is not None
 
 
 def test_add_optimum_does_not_modify_its_inputs():
@@ -436,29 +435,7 @@ def test_optimality_of_the_written_rows_follows_from_their_objectives(copied, ca
         assert row["objective"] == pytest.approx(row["score"] - kl_coef * row["kl_ref"], abs=1e-4)
     shown = capsys.readouterr().out
     assert "best_of_n: n = " in shown and "16 samples for each of 3 prompts" in shown
-    assert f"wrote {copied / 'evaluation.csv'} and optimality.csv\n" in shown
-
-
-def test_optimality_writes_a_row_for_each_prompt(copied):
-    """What the optimum has beyond PPO in evaluation.csv is the mean over the rows of
-    optimality.csv."""
-    _, ppo, _, optimum = map(numbers, run(copied))
-    found = rows(copied / "optimality.csv")
-    kl_coef = load_checkpoint(copied / "ppo.pt", "ppo")["kl_coef"]
-    columns = "prompt samples ess ppo_score ppo_gold ppo_kl_ref ppo_objective".split()
-    assert list(found[0]) == [*columns, "score", "gold", "kl_ref", "objective"]
-    loaded = load_run(run_config(copied))
-    assert [row.pop("prompt") for row in found] == [prompt.text for prompt in loaded.prompts[:3]]
-    found = list(map(numbers, found))
-    for row in found:
-        assert row["samples"] == 16 and 1 <= row["ess"] <= 16
-        for of in ("", "ppo_"):
-            assert row[f"{of}objective"] == pytest.approx(
-                row[f"{of}score"] - kl_coef * row[f"{of}kl_ref"], abs=1e-4
-            )
-    for name in ("score", "gold", "kl_ref", "objective"):
-        more = sum(row[name] - row[f"ppo_{name}"] for row in found) / 3
-        assert optimum[name] - ppo[name] == pytest.approx(more, abs=1e-4)
+    assert f"wrote {copied / 'evaluation.csv'}\n" in shown
 
 
 def test_load_run_restores_the_models_of_the_run(copied):
@@ -567,11 +544,6 @@ def test_several_policies_have_one_optimum(two, capsys):
         assert ppo["optimality"] == pytest.approx(
             (ppo["objective"] - J_sft) / (J_best - J_sft), abs=1e-4
         )
-    prompts = [rows(folder / "optimality.csv") for folder in two]
-    for one_row, other_row in zip(*prompts):
-        assert one_row["samples"] == "24" and one_row["ppo_score"] != other_row["ppo_score"]
-        for name in ("prompt", "ess", "score", "kl_ref", "objective"):
-            assert one_row[name] == other_row[name]
     shown = capsys.readouterr().out
     assert shown.count("24 samples for each of 3 prompts, 8 of the reference and of each") == 2
     assert all(f"wrote {folder / 'evaluation.csv'}" in shown for folder in two)
