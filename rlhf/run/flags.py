@@ -114,15 +114,21 @@ class InitConfig(TrainConfig):
     template: str = arg("auto", "chat template: auto (the model's), none or FILE.jinja")
     system: str = arg("", "system message of prompts that have none")
     load_in_4bit: bool = arg(False, "hold the weights of --init in 4 bits")
+    base_dtype: str = arg("float32", "precision of frozen weights", ("float32", "bfloat16"))
     cut_vocab: bool = arg(False, "drop the tokens that the data set does not use")
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("lora_rank", "template", "system", "load_in_4bit", "cut_vocab"):
+        needs_init = ("lora_rank", "template", "system", "load_in_4bit", "base_dtype", "cut_vocab")
+        for name in needs_init:
             if not self.init and getattr(self, name) != getattr(InitConfig, name):
                 raise ValueError(f"{flag_name(name)} needs --init")
-        if self.load_in_4bit and not self.lora_rank:
-            raise ValueError("--load-in-4bit needs --lora-rank")
+        if self.lora_rank:
+            return
+        if self.load_in_4bit and self.steps:
+            raise ValueError("--load-in-4bit needs --lora-rank, or --steps 0")
+        if self.base_dtype != "float32" and not self.load_in_4bit:
+            raise ValueError(f"--base-dtype {self.base_dtype} needs --lora-rank or --load-in-4bit")
 
 
 def described(cls: type) -> Iterator[tuple[dataclasses.Field, dict]]:

@@ -267,6 +267,7 @@ def settings(base, **changes):
             "template": "auto",
             "system": "",
             "load_in_4bit": False,
+            "base_dtype": "float32",
             "cut_vocab": False,
             "data": "",
             **changes,
@@ -561,7 +562,7 @@ def test_cut_vocabulary_keeps_the_bias_of_the_output_matrix(texts, tmp_path):
     base = save_base(tmp_path, "phi", texts)
     kept = tuple(range(3, 300, 2))
     with_special = (BOS, EOS, PAD, *kept)
-    model = hf.load_base(str(tmp_path), with_special, False)
+    model = hf.load_base(str(tmp_path), with_special, False, "float32")
     ids = torch.tensor([[1, 5, 7, 40]])
     expected = base.model(torch.tensor([[with_special[i] for i in ids[0]]])).logits[
         ..., with_special
