@@ -28,13 +28,17 @@ from torch import Tensor, nn
 
 from rlhf.networks.hf_tokenizer import HFTokenizer
 from rlhf.networks.lora import ALPHA, add_adapters
-from rlhf.networks.pretrained import from_pretrained, outline, package
+from rlhf.networks.pretrained import from_pretrained, package
 from rlhf.run.errors import InputError
 from rlhf.run.files import csv_path, digests
 from rlhf.run.messages import read_prompt
 from rlhf.run.tables import read_csv
 
+CAUSAL = "AutoModelForCausalLM"
 ATTENTION = {"full_attention", "sliding_attention"}  # layers whose memory is keys and values
+# bitsandbytes quantises blocks of 64 weights of a row. A row of another length goes wrong in its
+# release 0.50 on AVX-512, so such layers stay as they are.
+BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -181,9 +185,9 @@ def load_base(init: str, kept: tuple[int, ...], four_bit: bool, base_dtype: str)
     options = {}
     if four_bit and not init.endswith(".gguf"):
         options = quantised_loading(init, dtype)
-    model = from_pretrained("AutoModelForCausalLM", init, dtype=dtype, **options).eval()
+    model = from_pretrained(CAUSAL, init, dtype=dtype, **options).eval()
     replace_conv1d(model)
-    if four_bit and not options:  # transformers makes float32 of a GGUF file
+    if four_bit and not options:  # transformers does not quantise what it reads from a GGUF file
         hold_in_four_bits(model.base_model, dtype)
     for module in model.modules():
         if hasattr(module, "quant_state"):
@@ -197,18 +201,17 @@ def load_base(init: str, kept: tuple[int, ...], four_bit: bool, base_dtype: str)
 
 
 def quantised_loading(init: str, dtype: torch.dtype) -> dict:
-    """The options of from_pretrained that quantise each linear layer when it has been read.
+    """The options with which transformers quantises each linear layer as soon as it is read.
 
-    NF4 with double quantisation (Dettmers et al. 2023). The output matrix stays as it is, and so do
-    layers that fit_four_bits refuses.
+    NF4 with double quantisation (Dettmers et al. 2023). The output matrix stays as it is.
     """
-    package("bitsandbytes")  # or transformers' error says less
-    model = outline(init)
-    replace_conv1d(model)
-    output = model.get_output_embeddings()
+    package("bitsandbytes")
+    outline = from_pretrained(CAUSAL, init, dtype=dtype, device_map="meta")  # without the weights
+    replace_conv1d(outline)
+    output = outline.get_output_embeddings()
     skipped = []
-    for name, layer in model.named_modules():
-        if layer is output or isinstance(layer, nn.Linear) and not fits_four_bits(layer):
+    for name, layer in outline.named_modules():
+        if layer is output or isinstance(layer, nn.Linear) and layer.in_features % BLOCK:
             skipped.append(name)
     quantisation = package("transformers").BitsAndBytesConfig(
         load_in_4bit=True,
@@ -220,16 +223,10 @@ def quantised_loading(init: str, dtype: torch.dtype) -> dict:
     return {"quantization_config": quantisation, "device_map": "cpu"}
 
 
-def fits_four_bits(linear: nn.Linear) -> bool:
-    """bitsandbytes quantises blocks of 64 weights of a row. A row of another length goes wrong in
-    its release 0.50 on AVX-512."""
-    return linear.in_features % 64 == 0
-
-
 def hold_in_four_bits(trunk: nn.Module, dtype: torch.dtype) -> None:
     """Quantise the linear layers of a model that has been loaded, as quantised_loading does."""
     for name, linear in list(trunk.named_modules()):
-        if isinstance(linear, nn.Linear) and fits_four_bits(linear):
+        if isinstance(linear, nn.Linear) and linear.in_features % BLOCK == 0:
             layer = package("bitsandbytes").nn.Linear4bit(
                 linear.in_features,
                 linear.out_features,

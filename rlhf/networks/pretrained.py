@@ -1,10 +1,7 @@
 """What transformers loads: models, tokenizers, settings. The packages are extras."""
 
-import contextlib
 import importlib
 from pathlib import Path
-
-import torch
 
 from rlhf.run.errors import InputError
 
@@ -29,26 +26,8 @@ def from_pretrained(kind: str, init: str, **options):
         where = Path(init).parent
         options["gguf_file"] = Path(init).name
     load = getattr(package("transformers"), kind).from_pretrained
-    with loading(init):
-        return load(where, trust_remote_code=False, **options)
-
-
-def outline(init: str):
-    """The causal language model of this name, without its weights (on the device meta).
-
-    Raises InputError if there is none.
-    """
-    config = from_pretrained("AutoConfig", init)
-    models = package("transformers").AutoModelForCausalLM
-    with loading(init), torch.device("meta"):
-        return models.from_config(config, trust_remote_code=False)
-
-
-@contextlib.contextmanager
-def loading(init: str):
-    """Turn the errors of transformers into an InputError."""
     try:
-        yield
+        return load(where, trust_remote_code=False, **options)
     except Exception as error:  # no such folder, no connection, a damaged file, ...
         if "trust_remote_code" in str(error):
             raise InputError(
