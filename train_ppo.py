@@ -168,7 +168,7 @@ def main(cfg: PPOConfig) -> None:
         metrics = step_metrics(cfg, frozen, rollout, experience, update_metrics, gold, kl_coef)
         metrics["lr"] = lr
         check_finite(policy, done, *[metrics[name] for name in MUST_BE_FINITE])
-        check_first_step(step, metrics["kl_ref"], metrics["first_log_ratio"], compute.amp)
+        check_first_step(policy, step, metrics, compute.amp)
         run.count_tokens(int(rollout.mask.sum()))
         run.log(done, metrics, SHOWN)
         run.warnings.add(warnings.of_step(run.rows, cfg))

@@ -54,7 +54,7 @@ def some_prompts(count, width):
 
 def lora(rank, alpha=16.0):
     """The flags that say which adapters a network gets."""
-    return SimpleNamespace(lora_rank=rank, lora_alpha=alpha)
+    return SimpleNamespace(lora_rank=rank, lora_alpha=alpha, steps=1)
 
 
 class Digits:

@@ -205,7 +205,7 @@ MUTANTS = [
     ("train_ppo", "policy decays", "weight_decay=0.0, eps=1e-5", "weight_decay=0.1, eps=1e-5"),
     ("train_ppo", "--missing-eos-score ignored", "missing_eos_score=cfg.missing_eos_score,", "missing_eos_score=-3.0,"),
     ("train_ppo", "--temperature ignored", "gpt.temperature = cfg.temperature", "pass"),
-    ("train_ppo", "first ratio not looked at", "        check_first_step(step,", "        (lambda *a: 0)(step,"),
+    ("train_ppo", "first ratio not looked at", "        check_first_step(policy,", "        (lambda *a: 0)(policy,"),
     ("train_ppo", "reference is the policy", "reference = loading.frozen_copy(gpt)", "reference = gpt"),
     ("train_ppo", "value network is the reward model", "    reward_model.gpt = loading.frozen_copy(value_gpt)\n", "    reward_model.gpt = value_gpt\n"),
     ("train_ppo", "the reward model's network is trained", "    return PolicyWithValue(gpt, value_gpt)", "    reward_model.gpt, value_gpt = value_gpt, reward_model.gpt\n    return PolicyWithValue(gpt, value_gpt)"),

@@ -17,6 +17,7 @@ The model brings its own tokenizer, and a chat model its chat template: HFTokeni
 import copy
 import functools
 import inspect
+import itertools
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf.networks.gpt2 import PRETRAINED
 from rlhf.networks.hf_tokenizer import HFTokenizer
 from rlhf.networks.lora import ALPHA, add_adapters
 from rlhf.networks.pretrained import from_pretrained, package
@@ -35,6 +35,9 @@ from rlhf.run.messages import read_prompt
 from rlhf.run.tables import read_csv
 
 ATTENTION = {"full_attention", "sliding_attention"}  # layers whose memory is keys and values
+# bitsandbytes quantises blocks of 64 weights of a row. A row of another length goes wrong in its
+# release 0.50 on AVX-512, so such layers stay as they are.
+BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,13 @@ class HFConfig:
     alpha: float = ALPHA  # of the adapters
     template: str = "none"  # of the tokenizer: see HFTokenizer
     system: str = ""
+    base_dtype: str = "float32"  # or bfloat16: of the frozen weights
     pooled: str = ""  # a reward model's: the "first" or "last" token has the score
+
+    @property
+    def frozen_base(self) -> bool:
+        """Whether the model's own weights are not trained, and not in the checkpoint."""
+        return self.rank > 0 or self.four_bit
 
 
 # ---- the network ----
@@ -94,14 +103,11 @@ class HF(nn.Module):
     def __init__(self, config: HFConfig):
         super().__init__()
         base = load_base(
-            config.init,
-            config.kept,
-            config.four_bit,
-            "AutoModel" if config.pooled else "AutoModelForCausalLM",
+            config.init, config.kept, config.four_bit, config.base_dtype, bool(config.pooled)
         )
-        # With adapters, all networks share the weights of the base. Without, each has its own.
+        # All networks share the weights of a frozen base. Otherwise each has its own.
         shared = {}
-        if config.rank:
+        if config.frozen_base:
             shared = {id(parameter): parameter for parameter in base.parameters()}
         model = copy.deepcopy(base, shared)
         self.trunk = model.base_model
@@ -113,15 +119,14 @@ class HF(nn.Module):
         # Releases of transformers differ in the name of this argument.
         arguments = inspect.signature(self.trunk.forward).parameters
         self.cache_argument = "cache" if "cache" in arguments else "past_key_values"
-        if config.rank:
+        self.requires_grad_(not config.frozen_base)
+        if config.frozen_base:
             add_adapters(self, config.rank, None, config.alpha)
             self.register_state_dict_post_hook(HF.leave_out_base)
             self.register_load_state_dict_post_hook(HF.allow_missing_base)
-        else:
-            self.requires_grad_(True)
 
     def leave_out_base(self, state: dict, prefix: str, _) -> None:
-        """Of a network with adapters, the state dict holds nothing else."""
+        """Of a network on a frozen base, the state dict holds the adapters only."""
         for name in list(state):
             if name.startswith(prefix) and not name.endswith((".A", ".B", ".scale")):
                 del state[name]
@@ -173,38 +178,92 @@ class HF(nn.Module):
 
 @functools.lru_cache(maxsize=1)
 def load_base(
-    init: str, kept: tuple[int, ...], four_bit: bool, kind: str = "AutoModelForCausalLM"
+    init: str, kept: tuple[int, ...], four_bit: bool, base_dtype: str, trunk_only: bool = False
 ) -> nn.Module:
-    """A model of transformers, in float32 or with linear layers in 4 bits.
+    """A model of transformers, with linear layers in 4 bits or not, and the rest in base_dtype.
 
+    trunk_only: without an output matrix, for a reward model.
     Raises InputError if it cannot be loaded or used.
     """
-    model = from_pretrained(kind, init, dtype=torch.float32).eval()
-    if kind == "AutoModelForCausalLM":
+    dtype = getattr(torch, base_dtype)
+    kind = "AutoModel" if trunk_only else "AutoModelForCausalLM"
+    options = {}
+    if four_bit and not init.endswith(".gguf"):
+        options = quantised_loading(kind, init, dtype)
+    model = from_pretrained(kind, init, dtype=dtype, **options).eval()
+    replace_conv1d(model)
+    if four_bit and not options:  # transformers does not quantise what it reads from a GGUF file
+        hold_in_four_bits(model.base_model, dtype)
+    for module in model.modules():
+        if hasattr(module, "quant_state"):
+            # In eval mode bitsandbytes passes no gradient to its input on CPUs with AVX-512.
+            module.train()
+            module.quant_state = None  # that of its weight, which would be copied with the layer
+    if not trunk_only:
         check_usable(init, model)
     if kept:
         keep_tokens(model, list(kept))
-    if four_bit:
-        hold_in_four_bits(model.base_model)
     return model
+
+
+def quantised_loading(kind: str, init: str, dtype: torch.dtype) -> dict:
+    """The options with which transformers quantises each linear layer as soon as it is read.
+
+    NF4 with double quantisation (Dettmers et al. 2023). The output matrix stays as it is.
+    """
+    package("bitsandbytes")
+    outline = from_pretrained(kind, init, dtype=dtype, device_map="meta")  # without the weights
+    replace_conv1d(outline)
+    output = outline.get_output_embeddings()
+    skipped = []
+    for name, layer in outline.named_modules():
+        if layer is output or isinstance(layer, nn.Linear) and layer.in_features % BLOCK:
+            skipped.append(name)
+    quantisation = package("transformers").BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
+    )
+    return {"quantization_config": quantisation, "device_map": "cpu"}
+
+
+def hold_in_four_bits(trunk: nn.Module, dtype: torch.dtype) -> None:
+    """Quantise the linear layers of a model that has been loaded, as quantised_loading does."""
+    for name, linear in list(trunk.named_modules()):
+        if isinstance(linear, nn.Linear) and linear.in_features % BLOCK == 0:
+            layer = package("bitsandbytes").nn.Linear4bit(
+                linear.in_features,
+                linear.out_features,
+                bias=linear.bias is not None,
+                compute_dtype=dtype,
+                quant_type="nf4",
+            )
+            layer.load_state_dict(linear.state_dict())
+            trunk.set_submodule(name, layer.to(linear.weight.device))  # this quantises it
+
+
+def replace_conv1d(model: nn.Module) -> None:
+    """Replace the Conv1D layers of GPT-2 in transformers by nn.Linear with the same weights."""
+    for name, layer in list(model.named_modules()):
+        if type(layer).__name__ == "Conv1D":
+            linear = nn.Linear(*layer.weight.shape, device="meta")  # in, out
+            linear.weight = nn.Parameter(layer.weight.detach().t())
+            linear.bias = layer.bias
+            model.set_submodule(name, linear)
 
 
 def check_usable(init: str, model: nn.Module) -> None:
     """Raise InputError if HF cannot use a model of transformers.
 
-    It can if the model is no GPT-2, all layers are attention, no weight is quantised, the context
-    is known, and the logits are the output matrix times the last hidden state.
+    It can if all layers are attention, the weights were not quantised before, the context is known,
+    and the logits are the output matrix times the last hidden state.
     """
     config = model.base_model.config
-    if config.model_type == "gpt2":
-        raise InputError(
-            f"--init {init} is a GPT-2: give a folder with its config.json and weights, or one of "
-            f"{', '.join(PRETRAINED)}"
-        )
     layers = set(getattr(config, "layer_types", None) or ())
-    dtypes = {parameter.dtype for parameter in model.parameters()}
     context = getattr(config, "max_position_embeddings", None)
-    plain = layers <= ATTENTION and dtypes == {torch.float32}
+    plain = layers <= ATTENTION and not is_quantised_file(init, model)
     if not (plain and context and has_plain_logits(model)):
         raise InputError(
             f"--init {init}: cannot use this {type(model).__name__}; needed: only attention, "
@@ -219,6 +278,13 @@ def longest_text(trunk: nn.Module) -> int:
     embedding = getattr(getattr(trunk, "embeddings", None), "position_embeddings", None)
     before = getattr(embedding, "padding_idx", None)  # RoBERTa's positions begin after this row
     return context if before is None else context - before - 1
+
+
+def is_quantised_file(init: str, model: nn.Module) -> bool:
+    """Whether the weights were quantised before they were loaded. transformers makes float32 of
+    those in a GGUF file."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer is not None and quantizer.pre_quantized and not init.endswith(".gguf")
 
 
 @torch.no_grad()
@@ -240,33 +306,6 @@ def keep_tokens(model: nn.Module, kept: list[int]) -> None:
     output.weight = embedding.weight if tied else nn.Parameter(output.weight[kept].detach())
     if output.bias is not None:
         output.bias = nn.Parameter(output.bias[kept].detach())
-
-
-def hold_in_four_bits(trunk: nn.Module) -> None:
-    """Replace linear layers by ones in 4 bits: NF4 with double quantisation (Dettmers et al. 2023).
-
-    bitsandbytes quantises blocks of 64 weights of a row. A row of another length goes wrong in its
-    release 0.50 on AVX-512, so such layers stay in float32.
-    """
-    for module in list(trunk.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and child.in_features % 64 == 0:
-                setattr(module, name, four_bit_layer(child))
-
-
-def four_bit_layer(linear: nn.Linear) -> nn.Module:
-    # Left in training mode: in eval mode bitsandbytes passes no gradient to its input on CPUs with
-    # AVX-512.
-    layer = package("bitsandbytes").nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=linear.bias is not None,
-        compute_dtype=torch.float32,
-        compress_statistics=True,
-        quant_type="nf4",
-    )
-    layer.load_state_dict(linear.state_dict())
-    return layer.to(linear.weight.device)  # this quantises it
 
 
 # ---- train_sft.py --init ----
@@ -293,10 +332,9 @@ def init_from(cfg) -> tuple[HF, HFTokenizer, dict[str, str]]:
         alpha=cfg.lora_alpha,
         template=template,
         system=cfg.system,
+        base_dtype=cfg.base_dtype,
     )
-    gpt = HF(config)
-    print_trained(cfg.init, gpt)
-    return gpt, tokenizer, digests(**local_files(cfg.init))
+    return HF(config), tokenizer, digests(**local_files(cfg.init))
 
 
 def local_files(init: str) -> dict[str, Path]:
@@ -305,24 +343,13 @@ def local_files(init: str) -> dict[str, Path]:
     return {f"init {file.name}": file for file in files if file.is_file()}
 
 
-def print_trained(init: str, gpt: HF) -> None:
-    """Print how many numbers are trained, and the names of their layers."""
-    count = 0
-    layers = set()
-    for name, parameter in gpt.named_parameters():
-        if parameter.requires_grad:
-            count += parameter.numel()
-            layers.add(name.split(".")[-2])
-    print(f"{init}: trains {count:,} numbers: {', '.join(sorted(layers))}")
-
-
 def used_ids(tokenizer: HFTokenizer, data: str) -> tuple[int, ...]:
-    """Sorted: the tokens of the data set's training files, those that spell bytes, and those that
-    bound a text. tokenizer: with all tokens."""
+    """Sorted: the tokens of the data set's files, those that spell bytes, and those that bound a
+    text. tokenizer: with all tokens."""
     byte_name = "<0x..>" if tokenizer.has_byte_names() else "."
     ids = {i for token, i in tokenizer.vocab.items() if re.fullmatch(byte_name, token)}
     ids.update(tokenizer.stop_ids, tokenizer.begin)
-    prompts, responses = training_texts(data)
+    prompts, responses = all_texts(data)
     for prompt in prompts:
         ids.update(tokenizer.prompt_ids(read_prompt(prompt)))
     for response in responses:
@@ -330,13 +357,14 @@ def used_ids(tokenizer: HFTokenizer, data: str) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def training_texts(data: str) -> tuple[set[str], set[str]]:
+def all_texts(data: str) -> tuple[set[str], set[str]]:
     """The different prompts, as the files spell them, and the different responses of a data set's
-    training files."""
+    files, held-out ones too."""
     prompts = set()
     responses = set()
-    for name in ("prompts", "demonstrations", "comparisons", "rankings"):
-        path = csv_path(data, name)
+    names = ("prompts", "demonstrations", "comparisons", "rankings")
+    for name, end in itertools.product(names, ("", "_heldout")):
+        path = csv_path(data, name + end)
         if path.is_file():
             frame = read_csv(path, ("Prompt",), ("Response", "Chosen", "Rejected"))
             prompts.update(frame.pop("Prompt"))

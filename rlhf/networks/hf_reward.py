@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlhf.data import pad_rows
 from rlhf.model import RewardModel
-from rlhf.networks.hf import HF, HFConfig, load_base, local_files, print_trained
+from rlhf.networks.hf import HF, HFConfig, load_base, local_files
 from rlhf.networks.hf_tokenizer import HFTokenizer
 from rlhf.run.errors import InputError
 from rlhf.run.files import digests
@@ -54,29 +54,28 @@ def init_from(cfg) -> tuple[HFReward, HFTokenizer, dict[str, str]]:
         alpha=cfg.lora_alpha,
         template=tokenizer.template or "none",
         system=cfg.system,
-        pooled=which_token(cfg.init, cfg.load_in_4bit),
+        base_dtype=cfg.base_dtype,
+        pooled=which_token(cfg),
     )
-    gpt = HF(config)
-    print_trained(cfg.init, gpt)
-    return HFReward(gpt), tokenizer, digests(**local_files(cfg.init))
+    return HFReward(HF(config)), tokenizer, digests(**local_files(cfg.init))
 
 
 @torch.no_grad()
-def which_token(init: str, four_bit: bool) -> str:
+def which_token(cfg) -> str:
     """The token whose hidden state has read the whole text: the "first", if it changes with the
     last token, else the "last".
 
     Raises InputError if the model needs more than tokens.
     """
-    trunk = load_base(init, (), four_bit, "AutoModel").base_model
+    trunk = load_base(cfg.init, (), cfg.load_in_4bit, cfg.base_dtype, trunk_only=True)
     tokens = torch.arange(5, 13).repeat(2, 1)  # (2, 8): any will do
     tokens[1, -1] = 5
     try:
         first = trunk(tokens).last_hidden_state[:, 0]  # (2, C)
     except Exception as error:  # a model of encoder and decoder, of images, ...
         raise InputError(
-            f"--init {init}: cannot score text with this {type(trunk).__name__}: {error}; give a "
-            f"decoder or an encoder of text"
+            f"--init {cfg.init}: cannot score text with this {type(trunk).__name__}: {error}; give "
+            f"a decoder or an encoder of text"
         ) from error
     return "last" if torch.allclose(first[0], first[1]) else "first"
 

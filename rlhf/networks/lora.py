@@ -10,6 +10,9 @@ layer, freeze the rest.
 B starts at zero, so training starts at the frozen network itself. This saves memory: only A and B
 need gradients and AdamW's two moments. The reference policy costs almost nothing: it has its own
 adapters, which stay as they were, on the same frozen weights.
+
+Left out: dropout in adapters. PPO compares the probabilities of two forward passes, and dropout
+would make the ratio differ from 1 although the policy has not changed.
 """
 
 import torch
@@ -43,8 +46,9 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
         frozen = self.linear(x)  # (..., out)
-        narrow = self.scale * F.linear(x, self.A)  # (..., rank)
-        return frozen + F.linear(narrow, self.B)
+        # The adapter computes in float32, also on a base in bfloat16.
+        narrow = self.scale * F.linear(x.to(self.A.dtype), self.A)  # (..., rank)
+        return (frozen + F.linear(narrow, self.B)).to(frozen.dtype)
 
 
 def add_adapters(

@@ -26,15 +26,18 @@ def check_finite(model: nn.Module, step: int, *numbers: Tensor | float | None) -
 
 
 def check_first_step(
-    step: int, kl_ref: float, first_log_ratio: float, amp: torch.dtype | None
+    model: nn.Module, step: int, metrics: dict[str, float | None], amp: torch.dtype | None
 ) -> None:
     """Facts that hold whatever the data: kl_ref is 0 at step 0, and the ratio is 1 in the first
     minibatch of each step. If one fails, two of the forward passes disagree.
 
-    Raises RuntimeError in float32. In half precision an unlikely token may be off by this much, so
-    it is a warning. A kl_ref below -1 is a warning too.
+    Raises RuntimeError in float32. In half precision, of autocast or of the model's weights, an
+    unlikely token may be off by this much, so it is a warning. A kl_ref below -1 is a warning too.
     """
-    tolerance = 1e-4 if amp is None else 0.1
+    kl_ref = metrics["kl_ref"]
+    first_log_ratio = metrics["first_log_ratio"]
+    half = amp is not None or any(p.dtype == torch.bfloat16 for p in model.parameters())
+    tolerance = 0.1 if half else 1e-4
     kl_start = kl_ref if step == 0 else 0.0
     agrees = abs(kl_start) <= tolerance and first_log_ratio <= tolerance  # False if one is NaN
     if not agrees:
@@ -42,7 +45,7 @@ def check_first_step(
             f"kl_ref is {kl_start} before the first update, and the log ratio {first_log_ratio} in "
             f"the first minibatch; both must be 0: two of the forward passes disagree"
         )
-        if amp is None:
+        if not half:
             raise RuntimeError(fault)
         print(f"warning: {fault}")
     if kl_ref < -1:

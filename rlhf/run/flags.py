@@ -115,19 +115,24 @@ class InitConfig(TrainConfig):
     template: str = arg("auto", "chat template: auto (the model's), none or FILE.jinja")
     system: str = arg("", "system message of prompts that have none")
     load_in_4bit: bool = arg(False, "hold the weights of --init in 4 bits")
+    base_dtype: str = arg("float32", "precision of frozen weights", ("float32", "bfloat16"))
 
     def __post_init__(self):
         super().__post_init__()
         if self.init and getattr(self, "sft", ""):
             raise ValueError("--sft and --init are two models to start from; give one of them")
-        names = ["template", "system", "load_in_4bit"]
+        names = ["template", "system", "load_in_4bit", "base_dtype"]
         if self.kind == "sft":  # the other programs put adapters on the network of sft.pt
             names += ["lora_rank", "cut_vocab"]
         for name in names:
             if not self.init and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"{flag_name(name)} needs --init")
-        if self.load_in_4bit and not self.lora_rank:
-            raise ValueError("--load-in-4bit needs --lora-rank")
+        if self.lora_rank:
+            return
+        if self.load_in_4bit and self.steps:
+            raise ValueError("--load-in-4bit needs --lora-rank, or --steps 0")
+        if self.base_dtype != "float32" and not self.load_in_4bit:
+            raise ValueError(f"--base-dtype {self.base_dtype} needs --lora-rank or --load-in-4bit")
 
 
 def described(cls: type) -> Iterator[tuple[dataclasses.Field, dict]]:

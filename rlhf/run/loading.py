@@ -60,8 +60,14 @@ def with_adapters(gpt: GPT, cfg, generator: torch.Generator) -> GPT:
     """The GPT to train, in place: with adapters (rlhf/networks/lora.py), unchanged if --lora-rank
     is 0.
 
-    Raises InputError if it has adapters of another rank or alpha.
+    Raises InputError if it has adapters of another rank or alpha, or if it is in 4 bits and has
+    none.
     """
+    if cfg.steps and getattr(gpt.config, "four_bit", False) and not gpt.config.rank:
+        raise InputError(
+            "nothing to train: the model is in 4 bits and has no adapters; run train_sft.py with "
+            "--lora-rank"
+        )
     if cfg.lora_rank == 0 and not getattr(gpt.config, "rank", 0):
         return gpt
     from rlhf.networks.lora import add_adapters

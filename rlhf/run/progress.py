@@ -65,6 +65,14 @@ def count_parameters(model: nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
 
 
+def print_adapters(model: nn.Module) -> None:
+    """With adapters (LoRA), print how many numbers are trained, and the names of their layers."""
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    if any(name.endswith(".A") for name in trained):
+        layers = {name.split(".")[-2] for name in trained}
+        print(f"LoRA trains {sum(trained.values()):,} numbers, in {', '.join(sorted(layers))}")
+
+
 def print_training_row(tokens: list[int], prompt_len: int, tokenizer: Tokenizer) -> None:
     """Print one row with its mask."""
     prompt = tokenizer.decode(tokens[:prompt_len])

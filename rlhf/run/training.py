@@ -33,7 +33,7 @@ from rlhf.run.files import append_csv, check_file, replacing, write_csv
 from rlhf.run.flags import TrainConfig, to_json
 from rlhf.run.optimizer import check_trained
 from rlhf.run.processes import is_first
-from rlhf.run.progress import Progress, print_responses, print_table, sample_rows
+from rlhf.run.progress import Progress, print_adapters, print_responses, print_table, sample_rows
 from rlhf.run.reward_functions import reward_name
 from rlhf.run.warnings import Warnings, of_policy
 from rlhf.tokenizer import Tokenizer
@@ -156,9 +156,10 @@ class Training:
     # ---- metrics ----
 
     def announce(self, text: str) -> None:
-        """Print what is trained on, and where and how. The first step begins after it."""
+        """Print what is trained, on what, where and how. The first step begins after it."""
         where = f"on {self.compute.device}, amp {self.cfg.amp}, seed {self.cfg.seed}"
         print(f"{text}, {where}")
+        print_adapters(self.model)
         self.progress.start_clock()
 
     def evaluates(self, step: int) -> bool:

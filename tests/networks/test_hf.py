@@ -1,6 +1,7 @@
 """Models of Hugging Face's transformers in the place of the GPT. Expected numbers come from
 transformers itself."""
 
+import copy
 import importlib
 import json
 import math
@@ -50,7 +51,7 @@ tokenizers = pytest.importorskip(
     "tokenizers", reason="tokenizers is not installed: pip install .[hf]"
 )
 
-KINDS = ["llama", "mistral", "qwen2", "gemma3"]
+KINDS = ["llama", "mistral", "qwen2", "gemma3", "gpt2"]
 TOKENS, VOCAB = (
     340,
     352,
@@ -127,6 +128,7 @@ def make_model(kind, **more):
                 n_layer=1,
                 n_head=2,
                 n_positions=64,
+                initializer_range=0.5,
                 bos_token_id=BOS,
                 eos_token_id=EOS,
             )
@@ -267,6 +269,7 @@ def settings(base, **changes):
             "template": "auto",
             "system": "",
             "load_in_4bit": False,
+            "base_dtype": "float32",
             "cut_vocab": False,
             "data": "",
             **changes,
@@ -371,8 +374,10 @@ def write_gguf(base, path):
     for name, weight in base.model.state_dict().items():
         if "q_proj" in name or "k_proj" in name:
             weight = (
-                weight.view(-1, 2, 2, 16).transpose(1, 2).reshape(weight.shape)
-            )  # (heads, halves, 2, in)
+                weight.view(-1, 2, config.head_dim // 2, config.hidden_size)
+                .transpose(1, 2)
+                .reshape(weight.shape)
+            )  # (heads, halves, channels of a half, in)
         writer.add_tensor(
             names.get_name(name, try_suffixes=(".weight",)), weight.contiguous().numpy()
         )
@@ -561,7 +566,7 @@ def test_cut_vocabulary_keeps_the_bias_of_the_output_matrix(texts, tmp_path):
     base = save_base(tmp_path, "phi", texts)
     kept = tuple(range(3, 300, 2))
     with_special = (BOS, EOS, PAD, *kept)
-    model = hf.load_base(str(tmp_path), with_special, False)
+    model = hf.load_base(str(tmp_path), with_special, False, "float32")
     ids = torch.tensor([[1, 5, 7, 40]])
     expected = base.model(torch.tensor([[with_special[i] for i in ids[0]]])).logits[
         ..., with_special
@@ -579,14 +584,14 @@ def data_set(folder, **prompts):
     return str(folder)
 
 
-def test_used_ids_are_those_of_the_training_files_and_the_bytes(tmp_path):
+def test_used_ids_are_those_of_the_data_set_and_the_bytes(tmp_path):
     """All 256 bytes stay, and the two tokens that bound a text. Of the merged tokens " tent" stays,
-    which only a response has, and " wet" goes, which only a held-out file has."""
+    which only a response has, and " wet", which only a held-out file has. " tea" goes."""
     made = make_tokenizer(["a wet tent, a hot tea"] * 9, vocab_size=280)
     made.save_pretrained(tmp_path)
     tokenizer = hf.HFTokenizer(str(tmp_path))
-    heldout, response = tokenizer.encode(" wet"), tokenizer.encode(" tent")
-    assert len(heldout) == len(response) == 1
+    heldout, response, other = (tokenizer.encode(text) for text in (" wet", " tent", " tea"))
+    assert len(heldout) == len(response) == len(other) == 1
     folder = data_set(
         tmp_path / "data", prompts=["hot"], comparisons=["hot"], prompts_heldout=["a wet"]
     )
@@ -599,10 +604,36 @@ def test_used_ids_are_those_of_the_training_files_and_the_bytes(tmp_path):
                 *range(3, 259),
                 *tokenizer.encode("hot"),
                 *response,
+                *heldout,
             }
         )
     )
-    assert heldout[0] not in got
+    assert other[0] not in got
+
+
+@torch.no_grad()
+def test_heldout_loss_of_a_cut_vocabulary_is_that_of_the_whole_but_for_the_tokens_that_went(
+    bases, data
+):
+    """Held-out rows have the model's own tokens. Each has the log-probability that the whole model
+    gives it, minus the logarithm of the probability of all kept tokens there."""
+    cut, tokenizer, _ = hf.init_from(
+        settings(bases["gemma3"], cut_vocab=True, data=str(data), template="none")
+    )
+    whole = hf.HFTokenizer(str(bases["gemma3"].folder))
+    kept = list(cut.config.kept)
+    shares = []
+    for line in rows(data / "demonstrations_heldout.csv")[:10]:
+        theirs = whole.prompt_ids(line["Prompt"]) + whole.response_ids(line["Response"])
+        ids = tokenizer.prompt_ids(line["Prompt"]) + tokenizer.response_ids(line["Response"])
+        assert [kept[i] for i in ids] == theirs
+        logprobs = bases["gemma3"].forward(theirs)[1].log_softmax(dim=1)[:-1]  # (T-1, V)
+        share = logprobs[:, kept].exp().sum(dim=1)  # (T-1,)
+        expected = logprobs.gather(1, torch.tensor(theirs[1:]).unsqueeze(1)).squeeze(1)
+        tokens = torch.tensor([ids])
+        close(token_logprobs(cut(tokens), tokens, None)[0], expected - share.log())
+        shares.append(share)
+    assert 0.1 < torch.cat(shares).min() < 0.9
 
 
 def test_used_ids_of_a_folder_without_training_files_are_the_bytes(tmp_path):
@@ -894,6 +925,49 @@ def bitsandbytes():
     )
 
 
+def in_nf4(model, bitsandbytes):
+    """The model of transformers with each weight of its blocks rounded to NF4, in float32."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in model.base_model.modules():
+            if isinstance(layer, (nn.Linear, transformers.pytorch_utils.Conv1D)):
+                linear = isinstance(layer, nn.Linear)
+                weight = layer.weight if linear else layer.weight.t()
+                packed, state = bitsandbytes.functional.quantize_4bit(
+                    weight.contiguous(), compress_statistics=True, quant_type="nf4"
+                )
+                rounded = bitsandbytes.functional.dequantize_4bit(packed, state)
+                layer.weight.copy_(rounded if linear else rounded.t())
+    return Base(Path(), model)
+
+
+def quantised_as_it_is_read(monkeypatch):
+    """Fail if a model is loaded whole first."""
+    monkeypatch.delattr(hf, "hold_in_four_bits")
+
+
+@torch.no_grad()
+def test_logits_in_4_bits_are_those_of_the_rounded_weights(
+    bases, bitsandbytes, monkeypatch, new_process
+):
+    """Each layer is quantised when it is read. Without adapters, too."""
+    new_process()
+    quantised_as_it_is_read(monkeypatch)
+    expected = in_nf4(bases["wide"].model, bitsandbytes).forward(ROW)[1]
+    for rank in (0, 2):
+        gpt = network(bases["wide"], lora_rank=rank, load_in_4bit=True)
+        close(gpt(torch.tensor([ROW]))[0], expected)
+
+
+@torch.no_grad()
+def test_a_gguf_file_in_4_bits_has_the_logits_of_the_rounded_weights(bases, bitsandbytes, tmp_path):
+    write_gguf(bases["wide"], tmp_path / "tiny.gguf")
+    gpt = network(bases["wide"], init=str(tmp_path / "tiny.gguf"), load_in_4bit=True)
+    expected = in_nf4(bases["wide"].model, bitsandbytes).forward(ROW)[1]
+    assert isinstance(gpt.trunk.layers[0].mlp.up_proj, bitsandbytes.nn.Linear4bit)
+    close(gpt(torch.tensor([ROW]))[0], expected)
+
+
 def test_linear_layers_are_held_in_4_bits(bases, bitsandbytes):
     """NF4 with double quantisation, computed in float32. Embedding and output matrix stay as they
     are. The weights are near those of transformers: within half of the widest gap between two of
@@ -907,6 +981,9 @@ def test_linear_layers_are_held_in_4_bits(bases, bitsandbytes):
     assert {f"{name}.{matrix}" for name in layers for matrix in "AB"} == ADAPTERS
     for name, layer in layers.items():
         assert type(layer) is bitsandbytes.nn.Linear4bit and layer.weight.dtype == torch.uint8
+        # In eval mode no gradient passes on CPUs with AVX-512. The weight has its quant_state, and
+        # a copy of the layer would copy another.
+        assert layer.training and layer.quant_state is None
         assert layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested
         assert layer.weight.numel() * 2 == layer.in_features * layer.out_features  # two in a byte
         weight = bitsandbytes.functional.dequantize_4bit(
@@ -937,6 +1014,93 @@ def test_rows_that_are_no_multiple_of_64_are_not_held_in_4_bits(bases, bitsandby
     assert_close(gpt(torch.tensor([ROW]))[0], expected, atol=1e-4, rtol=0)
 
 
+def test_networks_in_4_bits_share_the_base_without_adapters_too(bases, bitsandbytes):
+    """There is nothing to train in it, and nothing to save."""
+    gpt, other = (network(bases["wide"], load_in_4bit=True) for _ in range(2))
+    places = [[p.data_ptr() for p in each.parameters()] for each in (gpt, other)]
+    assert places[0] == places[1] and not any(p.requires_grad for p in gpt.parameters())
+    assert gpt.state_dict() == {}
+
+
+# ---- a base in bfloat16 ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_base_in_bfloat16_has_the_logits_of_transformers_in_bfloat16(bases, kind):
+    """With new adapters, which are in float32 and leave them unchanged."""
+    gpt = network(bases[kind], lora_rank=2, base_dtype="bfloat16")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        bases[kind].folder, dtype=torch.bfloat16
+    )
+    expected = model(torch.tensor([ROW])).logits
+    assert expected.dtype == torch.bfloat16
+    assert torch.equal(gpt(torch.tensor([ROW])), expected)
+    for name, parameter in gpt.named_parameters():
+        adapter = name.endswith((".A", ".B"))
+        assert parameter.dtype == (torch.float32 if adapter else torch.bfloat16), name
+    assert (adapted(gpt)(torch.tensor([ROW])) - expected).abs().max() > 0.01
+
+
+def test_in_bfloat16_heads_and_logprobs_are_in_float32_and_only_adapters_get_gradients(bases):
+    gpt = adapted(network(bases["llama"], lora_rank=2, base_dtype="bfloat16"))
+    policy, tokens = PolicyWithValue(gpt), torch.tensor([ROW])
+    logits, values = policy(tokens)
+    logprobs = token_logprobs(logits, tokens)
+    scores = RewardModel(gpt)(tokens, torch.tensor([6]))
+    assert {x.dtype for x in (values, logprobs, scores)} == {torch.float32}
+    logprobs.sum().backward()
+    assert with_gradient(gpt) == ADAPTERS
+
+
+@torch.no_grad()
+def test_4_bits_compute_in_the_dtype_of_the_base(bases, bitsandbytes):
+    gpt = network(bases["wide"], lora_rank=2, load_in_4bit=True, base_dtype="bfloat16")
+    layer = gpt.trunk.layers[0].mlp.up_proj.linear
+    assert (layer.weight.dtype, layer.compute_dtype) == (torch.uint8, torch.bfloat16)
+    assert gpt.trunk.embed_tokens.weight.dtype == torch.bfloat16
+    expected = in_nf4(bases["wide"].model, bitsandbytes).forward(ROW)[1]
+    difference = gpt(torch.tensor([ROW]))[0].float() - expected
+    assert 0 < difference.std() < 0.2 * expected.std()
+
+
+def test_config_of_an_older_checkpoint_is_in_float32():
+    assert hf.HFConfig("model", 2, False, ()).base_dtype == "float32"
+
+
+# ---- GPT-2 in transformers ----
+
+
+@torch.no_grad()
+def test_adapters_of_a_gpt2_are_on_its_layers(bases):
+    """Conv1D, which holds W transposed, has become nn.Linear: the network is that of transformers
+    with W + scale B A."""
+    gpt = adapted(network(bases["gpt2"], lora_rank=2))
+    changed, layers = copy.deepcopy(bases["gpt2"].model), set()
+    for name, module in gpt.named_modules():
+        if isinstance(module, LoRALinear):
+            layers.add(name.removeprefix("trunk.h.0."))
+            weight = changed.get_submodule(name.replace("trunk", "transformer")).weight
+            weight += 8 * (module.B @ module.A).t()
+    assert layers == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    close(gpt(torch.tensor([ROW]))[0], Base(Path(), changed).forward(ROW)[1])
+
+
+@torch.no_grad()
+def test_a_gpt2_in_4_bits_has_the_logits_of_the_rounded_weights(
+    texts, bitsandbytes, tmp_path, monkeypatch
+):
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=64, n_layer=1, n_head=2)
+    )
+    model.save_pretrained(tmp_path)
+    make_tokenizer(texts).save_pretrained(tmp_path)
+    quantised_as_it_is_read(monkeypatch)
+    gpt = network(Base(tmp_path), load_in_4bit=True)
+    assert isinstance(gpt.trunk.h[0].attn.c_attn, bitsandbytes.nn.Linear4bit)
+    close(gpt(torch.tensor([ROW]))[0], in_nf4(model.eval(), bitsandbytes).forward(ROW)[1])
+
+
 # ---- the scripts ----
 
 SCRIPTS = {
@@ -948,6 +1112,7 @@ RUNS = {
     "full": [],
     "adapters": ["--lora-rank", "2"],
     "four_bit": ["--lora-rank", "2", "--load-in-4bit", "--cut-vocab"],
+    "bfloat16": ["--lora-rank", "2", "--base-dtype", "bfloat16"],
 }
 
 
@@ -1157,6 +1322,55 @@ def test_programs_run_on_the_result(run, data, tmp_path, capsys):
     ]
 
 
+@torch.no_grad()
+def test_a_model_in_4_bits_can_be_sampled_without_adapters(
+    bases, bitsandbytes, data, tmp_path, capsys, error
+):
+    """train_sft.py --steps 0 writes it, without its weights. There is nothing to train."""
+    init = ["--init", bases["wide"].folder, "--load-in-4bit", "--steps", 0]
+    train("sft", data, tmp_path, *init)
+    path = tmp_path / "sft.pt"
+    assert saved(path)["model"] == {}
+    gpt, _ = load_policy(path, "sft")
+    expected = in_nf4(bases["wide"].model, bitsandbytes).forward(ROW)[1]
+    close(gpt(torch.tensor([ROW]))[0], expected)
+    capsys.readouterr()
+    flags = ["--checkpoint", str(path), "--prompt", "Hello?", "--max-new-tokens", "5"]
+    sample.main(parse_cli(sample.SampleConfig, ["--device", "cpu", "--data", str(data), *flags]))
+    assert f"{path}: " in capsys.readouterr().out
+    for rank in (0, 2):
+        for name in ("reward", "ppo"):
+            module, config = SCRIPTS[name]
+            flags = ["--data", data, "--out", tmp_path, "--lora-rank", rank]
+            if name == "ppo":
+                (tmp_path / "rule.py").write_text("def score(p, r): return [0.0] * len(r)\n")
+                flags += ["--reward", tmp_path / "rule.py"]
+            text = error(module.main, config, *flags)
+            assert "nothing to train: the model is in 4 bits and has no adapters; run " in text
+
+
+def test_the_scripts_print_which_layers_are_trained(finished, bases, data, tmp_path, capsys):
+    """With adapters of rank 2: see test_only_adapters_are_trained. A head of 16 and a bias more in
+    the other two. PPO trains policy and value network."""
+    layers = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    folder = finished("adapters")
+    lines = {
+        "sft": f"LoRA trains 928 numbers, in {layers}\n",
+        "reward": "LoRA trains 945 numbers, in down_proj, gate_proj, head, k_proj, o_proj, ",
+        "ppo": f"LoRA trains 1,873 numbers, in {layers}, value_head\n",
+    }
+    flags = {
+        "sft": ["--init", bases["llama"].folder],
+        "reward": ["--sft", folder / "sft.pt"],
+        "ppo": ["--sft", folder / "sft.pt", "--reward", folder / "reward.pt"],
+    }
+    for name, line in lines.items():
+        capsys.readouterr()
+        with stopped_by_its_first_checkpoint():
+            train(name, data, tmp_path, "--lora-rank", 2, *flags[name])
+        assert capsys.readouterr().out.count(line) == 1
+
+
 # ---- errors ----
 
 
@@ -1259,7 +1473,8 @@ def test_code_for_a_class_that_transformers_has_is_not_run(bases, tmp_path, new_
     ("flags", "message"),
     [
         (["--tokenizer", "gpt2"], "brings its own tokenizer; leave out --tokenizer gpt2"),
-        (["--load-in-4bit"], "--load-in-4bit needs .*--lora-rank"),
+        (["--load-in-4bit"], "--load-in-4bit needs --lora-rank, or --steps 0"),
+        (["--base-dtype", "bfloat16"], "bfloat16 needs --lora-rank or --load-in-4bit"),
     ],
 )
 def test_flags_that_do_not_fit_init_are_refused(sft_error, bases, flags, message):
@@ -1279,14 +1494,6 @@ def test_model_of_another_kind_is_refused(sft_error, texts, tmp_path, kind, name
     base = save_base(tmp_path / kind, kind, texts)
     text = sft_error("--init", base.folder, "--lora-rank", 0)
     assert f"--init {base.folder}" in text and f"cannot use this {name}" in text
-
-
-def test_gpt2_is_never_read_by_transformers(texts, tmp_path):
-    """It is read by rlhf/networks/gpt2.py, if it has a name or a folder: its layers in transformers
-    are Conv1D, which get no adapters."""
-    base = save_base(tmp_path, "gpt2", texts)
-    with pytest.raises(InputError, match=f"^--init {tmp_path} is a GPT-2: give a folder with its"):
-        network(base)
 
 
 def test_model_whose_weights_are_quantised_already_is_refused(

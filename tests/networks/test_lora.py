@@ -91,6 +91,21 @@ def test_merged_layer_uses_scale_16_over_rank():
     assert plain["c_fc.weight"].tolist() == [[105]]
 
 
+def test_adapter_on_a_base_in_bfloat16_computes_in_float32():
+    """W = -16, A = 1 + 1/1024, which bfloat16 rounds to 1, B = 1, scale 16: the sum is 16 / 1024.
+    The output is in bfloat16, and the gradients of A and B in float32."""
+    layer = LoRALinear(nn.Linear(1, 1, bias=False, dtype=torch.bfloat16), 1, generator())
+    with torch.no_grad():
+        layer.linear.weight.fill_(-16)
+        layer.A.fill_(1 + 1 / 1024)
+        layer.B.fill_(1)
+    y = layer(torch.ones(1, 1, dtype=torch.bfloat16))
+    assert (y.dtype, y.item()) == (torch.bfloat16, 1 / 64)
+    y.sum().backward()
+    assert (layer.A.grad.dtype, layer.A.grad.item()) == (torch.float32, 16)
+    assert layer.B.grad.item() == 16 + 1 / 64
+
+
 def test_lora_scale_is_alpha_over_rank():
     assert [LoRALinear(nn.Linear(4, 4), rank, generator()).scale.item() for rank in (1, 2, 8)] == [
         16,
@@ -475,7 +490,8 @@ def test_full_training_from_lora_sft_trains_every_weight(trained, tmp_path):
         (["--lora-rank", "4"], "--lora-rank needs --init"),
         (["--template", "none"], "--template needs --init"),
         (["--system", "Be kind."], "--system needs --init"),
-        (["--init", "gpt2", "--load-in-4bit"], "--load-in-4bit needs --lora-rank"),
+        (["--base-dtype", "bfloat16"], "--base-dtype needs --init"),
+        (["--init", "gpt2", "--load-in-4bit"], "--load-in-4bit needs --lora-rank, or --steps 0"),
         (["--init", "gpt2", "--n-layer", "12"], "come with --init"),
     ],
 )

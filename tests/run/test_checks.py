@@ -32,11 +32,16 @@ def test_check_finite_rejects_weights_buffers_and_numbers_that_are_not_finite(va
 
 def test_check_first_step_stops_a_run_whose_forward_passes_disagree(capsys):
     """kl_ref before any update and the first log ratio of each step are 0 up to rounding. In half
-    precision there is more rounding: a warning."""
-    check = check_first_step
+    precision, of autocast or of the weights, there is more rounding: a warning."""
+
+    def check(step, kl_ref, log_ratio, amp, weights=torch.float32):
+        metrics = {"kl_ref": kl_ref, "first_log_ratio": log_ratio}
+        check_first_step(torch.nn.Linear(1, 1, dtype=weights), step, metrics, amp)
+
     check(0, 0.0, 9e-5, None)
     check(3, 2.0, 9e-5, None)
     check(0, 0.09, 0.09, torch.bfloat16)
+    check(0, 0.09, 0.09, None, torch.bfloat16)
     assert capsys.readouterr().out == ""
     for step, kl_ref, log_ratio in (
         (0, 2e-4, 0.0),
@@ -48,7 +53,11 @@ def test_check_first_step_stops_a_run_whose_forward_passes_disagree(capsys):
     ):
         with pytest.raises(RuntimeError):
             check(step, kl_ref, log_ratio, None)
-    for arguments in ((0, 0.0, 0.2, torch.bfloat16), (3, -1.1, 0.0, None)):
+    for arguments in (
+        (0, 0.0, 0.2, torch.bfloat16),
+        (0, 0.0, 0.2, None, torch.bfloat16),
+        (3, -1.1, 0.0, None),
+    ):
         check(*arguments)
         assert capsys.readouterr().out.startswith("warning")
 
