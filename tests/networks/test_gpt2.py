@@ -287,10 +287,10 @@ def test_garbled_config_is_named(tmp_path, contents):
         is_gpt2(str(tmp_path))
 
 
-@pytest.mark.parametrize("flag", ["load_in_4bit", "cut_vocab", "template", "system"])
+@pytest.mark.parametrize("flag", ["load_in_4bit", "base_dtype", "cut_vocab", "template", "system"])
 def test_flags_for_other_models_are_refused(folder, flag):
     flags = {"init": str(folder), "load_in_4bit": False, "cut_vocab": False}
-    flags |= {"template": "auto", "system": "", flag: True}
-    message = "is a GPT-2; --load-in-4bit and --cut-vocab are for other models"
+    flags |= {"base_dtype": "float32", "template": "auto", "system": "", flag: True}
+    message = "is a GPT-2; --load-in-4bit, --base-dtype, .* are for models that transformers reads"
     with pytest.raises(InputError, match=message):
         start_from(SimpleNamespace(**flags))
