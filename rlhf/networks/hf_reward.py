@@ -33,13 +33,13 @@ class HFReward(RewardModel):
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """tokens (B, T), lengths (B,) in tokens, prompt and response together -> scores (B,)."""
+        if self.gpt.config.pooled == "last":
+            return super().forward(tokens, lengths)
         columns = torch.arange(tokens.size(1), device=tokens.device)  # (T,)
         real = columns < lengths.unsqueeze(1)  # (B, T): an encoder would read the pads
         output = self.gpt.trunk(tokens, attention_mask=real.int())
-        hidden = output.last_hidden_state  # (B, T, C)
-        rows = torch.arange(len(tokens), device=tokens.device)
-        at = lengths - 1 if self.gpt.config.pooled == "last" else torch.zeros_like(lengths)  # (B,)
-        return (self.head(hidden[rows, at]) - self.mean) / self.scale  # (B,)
+        first = output.last_hidden_state[:, 0]  # (B, C)
+        return (self.head(first) - self.mean) / self.scale  # (B,)
 
 
 def init_from(cfg) -> tuple[HFReward, HFTokenizer, dict[str, str]]:

@@ -58,7 +58,7 @@ def add_adapters(
     leave it as it is.
 
     A network of rlhf/networks/hf.py that has adapters already keeps them.
-    Raises InputError if their rank or alpha is another one, or if there is no linear layer.
+    Raises InputError if their rank or alpha is another one.
     """
     if any(isinstance(module, LoRALinear) for module in gpt.modules()):
         config = gpt.config
@@ -75,8 +75,4 @@ def add_adapters(
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and name != "lm_head":  # not the output matrix
                 setattr(module, name, LoRALinear(child, rank, generator, alpha))
-    if not any(parameter.requires_grad for parameter in gpt.parameters()):
-        raise InputError(
-            f"--lora-rank {rank}: the network has no linear layers of torch; use --lora-rank 0"
-        )
     return gpt

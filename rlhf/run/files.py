@@ -196,9 +196,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            shown = repr(line[:60])
-            message = f"{path}, line {number}: expected `base64-token rank`, got {shown}"
-            raise InputError(message) from None
+            fault = f"line {number}: expected `base64-token rank`, got {line[:60]!r}"
+            raise InputError(f"{path}, {fault}") from None
     in_order = sorted(ranks.values()) == list(range(len(ranks)))
     single_bytes = [bytes([value]) for value in range(256)]
     if not in_order or any(byte not in ranks for byte in single_bytes):

@@ -127,10 +127,10 @@ def check_header(
         what = "two columns" if name in similar else "no column"
         found = ", ".join(map(ascii, similar)) or ascii(", ".join(header))[1:-1]
         needed = ", ".join(columns)
-        message = f"{path}: {what} {name!r} (found: {found[:200]}; needed: {needed})"
-        if len(header) == 1 and re.search(r"[;\t|]", header[0]):
-            message += f"; the header has no comma: is the separator ';', '|' or a tab? {PREPARE}"
-        raise InputError(message)
+        raise InputError(
+            f"{path}: {what} {name!r} (found: {found[:200]}; needed: {needed}); with other columns "
+            f"or separators: {PREPARE}"
+        )
 
 
 def letters(name: str) -> str:

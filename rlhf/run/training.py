@@ -26,7 +26,7 @@ from rlhf.run.checkpoints import (
     load_trained,
     trained_state,
 )
-from rlhf.run.commands import command, next_command
+from rlhf.run.commands import next_command
 from rlhf.run.device import Compute
 from rlhf.run.errors import InputError
 from rlhf.run.files import append_csv, check_file, replacing, write_csv
@@ -98,7 +98,6 @@ class Training:
         self.state = {"step": 0, "metrics": []}
         self.old_results = []  # files of another run, which stay until this one has a checkpoint
         if self.cfg.resume:
-            check_evaluation(self.path.parent, self.cfg.kind)
             self.state = self.resume()
             # What a run makes after its last step is made again. It may be another run's, if a
             # process was killed between writing its checkpoint and removing old results.
@@ -265,18 +264,6 @@ class Training:
         self.warnings.close(texts)
         for name in programs:
             print(f"next: {next_command(self.cfg, name)}")
-
-
-def check_evaluation(folder: Path, kind: str) -> None:
-    """Raise InputError if evaluation.csv, a name that PPO and DPO share, is of the other one."""
-    path = folder / "evaluation.csv"
-    other = {"ppo": "dpo", "dpo": "ppo"}.get(kind)
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    if f"\n{other}," in text and f"\n{kind}," not in text:
-        raise InputError(
-            f"{path} is of another run, by `{command(other)}`; move the files of that run to "
-            f"another folder"
-        )
 
 
 def settings(config: dict, inputs: dict[str, str]) -> dict:

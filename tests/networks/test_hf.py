@@ -906,15 +906,6 @@ def test_another_rank_or_alpha_than_that_of_sft_is_refused(bases, tmp_path, rank
         add_adapters(gpt, 2, None)
 
 
-def test_adapters_on_a_network_without_linear_layers_are_refused():
-    """Those of some models in transformers are Conv1D."""
-    gpt = nn.Sequential(nn.Embedding(3, 4), transformers.pytorch_utils.Conv1D(4, 4))
-    with pytest.raises(
-        InputError, match="^--lora-rank 2: the network has no linear layers of torch"
-    ):
-        add_adapters(gpt, 2, None)
-
-
 # ---- 4 bits ----
 
 

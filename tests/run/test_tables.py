@@ -127,8 +127,8 @@ def test_read_csv_names_the_row_that_it_rejects(tmp_path, rows, message):
         ("id,prompt,Response", r"no column 'Prompt' \(found: 'prompt'; needed: Prompt, Response"),
         ("Prompt,Response,answer", r"no column 'Answer' \(found: 'answer'; "),
         ("Prompt,Response,Prompt", r"two columns 'Prompt' \(found: 'Prompt', 'Prompt'; "),
-        ("Prompt;Response", "no comma: is the separator ';', '|' or a tab?"),
-        ("Prompt\tResponse", r"found: Prompt\\tResponse; .* no comma: is the separator"),
+        ("Prompt;Response", "other columns or separators: `python -m rlhf.tools.prepare FILE"),
+        ("Prompt\tResponse", r"found: Prompt\\tResponse; .* other columns or separators"),
     ],
 )
 def test_read_csv_shows_what_is_wrong_with_a_header(tmp_path, header, message):

@@ -22,7 +22,6 @@ from tests.helpers import rows
 from tests.run.small_run import (
     INPUTS,
     TOKENS,
-    DPOConfig,
     PPOConfig,
     RewardConfig,
     saved,
@@ -329,26 +328,6 @@ def test_resume_removes_results_of_an_older_run(tmp_path, step, cls):
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == sorted([f"{kind}.csv", f"{kind}.json", f"{kind}.pt", "sft.csv"])
     assert (tmp_path / f"{kind}.json").read_text() != "old"
-
-
-@pytest.mark.parametrize("step", [7, 9])
-@pytest.mark.parametrize(("cls", "other"), [(PPOConfig, "dpo"), (DPOConfig, "ppo")])
-def test_resume_refuses_a_folder_with_the_evaluation_of_the_other_method(
-    tmp_path, cls, other, step
-):
-    """PPO's and DPO's evaluation.csv have the same name. Nothing changes."""
-    saved(small_run(tmp_path, cls=cls), step)
-    (tmp_path / "evaluation.csv").write_text(f"policy,score\nsft,0\n{other},1\noptimum,2\n")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(InputError, match="evaluation.csv is of another run, by .*; move the files"):
-        small_run(tmp_path, cls=cls, resume=True)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_resume_takes_an_evaluation_that_compares_both_methods(tmp_path):
-    saved(small_run(tmp_path, cls=PPOConfig), 9)
-    (tmp_path / "evaluation.csv").write_text("policy,score\nsft,0\ndpo,1\nppo,2\n")
-    assert small_run(tmp_path, cls=PPOConfig, resume=True).step == 9
 
 
 def test_refused_resume_removes_nothing(tmp_path):
