@@ -5,7 +5,8 @@
 Takes the flags of train_sft.py, which writes the model as it is. The PPO step has 8 prompts of the
 data set, responses of at most 8 tokens, micro-batches of 4 rows, and a shared value network.
 Prints MB above what Python, its packages and the tokenizer take. Memory is anonymous (RssAnon):
-pages of a file that is mapped do not count, as the system may drop them. Linux only.
+pages of a file that is mapped do not count, as the system may drop them. glibc keeps much of what
+is freed unless MALLOC_MMAP_THRESHOLD_=1000000 is set. Linux only.
 """
 
 import sys

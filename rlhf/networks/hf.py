@@ -211,7 +211,7 @@ def quantised_loading(kind: str, init: str, dtype: torch.dtype) -> dict:
 
     NF4 with double quantisation (Dettmers et al. 2023). The output matrix stays as it is.
     """
-    package("bitsandbytes")
+    package("bitsandbytes")  # or the error of transformers is about another package
     outline = from_pretrained(kind, init, dtype=dtype, device_map="meta")  # without the weights
     replace_conv1d(outline)
     output = outline.get_output_embeddings()

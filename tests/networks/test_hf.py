@@ -345,8 +345,7 @@ def write_gguf(base, path):
     """The model and its tokenizer as one GGUF file. It keeps the rows of q and k in another order
     (the two halves of a head's channels alternate)."""
     gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install .[hf]")
-    config, tokenizer = base.model.config, transformers.AutoTokenizer.from_pretrained(base.folder)
-    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    config = base.model.config
     writer = gguf.GGUFWriter(path, "llama")
     for name, theirs in {
         "block_count": "num_hidden_layers",
@@ -360,16 +359,7 @@ def write_gguf(base, path):
         "layer_norm_rms_eps": "rms_norm_eps",
     }.items():
         getattr(writer, f"add_{name}")(getattr(config, theirs))
-    tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(
-        [gguf.TokenType.CONTROL if i < 3 else gguf.TokenType.NORMAL for i in range(len(tokens))]
-    )
-    writer.add_token_merges([" ".join(merge) for merge in bpe["merges"]])
-    writer.add_bos_token_id(BOS)
-    writer.add_eos_token_id(EOS)
-    writer.add_add_bos_token(True)
+    add_tokenizer(writer, base.folder)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in base.model.state_dict().items():
         if "q_proj" in name or "k_proj" in name:
@@ -381,6 +371,26 @@ def write_gguf(base, path):
         writer.add_tensor(
             names.get_name(name, try_suffixes=(".weight",)), weight.contiguous().numpy()
         )
+    write(writer)
+
+
+def add_tokenizer(writer, folder):
+    gguf = importlib.import_module("gguf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if i < 3 else gguf.TokenType.NORMAL for i in range(len(tokens))]
+    )
+    writer.add_token_merges([" ".join(merge) for merge in bpe["merges"]])
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
+    writer.add_add_bos_token(True)
+
+
+def write(writer):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -1075,6 +1085,31 @@ def test_adapters_of_a_gpt2_are_on_its_layers(bases):
             weight += 8 * (module.B @ module.A).t()
     assert layers == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
     close(gpt(torch.tensor([ROW]))[0], Base(Path(), changed).forward(ROW)[1])
+
+
+@torch.no_grad()
+def test_a_gpt2_in_a_gguf_file_gets_adapters(texts, tmp_path):
+    """Such a file holds W as nn.Linear does, and transformers does not read its context."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install .[hf]")
+    config = transformers.GPT2Config(vocab_size=TOKENS, n_embd=16, n_layer=1, n_head=2)
+    base = Base(tmp_path / "base", transformers.GPT2LMHeadModel(config).eval())
+    make_tokenizer(texts).save_pretrained(base.folder)
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "gpt2")
+    writer.add_block_count(1)
+    writer.add_embedding_length(16)
+    writer.add_head_count(2)
+    writer.add_layer_norm_eps(1e-5)
+    add_tokenizer(writer, base.folder)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 1)
+    for name, weight in base.model.transformer.state_dict(prefix="transformer.").items():
+        if ".c_" in name and name.endswith("weight"):
+            weight = weight.t()
+        name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(name, weight.contiguous().numpy())
+    write(writer)
+    gpt, _, _ = start_from(settings(base, init=str(tmp_path / "tiny.gguf"), lora_rank=2))
+    assert isinstance(gpt.trunk.h[0].mlp.c_fc, LoRALinear) and gpt.config.block_size == 1024
+    close(gpt(torch.tensor([ROW]))[0], base.forward(ROW)[1])
 
 
 @torch.no_grad()
