@@ -176,7 +176,7 @@ class HF(nn.Module):
 # ---- the model under it, loaded once ----
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)  # the policy's, and the reward model's if it is another one
 def load_base(
     init: str, kept: tuple[int, ...], four_bit: bool, base_dtype: str, trunk_only: bool = False
 ) -> nn.Module:
