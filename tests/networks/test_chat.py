@@ -20,11 +20,12 @@ from data import label
 from rlhf.data import Prompt, batch_indices
 from rlhf.evaluate import Response
 from rlhf.networks import hf, hf_tokenizer
+from rlhf.networks.hf_reward import score_texts
 from rlhf.rollout import decode_responses
 from rlhf.run.errors import InputError
 from rlhf.run.files import write_csv
 from rlhf.run.flags import parse_cli
-from rlhf.run.loading import load_policy, tokenizer_of
+from rlhf.run.loading import load_policy, load_reward_model, tokenizer_of
 from rlhf.run.messages import as_cell, as_text, last_turn, read_prompt
 from rlhf.sampling import generate, has_ended
 from rlhf.tools import sample
@@ -502,10 +503,10 @@ def test_stop_ids_are_the_end_of_the_turn_then_all_end_tokens_of_the_model(folde
 # ---- the scripts ----
 
 
-def write_model(folder, tokenizer):
+def write_model(folder, tokenizer, width=16):
     """A tiny Llama of the tokenizer's size, with random weights."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 512}
+    sizes = {"hidden_size": width, "intermediate_size": 64, "max_position_embeddings": 512}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes, **heads)
     model = transformers.LlamaForCausalLM(config)
@@ -690,3 +691,44 @@ def test_a_model_as_it_is_starts_ppo(chat, tmp_path):
     flags = ["--reward", str(tmp_path / "reward.py"), *TINY["ppo"].split()]
     train_ppo.main(parse_cli(train_ppo.PPOConfig, [*shared, *flags]))
     assert len(rows(tmp_path / "out" / "ppo.csv")) == 4
+
+
+def test_a_chat_model_in_4_bits_with_an_encoder_as_reward_model(folders, tmp_path):
+    """The commands of docs/models.md, with tiny models. PPO's scores are the encoder's of the text
+    of the dialogue."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install .[hf]")
+    theirs = transformers.AutoTokenizer.from_pretrained(folders["qwen2"])
+    write_model(tmp_path / "model", theirs, width=64)
+    words = ["[CLS]", "[SEP]", "[UNK]", *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    vocabulary |= {f"##{word}": len(words) + number for number, word in enumerate(words[3:])}
+    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(tmp_path / "encoder")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes["initializer_range"] = 0.5
+    config = transformers.BertConfig(vocab_size=len(vocabulary), intermediate_size=16, **sizes)
+    transformers.BertModel(config).save_pretrained(tmp_path / "encoder")
+    data = as_messages(copy_some_rows(tmp_path / "data"))
+    (data / "judge.py").unlink()
+
+    def run(main, config, flags):
+        words = ["--device", "cpu", "--data", str(data), "--out", str(tmp_path), *flags.split()]
+        main(parse_cli(config, words))
+
+    adapters = "--lora-rank 2 --lora-alpha 4"
+    init = f"--init {tmp_path / 'model'} --load-in-4bit {adapters} --steps 0"
+    run(train_sft.main, train_sft.SFTConfig, init)
+    encoder = f"--init {tmp_path / 'encoder'} --steps 3 --batch-size 8 --lr 0.01"
+    run(train_reward.main, train_reward.RewardConfig, encoder)
+    ppo = f"{TINY['ppo']} {adapters} --value-network shared --missing-eos-score none"
+    run(train_ppo.main, train_ppo.PPOConfig, ppo)
+
+    table = rows(tmp_path / "ppo.csv")
+    assert abs(float(table[0]["kl_ref"])) < 1e-4
+    assert all(float(row["first_log_ratio"]) < 1e-4 for row in table)
+    reward_model, checkpoint = load_reward_model(tmp_path / "reward.pt")
+    tokenizer = tokenizer_of(tmp_path / "reward.pt", checkpoint, "")
+    samples = rows(tmp_path / "ppo_samples.csv")
+    prompts = [row["Prompt"] for row in samples]
+    scores = score_texts(reward_model, tokenizer, prompts, [row["After"] for row in samples])
+    expected = [pytest.approx(score, abs=1e-3) for score in scores]
+    assert [float(row["score_after"]) for row in samples] == expected
