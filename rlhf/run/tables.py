@@ -188,5 +188,5 @@ def check_lengths(
     """
     room = f"tokens and there is room for {limit}"
     faults = [f"takes {length} {room}" if length > limit else "" for length in lengths]
-    fix = f"shorten or remove them, {fix}or give SFT a larger --block-size"
+    fix = f"shorten or remove them, {fix}give SFT a larger --block-size or `prepare` a smaller one"
     check_rows(path, what, faults, fix, index)
