@@ -69,7 +69,7 @@ def with_adapters(gpt: GPT, cfg, generator: torch.Generator) -> GPT:
             "nothing to train: the model is in 4 bits and has no adapters; run train_sft.py with "
             "--lora-rank"
         )
-    if cfg.lora_rank == 0 and not getattr(gpt.config, "rank", 0):
+    if cfg.lora_rank == 0:  # a network of rlhf/networks/hf.py keeps the adapters of sft.pt
         return gpt
     from rlhf.networks.lora import add_adapters
 

@@ -61,7 +61,7 @@ def read_text(path: Path, cut: bool = False) -> str:
         return decoder.decode(data, final=not cut)
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} is not a CSV file in UTF-8, but in UTF-16, Latin-1 or another encoding "
+            f"{path} is not text in UTF-8, but in UTF-16, Latin-1 or another encoding "
             f"({error}); save it as UTF-8"
         ) from None
 
