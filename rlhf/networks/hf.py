@@ -3,7 +3,7 @@
 
     pip install .[hf]     # transformers, and what it needs for GGUF files and 4 bits
     python train_sft.py --init FOLDER_OR_NAME_OR_GGUF --lora-rank 16
-                          # then the other two scripts, with the same rank
+                          # then the other two scripts, which find rank and model in sft.pt
 
 HF has the interface of GPT (hidden, logits, make_cache, config, temperature), so everything else
 works on it unchanged. With --lora-rank a checkpoint holds adapters and heads, and names the model

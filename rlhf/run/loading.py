@@ -120,8 +120,8 @@ def load_reward_model(path: Path) -> tuple[RewardModel, dict]:
 
 
 def reads_text(checkpoint: dict) -> bool:
-    """Whether a reward model is of a family of its own (train_reward.py --init), with its own
-    tokenizer, and not made from sft.pt."""
+    """Whether a reward model was made by train_reward.py --init: it has another tokenizer than the
+    policy, and no sft.pt under it."""
     return bool(checkpoint["model_config"].get("pooled"))
 
 
