@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from data.label import LabelConfig, Pair
+from data import label
+from data.label import LabelConfig
+from data.label_votes import Labelling, Pair
 from rlhf.run.checkpoints import load_checkpoint
 from rlhf.run.errors import InputError
 from rlhf.run.flags import check_positive
 from rlhf.run.judge import gold_scores, vote_probabilities
 from rlhf.run.loading import judge_of
 from rlhf.run.program import run
-from rlhf.tools import label
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class VotesConfig(LabelConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "count")
+        if self.web or self.again:
+            raise ValueError("--web and --again need a person: python -m rlhf.tools.label")
 
 
 def main(cfg: VotesConfig) -> None:
@@ -40,10 +43,14 @@ def main(cfg: VotesConfig) -> None:
     if judge is None:
         raise InputError(f"{cfg.data or data} has no judge.py")
 
-    def vote(pair: Pair) -> str:
-        return judge_answer(judge, pair, random.Random(f"{cfg.seed} vote {pair.number}"))
+    def annotate(labelling: Labelling) -> None:
+        while pair := labelling.pair:
+            rng = random.Random(f"{cfg.seed} vote {pair.number}")
+            labelling.answer(judge_answer(judge, pair, rng))
+            if len(labelling.votes) % 500 == 0:
+                print(labelling.summary(), flush=True)
 
-    label.main(cfg, vote)
+    label.main(cfg, annotate)
 
 
 def judge_answer(judge: ModuleType, pair: Pair, rng: random.Random) -> str:

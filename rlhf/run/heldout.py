@@ -35,7 +35,8 @@ COLUMNS = {
     "comparisons": Columns(("Prompt", "Chosen", "Rejected"), ("Answer",)),
     "rankings": Columns(("Prompt", "Response", "Rank"), ("Group",), "comparisons"),
 }
-ANSWERS = ("first", "second", "tie", "skip")  # of data/label.py; the first two have a winner
+# Of data/label_votes.py; the first two have a winner.
+ANSWERS = ("first", "second", "tie", "both bad", "skip")
 
 
 def read_rows(
@@ -48,8 +49,8 @@ def read_rows(
     """The rows of one side of a table of a data set: [(the file, its rows)].
 
     If a hash chooses the held-out prompts, their side prints how many they are. The column Prompt
-    holds text or messages (rlhf/run/messages.py). Rows of comparisons that the column Answer calls
-    a tie or a skip are left out.
+    holds text or messages (rlhf/run/messages.py). Rows of comparisons whose column Answer names no
+    better side are left out.
 
     Args: name: of COLUMNS; share: of the prompts that is held out if there is no held-out file;
         files: instead of the folder's own to train on.
@@ -89,14 +90,14 @@ def read_table(path: Path, name: str) -> DataFrame:
 
 def with_a_winner(path: Path, frame: DataFrame) -> DataFrame:
     """The rows that have a better side. Raises InputError if an Answer is unknown."""
-    choices = "first, second, tie or skip"
     faults = []
     for answer in frame["Answer"]:
-        faults.append("" if answer in ANSWERS else f"is {answer!r}; it must be {choices}")
+        fault = f"is {answer!r}; it must be first, second, tie, both bad or skip"
+        faults.append("" if answer in ANSWERS else fault)
     check_rows(path, "Answer", faults)
     kept = frame[frame["Answer"].isin(ANSWERS[:2])]
     if len(kept) < len(frame):
-        print(f"{path}: {len(frame) - len(kept)} of {len(frame)} rows are ties or skipped")
+        print(f"{path}: {len(frame) - len(kept)} of {len(frame)} rows name no better side")
     return kept
 
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from data import label
-from data.label import Pair
+from data import label_pairs
+from data.label_votes import Pair
 from docs.experiments.votes import VotesConfig, judge_answer, main
 from rlhf.run.flags import parse_cli
 from tests.helpers import rows
@@ -16,7 +16,7 @@ def test_judge_as_annotator_stops_at_count(trained, tmp_path, monkeypatch, capsy
     """Two calls write the same rows as one. The model is hardly trained and seldom ends a response,
     so here each response counts as ended."""
     data, out, _ = trained
-    monkeypatch.setattr(label, "has_ended", lambda tokens, *_: tokens[:, 0] == tokens[:, 0])
+    monkeypatch.setattr(label_pairs, "has_ended", lambda tokens, *_: tokens[:, 0] == tokens[:, 0])
 
     def run(name, count):
         flags = ["--checkpoint", out / "sft.pt", "--data", data, "--out", tmp_path / name]
