@@ -115,7 +115,7 @@ def ask_key() -> str:
     """Wait for one of KEYS."""
     key = read_key()
     while key not in KEYS:
-        print("1, 2, t, b, s, u or q", flush=True)
+        print("1, 2, t, b, s, u or q", end="\r", flush=True)  # not to scroll the pair away
         key = read_key()
     return key
 

@@ -138,7 +138,7 @@ def test_no_key_but_the_seven_votes_at_a_terminal(tmp_path, monkeypatch, short_w
     desk = Desk(labelling, monkeypatch)
     for number, burst in enumerate([*BURSTS, "\x1b"], start=1):
         desk.type(burst)
-        desk.wait_for("1, 2, t, b, s, u or q\n", number)
+        desk.wait_for("1, 2, t, b, s, u or q", number)
         assert labelling.votes == [], repr(burst)
     for number, key in enumerate("12tbsu1", start=2):
         desk.type(key)
