@@ -18,6 +18,7 @@ from pathlib import Path
 
 from data import label_terminal, label_web
 from data.label_pairs import ListedPairs, SampledPairs, pairs_again, pairs_of_file
+from data.label_reward import RewardCheck
 from data.label_votes import Labelling, agreement, read_votes
 from rlhf.data import load_prompts
 from rlhf.run.commands import command
@@ -35,6 +36,7 @@ class LabelConfig:
     checkpoint: str = arg("runs/sft.pt", "sft.pt or ppo.pt that gives the responses")
     pairs: str = arg("", "file of pairs to label, instead of sampled ones")
     out: str = arg("my_comparisons.csv", "file of votes; an existing one is continued")
+    reward: str = arg("", "reward.pt to compare with after the last vote")
     again: bool = arg(False, "label the pairs of --out again, into *_again.csv")
     web: bool = arg(False, "label on a page in the browser")
     port: int = arg(0, "port of the page (0: any that is free)")
@@ -67,6 +69,9 @@ class LabelConfig:
 def main(cfg: LabelConfig, annotate: Callable[[Labelling], None] | None = None) -> None:
     """annotate: has the pairs answered; without it, a person does."""
     pairs = find_pairs(cfg)
+    reward = None
+    if cfg.reward:  # loaded first, so that a wrong name costs no votes
+        reward = RewardCheck(Path(cfg.reward), cfg.data, pick_device(cfg.device))
     path = cfg.votes_file()
     labelling = Labelling(pairs, path, cfg.count)
     if labelling.votes:
@@ -76,6 +81,8 @@ def main(cfg: LabelConfig, annotate: Callable[[Labelling], None] | None = None) 
         annotate = web if cfg.web else label_terminal.annotate
     annotate(labelling)
     print(f"{path}: {labelling.summary()}")
+    if reward:
+        print(reward.agreement(labelling.votes))
     if cfg.again:
         print(agreement(read_votes(Path(cfg.out)), labelling.votes))
     else:

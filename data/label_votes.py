@@ -234,11 +234,14 @@ def agreement(first_pass: list[Vote], second_pass: list[Vote]) -> str:
 
 
 def share_same(pairs_of_votes: list[tuple[Vote, Vote]]) -> str:
+    same = sum(first.meaning == second.meaning for first, second in pairs_of_votes)
+    return share_in_words(same, len(pairs_of_votes))
+
+
+def share_in_words(same: int, count: int) -> str:
     """ "8 of 10, 80 % (95 % interval: 49 to 94 %)" """
-    count = len(pairs_of_votes)
     if not count:
         return "no pairs yet"
-    same = sum(first.meaning == second.meaning for first, second in pairs_of_votes)
     low, high = wilson(same, count)
     interval = f"95 % interval: {100 * low:.0f} to {100 * high:.0f} %"
     return f"{same} of {count}, {100 * same / count:.0f} % ({interval})"

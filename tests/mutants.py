@@ -29,6 +29,7 @@ WIRING = "tests/scripts/test_wiring.py"
 UPDATES = "tests/scripts/test_updates.py"
 REWARDS = "tests/scripts/test_reward_functions.py"
 LABEL = "tests/data/test_label.py"
+WEB = "tests/data/test_label_web.py"
 PROCESSES = "tests/run/test_processes.py"
 TOTAL = f"{PROCESSES}::test_total_sums_each_number_over_processes"
 TWO_PROCESSES = f"{PROCESSES}::test_ppo_step_is_that_of_one_process_in_float64[2]"
@@ -69,6 +70,11 @@ SUITES = {
     "optimality": ("rlhf/tools/optimality.py", [REWARDS, "tests/tools/test_optimality.py"]),
     "formats": ("data/formats.py", ["tests/data/test_formats.py"]),
     "tables": ("data/tables.py", ["tests/tools/test_prepare.py", "-k", "not usual and not real"]),
+    "label_votes": ("data/label_votes.py", ["tests/data/test_label_votes.py", WEB]),
+    "label_pairs": ("data/label_pairs.py", [LABEL]),
+    "label_terminal": ("data/label_terminal.py", ["tests/data/test_label_terminal.py"]),
+    "label_web": ("data/label_web.py", [WEB]),
+    "label_reward": ("data/label_reward.py", [LABEL]),
     "dpo": ("rlhf/methods/dpo.py", ["tests/methods/test_dpo.py"]),
     "ptx": ("rlhf/methods/ptx.py", ["tests/methods/test_ptx.py"]),
     "checkpoints": (
@@ -311,6 +317,27 @@ MUTANTS = [
     ("heldout", "no prompt is left to train on", "min(max(count, 1), len(different) - 1)", "max(count, 1)"),
     ("heldout", "nothing is held out of a few prompts", "min(max(count, 1), len(different) - 1)", "min(count, len(different) - 1)"),
     ("heldout", "ties and skips are learned", 'kept = frame[frame["Answer"].isin(ANSWERS[:2])]', "kept = frame"),
+    ("label_votes", "undo keeps the vote in the file", "            write_votes(self.path, self.votes[:-1])\n", ""),
+    ("label_votes", "the second side is not swapped", 'if answer == "second" else (pair.first, pair.second)', 'if answer == "x" else (pair.first, pair.second)'),
+    ("label_votes", "agreement goes by the side", 'return f"better: {self.chosen}" if self.answer in DECIDED else self.answer', "return self.answer"),
+    ("label_votes", "skipped pairs disagree", 'if "skip" not in (votes[0].answer, votes[1].answer):', "if votes:"),
+    ("label_pairs", "the file's better side comes first", '        random.Random(f"{seed} pair {number}").shuffle(sides)\n', ""),
+    ("label_pairs", "the second pass keeps the sides", '            random.Random(f"{seed} again {vote.pair}").shuffle(sides)\n', ""),
+    ("label_pairs", "the second pass keeps the order", '    pairs.sort(key=lambda pair: random.Random(f"{seed} order {pair.number}").random())\n', ""),
+    ("label_terminal", "the last byte of a sequence votes", "return burst.lower() if len(burst) <= 1 else NO_KEY", "return burst[-1:].lower()"),
+    ("label_terminal", "an ESC waits no longer than a key", 'QUIET_AFTER_ESCAPE if "\\x1b" in burst else QUIET', "QUIET"),
+    ("label_terminal", "a sequence does not wait for its end", "(OPEN.search(burst) or more_comes(terminal, burst))", "more_comes(terminal, burst)"),
+    ("label_terminal", "keys typed ahead vote", "        termios.tcflush(sys.stdin, termios.TCIFLUSH)\n", "        pass\n"),
+    ("label_terminal", "control characters reach the terminal", "printable(text).split", "text.split"),
+    ("label_web", "no token", "same and slash", "slash"),
+    ("label_web", "any host", "host in hosts and ", ""),
+    ("label_web", "any origin", 'origin == f"http://{host}" and ', ""),
+    ("label_web", "an old page votes", "if number == present and (", "if ("),
+    ("label_web", "votes at the same time", "        with self.lock:\n            labelling = self.labelling", "        if True:\n            labelling = self.labelling"),
+    ("label_web", "any computer may connect", '("127.0.0.1", port)', '("0.0.0.0", port)'),
+    ("label_web", "the same nonce for ever", "nonce = secrets.token_urlsafe(16)", 'nonce = "nonce"'),
+    ("label_reward", "ties count", "vote.answer in DECIDED and ", ""),
+    ("label_reward", "the model likes the rejected", "(chosen > rejected)", "(chosen < rejected)"),
     ("messages", "the user's and the assistant's words swapped", '"user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "', '"user": f"{ASSISTANT} ", "assistant": f"{HUMAN} "'),
     ("messages", "the system's message is dropped", "for message in prompt]\n", 'for message in prompt if message["role"] != "system"]\n'),
     ("messages", "the assistant does not get the word", 'return "".join(turns) + ASSISTANT', 'return "".join(turns)'),

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import train_reward
-from data import label, label_pairs
+from data import label, label_pairs, label_reward
 from data.label import LabelConfig
 from data.label_pairs import SampledPairs
 from data.label_votes import Pair, Vote, append_vote, read_votes
 from rlhf.data import Prompt, load_comparisons
 from rlhf.run.errors import InputError, printable
 from rlhf.run.flags import parse_cli
+from rlhf.run.loading import load_reward_model
 from rlhf.run.program import lock
 from rlhf.run.program import run as cli_run
 from rlhf.tokenizer import load_tokenizer
@@ -214,6 +215,55 @@ def test_second_pass_needs_a_first(tmp_path, monkeypatch):
     append_vote(tmp_path / "votes.csv", Vote(0, "p", "a", "b", "skip"))
     with pytest.raises(InputError, match="no votes to repeat"):
         label_pairs_of(tmp_path, monkeypatch, "1", "--again")
+
+
+# ---- what the reward model thinks ----
+
+
+def test_reward_model_is_compared_after_the_last_vote(trained, tmp_path, monkeypatch, capsys):
+    """A stand-in whose score is the number of tokens: the longer side is better to it. It is right
+    in pairs 0 and 1 of three. The tie does not count, and neither does a pair that does not fit
+    the model's context."""
+    data, out, _ = trained
+
+    class LongerIsBetter(torch.nn.Module):
+        def __init__(self, gpt):
+            super().__init__()
+            self.gpt = gpt
+
+        def forward(self, tokens, lengths):
+            return lengths.float()
+
+    def load(path):
+        model, checkpoint = load_reward_model(path)
+        return LongerIsBetter(model.gpt), checkpoint
+
+    monkeypatch.setattr(label_reward, "load_reward_model", load)
+    monkeypatch.setattr(label_reward, "PAIRS", 2)
+    check = label_reward.RewardCheck(out / "reward.pt", str(data), torch.device("cpu"))
+    room = check.model.gpt.config.block_size
+    votes = [
+        Vote(0, "p", "good " * 9, "bad", "first"),
+        Vote(1, "p", "good " * 3, "bad", "second"),
+        Vote(2, "p", "good", "bad " * 9, "first"),
+        Vote(3, "p", "good " * 9, "bad", "tie"),
+        Vote(4, "p", "good " * room, "bad", "first"),
+    ]
+    line = check.agreement(votes)
+    assert line.endswith("the higher score: 2 of 3, 67 % (95 % interval: 21 to 94 %)")
+    assert check.agreement([]).endswith("no pairs yet")
+
+
+def test_reward_model_says_nothing_before_the_end(trained, tmp_path, monkeypatch, capsys):
+    _, out, _ = trained
+    got = run(trained, tmp_path, monkeypatch, "12tq", "--reward", out / "reward.pt")
+    lines = capsys.readouterr().out.splitlines()
+    [at] = [i for i, line in enumerate(lines) if "reward.pt" in line]
+    assert len(got) == 3 and at == len(lines) - 2 and "higher score: " in lines[at]
+    assert " of 2, " in lines[at]
+    with pytest.raises(InputError, match="nowhere.pt does not exist"):
+        run(trained, tmp_path, monkeypatch, "1", "--reward", "nowhere.pt")
+    assert rows(tmp_path / "answers.csv") == got
 
 
 # ---- learning from the answers ----
