@@ -29,7 +29,6 @@ WIRING = "tests/scripts/test_wiring.py"
 UPDATES = "tests/scripts/test_updates.py"
 REWARDS = "tests/scripts/test_reward_functions.py"
 LABEL = "tests/data/test_label.py"
-WEB = "tests/data/test_label_web.py"
 PROCESSES = "tests/run/test_processes.py"
 TOTAL = f"{PROCESSES}::test_total_sums_each_number_over_processes"
 TWO_PROCESSES = f"{PROCESSES}::test_ppo_step_is_that_of_one_process_in_float64[2]"
@@ -70,10 +69,10 @@ SUITES = {
     "optimality": ("rlhf/tools/optimality.py", [REWARDS, "tests/tools/test_optimality.py"]),
     "formats": ("data/formats.py", ["tests/data/test_formats.py"]),
     "tables": ("data/tables.py", ["tests/tools/test_prepare.py", "-k", "not usual and not real"]),
-    "label_votes": ("data/label_votes.py", ["tests/data/test_label_votes.py", WEB]),
+    "label_votes": ("data/label_votes.py", ["tests/data/test_label_votes.py"]),
     "label_pairs": ("data/label_pairs.py", [LABEL]),
     "label_terminal": ("data/label_terminal.py", ["tests/data/test_label_terminal.py"]),
-    "label_web": ("data/label_web.py", [WEB]),
+    "label_web": ("data/label_web.py", ["tests/data/test_label_web.py", "-k", "not browser"]),
     "label_reward": ("data/label_reward.py", [LABEL]),
     "dpo": ("rlhf/methods/dpo.py", ["tests/methods/test_dpo.py"]),
     "ptx": ("rlhf/methods/ptx.py", ["tests/methods/test_ptx.py"]),

@@ -14,6 +14,7 @@ from data.label_votes import (
     agreement,
     append_vote,
     read_votes,
+    vote_for,
     wilson,
     write_votes,
 )
@@ -126,6 +127,15 @@ def test_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch):
 
 
 # ---- labelling ----
+
+
+def test_vote_keeps_which_side_was_better_and_which_was_first():
+    pair = Pair(3, "p", "a", "b")
+    expected = {answer: ("a", "b") for answer in ("first", "tie", "both bad", "skip")}
+    expected["second"] = ("b", "a")
+    for answer, (chosen, rejected) in expected.items():
+        vote = vote_for(pair, answer)
+        assert vote == Vote(3, "p", chosen, rejected, answer) and vote.shown == pair
 
 
 def test_progress_goes_by_the_median_vote(tmp_path, monkeypatch):

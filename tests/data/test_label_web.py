@@ -420,7 +420,7 @@ def test_other_site_in_the_same_browser_cannot_vote(browser, labelling):
 
 
 @pytest.mark.slow
-def test_page_says_so_when_the_program_has_ended(browser, labelling):
+def test_page_in_a_browser_says_that_the_program_has_ended(browser, labelling):
     with browser.new_context() as context:
         with serving(labelling) as server:
             window = Window(context, server.address())
