@@ -73,7 +73,10 @@ SHAPES = [
 ]
 THUMBS = {"true": "up", "1": "up", "up": "up", "false": "down", "0": "down", "down": "down"}
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
-NAME_THEM = 'name them: --response, --chosen and --rejected, or --ranked "worst,middle,best"'
+NAME_THEM = (
+    "name them with the flags of prepare: --response, --chosen and --rejected, or --ranked "
+    '"worst,middle,best"'
+)
 
 
 class Row(NamedTuple):
@@ -86,11 +89,12 @@ class Row(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What a file was taken for, its rows, how many were dropped and why, and the names of the
-    columns that were used."""
+    """What a file was taken for, its rows, the number of each one's record from 0, how many were
+    dropped and why, and the names of the columns that were used."""
 
     about: str
     rows: list[Row]
+    numbers: list[int]
     dropped: Counter
     columns: list[str]
 
@@ -114,6 +118,23 @@ def read_file(path: Path, named: dict[str, str]) -> Source:
         raise InputError(f"{path} is no whole .gz file ({error}); fetch it again") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def read_prompts(path: Path) -> dict[str, int]:
+    """{each prompt of a file, as the CSV of a data set holds it: the number of its first record,
+    from 0}. Prints what the file was taken for.
+
+    Raises InputError as read_file does.
+    """
+    source = read_file(path, {})
+    print(f"{path}: {source.about}")
+    prompts = {}
+    for row, number in zip(source.rows, source.numbers):
+        prompts.setdefault(row.prompt, number)
+    for reason, count in source.dropped.items():
+        print(f"{reason}: {count:,} rows")
+    print(f"{len(prompts):,} different prompts")
+    return prompts
 
 
 # ---- a file -> records: [{column: cell}] ----
@@ -247,6 +268,7 @@ def to_rows(records: list[dict], named: dict[str, str], found: str) -> Source:
     if not records:
         raise ValueError("no rows")
     rows = []
+    numbers = []
     dropped = Counter()
     for number, record in enumerate(records, start=1):
         try:
@@ -255,6 +277,7 @@ def to_rows(records: list[dict], named: dict[str, str], found: str) -> Source:
             if number == 1:
                 shape, fields = find_shape(record, named)
             rows += convert(record, shape, fields)
+            numbers += [number - 1] * (len(rows) - len(numbers))
         except Dropped as reason:
             dropped[f"dropped, {reason}"] += 1
         except ValueError as error:
@@ -269,7 +292,7 @@ def to_rows(records: list[dict], named: dict[str, str], found: str) -> Source:
         about += f", not used: {', '.join(name or '(no name)' for name in unused)}"
     if unused and not shape.responses:
         about += f"; if these are responses, {NAME_THEM}"
-    return Source(about, rows, dropped, used)
+    return Source(about, rows, numbers, dropped, used)
 
 
 def plain_name(name: str) -> str:

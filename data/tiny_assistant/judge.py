@@ -179,6 +179,12 @@ def score_one(prompt: str, response: str) -> float:
     return max(MIN_SCORE, min(MAX_SCORE, total))
 
 
+def knows(prompt: str) -> bool:
+    """Whether the last question of a dialogue is about one of TOPICS. Advice on anything else
+    counts as a mistake, however good it is."""
+    return topic_of(prompt) is not None
+
+
 def score(prompts: list[str], responses: list[str]) -> list[float]:
     """Gold scores, one for each (prompt, response) pair."""
     if len(prompts) != len(responses):

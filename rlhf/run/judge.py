@@ -3,6 +3,8 @@
     score(prompts, responses)               one number per response; higher is better
     preference_probability(first, second)   optional: P(an annotator prefers the first), given two
                                             gold scores
+    knows(prompt)                           optional: whether it can score responses to a prompt,
+                                            for `rlhf.tools.sample`
 
 judge.py is code of the data set and runs as such.
 """

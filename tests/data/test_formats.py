@@ -8,7 +8,7 @@ import re
 import pandas
 import pytest
 
-from data.formats import Row, parse_dialogue, read_file
+from data.formats import Row, parse_dialogue, read_file, read_prompts
 from rlhf.run.errors import InputError
 from rlhf.run.messages import as_text, read_prompt
 from tests.helpers import real_data
@@ -472,3 +472,19 @@ def test_joined_and_cut_files_are_refused(tmp_path, name, text, message):
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         read_file(path, {})
+
+
+def test_read_prompts_has_each_prompt_once_with_its_first_row(tmp_path, capsys):
+    """Rows that are dropped count too: an error can name the row of the file."""
+    (tmp_path / "a.jsonl").write_text(
+        lines(
+            {"prompt": "Why?", "chosen": "So.", "rejected": "So."},
+            {"prompt": "Who?", "chosen": "Me.", "rejected": "You."},
+            {"prompt": "Who?", "chosen": "You.", "rejected": "He."},
+            {"prompt": ASK, "chosen": "So.", "rejected": "No."},
+        )
+    )
+    assert read_prompts(tmp_path / "a.jsonl") == {"Who?": 1, CELL: 3}
+    printed = capsys.readouterr().out
+    assert "4 rows, preference pairs" in printed and "2 different prompts" in printed
+    assert "dropped, the same response on both sides: 1 rows" in printed

@@ -16,13 +16,14 @@ from torch import nn
 import train_ppo
 import train_reward
 import train_sft
-from data import label
+from data import label, responses
+from rlhf import evaluate
 from rlhf.data import Prompt, batch_indices
 from rlhf.evaluate import Response
 from rlhf.networks import hf, hf_tokenizer
 from rlhf.networks.hf_reward import score_texts
 from rlhf.rollout import decode_responses
-from rlhf.run.errors import InputError
+from rlhf.run.errors import InputError, printable
 from rlhf.run.files import write_csv
 from rlhf.run.flags import parse_cli
 from rlhf.run.loading import load_policy, load_reward_model, tokenizer_of
@@ -636,6 +637,52 @@ def test_the_sample_tool_gives_a_dialogue_to_the_template(chat, monkeypatch, cap
     checkpoint = torch.load(chat.out / "ppo.pt", weights_only=True)
     tokenizer = tokenizer_of(chat.out / "ppo.pt", checkpoint, "")
     assert given[1].tokens == tokenizer.prompt_ids(dialogue)
+
+
+def test_system_flag_of_the_sample_tool_replaces_the_checkpoints_message(
+    chat, tmp_path, monkeypatch
+):
+    """The tokens are those of the template. A prompt with a system message of its own keeps it.
+    The file has the prompts without the flag's message."""
+    read = []
+    real = responses.respond
+
+    def respond(policy, prompts, *args):
+        read.extend(prompts)
+        return real(policy, prompts, *args)
+
+    monkeypatch.setattr(responses, "respond", respond)
+    given = [[user("Hi!")], [SYSTEM, user("Hi!")]]
+    lines = [json.dumps({"prompt": messages}) for messages in given]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    words = ["--device", "cpu", "--checkpoint", str(chat.out / "sft.pt"), "--data", str(chat.data)]
+    words += ["--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    words += ["--system", "A tent!", "--max-new-tokens", "5"]
+    sample.main(parse_cli(sample.SampleConfig, words))
+    expected = [[{"role": "system", "content": "A tent!"}, user("Hi!")], given[1]]
+    assert [prompt.given for prompt in read] == expected
+    kept = torch.load(chat.out / "sft.pt", weights_only=True)["model_config"]["kept"]
+    for prompt, messages in zip(read, expected):
+        ids = chat.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        assert [kept[i] for i in prompt.tokens] == ids
+    written = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in written] == given
+    assert ["score" in json.loads(line) for line in written] == [True, True]
+
+
+def test_streamed_response_of_a_model_of_transformers_is_what_is_sampled(chat, capsys):
+    words = ["--device", "cpu", "--checkpoint", str(chat.out / "sft.pt"), "--data", str(chat.data)]
+    cfg = parse_cli(sample.SampleConfig, [*words, "--max-new-tokens", "20"])
+    [policy] = sample.load_policies(cfg)
+    prompt = policy.encode("Hi!", cfg)
+    for seed in range(3):
+        frozen = policy.frozen
+        [expected] = evaluate.respond(frozen.reference, [prompt], frozen, None, seed)
+        assert sample.print_response(policy, prompt, seed) == expected.text
+        shown = capsys.readouterr().out.removeprefix(f"{policy.path}: ")
+        assert shown.startswith(printable(expected.text)) and expected.length > 3
 
 
 def test_label_shows_text_and_keeps_messages(chat, monkeypatch, capsys):

@@ -1314,7 +1314,7 @@ def test_programs_run_on_the_result(run, data, tmp_path, capsys):
                 "Hello?",
                 "--max-new-tokens",
                 "5",
-                "--samples",
+                "--n",
                 "2",
             ],
         )

@@ -58,7 +58,7 @@ def test_three_stages_run_from_the_wheel_in_an_empty_folder(wheel, tmp_path):
         assert done.stdout.splitlines()[-1] == f"next: {following[name]}"
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert [len(rows(tmp_path / f"runs/{name}.csv")) for name in FLAGS] == [2, 2, 2]
-    done = rlhf(wheel, tmp_path, "sample", "--device", "cpu", "--prompt", "Hello.")
+    done = rlhf(wheel, tmp_path, "sample", "--device", "cpu", "--prompt", "It is about my money.")
     assert done.returncode == 0 and "gold" in done.stdout, done.stderr
 
 
