@@ -1,6 +1,7 @@
 """Several policies that were trained from the same files, compared with one J*.
 
-    python -m docs.experiments.compare --policies A/ppo.pt B/ppo.pt C/dpo.pt
+    python -m docs.experiments.compare --policies A/ppo.pt B/ppo.pt C/dpo.pt \\
+        --sft runs/sft.pt --reward runs/reward.pt
 
 J* is estimated from the samples of all of them (rlhf/tools/optimality.py). Each folder gets its own
 tables. Name a good policy first: the optimum is measured as a difference to it, and the error is

@@ -1,7 +1,7 @@
 """How close did PPO come to the best policy there is? Adds the rows best_of_n and optimum to
 evaluation.csv.
 
-    python -m rlhf.tools.optimality     # reads runs/sft.pt, reward.pt and ppo.pt
+    python -m rlhf.tools.optimality     # reads runs/ppo.pt, and sft.pt and reward.pt beside it
 
 The objective J = score - kl_coef * kl_ref has a best policy in closed form. What it reaches is
 estimated by importance sampling from the reference and PPO's policy (rlhf/methods/optimum.py).
@@ -98,15 +98,16 @@ def main(cfg: OptimalityConfig) -> None:
 def compare_with_optimum(runs: list[Run], cfg: OptimalityConfig) -> None:
     """Write the tables of each run. All runs have one objective and one reference; the optimum is
     estimated from the samples of all of them."""
-    _, checkpoint, _, frozen, judge, prompts = runs[0]
-    seed = checkpoint["config"]["seed"]
-    kl_coef = checkpoint["kl_coef"]
+    first = runs[0]
+    seed = first.checkpoint["config"]["seed"]
+    kl_coef = first.checkpoint["kl_coef"]
+    models = (first.frozen, first.judge)
     evaluations = []
     for run in runs:
         kind = run.checkpoint["kind"]
-        evaluations.append(evaluate.compare(run.gpt, prompts, frozen, judge, kl_coef, seed, kind))
-    policies = [frozen.reference, *[run.gpt for run in runs]]
-    samples = sample_all(policies, frozen, judge, prompts[: cfg.prompts], cfg.samples, seed)
+        evaluations.append(evaluate.compare(run.gpt, first.prompts, *models, kl_coef, seed, kind))
+    policies = [first.frozen.reference, *[run.gpt for run in runs]]
+    samples = sample_all(policies, *models, first.prompts[: cfg.prompts], cfg.samples, seed)
     for run, estimate in zip(runs, estimate_optimum(evaluations, samples, kl_coef)):
         path = run.path.with_name("evaluation.csv")
         write_csv(path, estimate.rows)
