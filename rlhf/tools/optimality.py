@@ -212,26 +212,35 @@ def sample_all(
     """
     repeated = [prompt for prompt in prompts for _ in range(count)]
     responses = []
-    log_ratios = []
+    parts = []
     for number, policy in enumerate(policies, start=1):
+        other = policies[1] if number == 1 else policies[0]
+        frozen = frozen._replace(reference=other)  # its logprobs come with the rollout
         for batch, rollout in evaluate.rollouts(policy, repeated, frozen, seed + number):
             responses += evaluate.describe(batch, rollout, frozen.tokenizer, judge)
-            log_ratios.append(log_ratios_of(policies, rollout, frozen.amp))  # (M, B)
+            known = {policy: rollout.logprobs, other: rollout.ref_logprobs}
+            parts.append(logprobs_under(policies, known, rollout, frozen.amp))  # (M, B)
     shape = (len(policies), len(prompts), count)  # (M, Q, n)
     scores = column(responses, "score").view(shape)
     golds = column(responses, "gold").view(shape)
-    return Samples(scores, golds, torch.cat(log_ratios, dim=1).view(-1, *shape))
+    logprobs = torch.cat(parts, dim=1).double().cpu().view(-1, *shape)  # (M, M, Q, n)
+    return Samples(scores, golds, logprobs - logprobs[0])
 
 
 @torch.no_grad()
-def log_ratios_of(policies: list[GPT], rollout: Rollout, amp: torch.dtype | None) -> Tensor:
-    """(M, B) log of each policy - log of the reference, of a rollout's responses."""
-    sums = [rollout.ref_logprobs.sum(dim=1)]
-    with autocast(rollout.tokens.device, amp):
-        for gpt in policies[1:]:
+def logprobs_under(
+    policies: list[GPT], known: dict[GPT, Tensor], rollout: Rollout, amp: torch.dtype | None
+) -> Tensor:
+    """(M, B) log-probabilities of a rollout's responses under each policy. known: of each action,
+    (B, T-1), by policy."""
+    sums = []
+    for gpt in policies:
+        if gpt in known:
+            sums.append(known[gpt].sum(dim=1))
+            continue
+        with autocast(rollout.tokens.device, amp):
             sums.append(response_logprobs(gpt, rollout.tokens, rollout.mask))
-    logprobs = torch.stack(sums).double().cpu()  # (M, B)
-    return logprobs - logprobs[0]
+    return torch.stack(sums)
 
 
 # ---- the report ----
