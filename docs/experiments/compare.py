@@ -1,6 +1,7 @@
 """Several policies that were trained from the same files, compared with one J*.
 
-    python -m docs.experiments.compare --policies A/ppo.pt B/ppo.pt C/dpo.pt
+    python -m docs.experiments.compare --policies A/ppo.pt B/ppo.pt C/dpo.pt \\
+        --sft runs/sft.pt --reward runs/reward.pt
 
 J* is estimated from the samples of all of them (rlhf/tools/optimality.py). Each folder gets its own
 tables. Name a good policy first: the optimum is measured as a difference to it, and the error is
@@ -62,15 +63,22 @@ def load_runs(cfg: CompareConfig) -> list[Run]:
 
 def objective_settings(run: Run) -> dict:
     """What the optimum and its estimate depend on."""
-    settings = {"kl_coef": run.kl_coef, "temperature": run.policy.gpt.temperature}
-    settings |= {"list of held-out prompts": run.prompts}
-    settings["weights of the rewards"] = run.frozen.weights
-    settings["files of sft and rewards"] = {
-        name: digest for name, digest in run.inputs.items() if name.startswith(("sft", "reward"))
+    inputs = {}
+    for name, digest in run.checkpoint["inputs"].items():
+        if name.startswith(("sft", "reward")):
+            inputs[name] = digest
+    frozen = run.frozen
+    return {
+        "kl_coef": run.checkpoint["kl_coef"],
+        "temperature": run.gpt.temperature,
+        "list of held-out prompts": run.prompts,
+        "weights of the rewards": frozen.weights,
+        "files of sft and rewards": inputs,
+        "seed": run.checkpoint["config"]["seed"],
+        "max_new_tokens": (frozen.shortest_limit, frozen.max_new_tokens),
+        "missing_eos_score": frozen.missing_eos_score,
+        "amp": frozen.amp,
     }
-    for name in ("seed", "max_new_tokens", "missing_eos_score", "amp"):
-        settings[name] = run.config[name]
-    return settings
 
 
 if __name__ == "__main__":

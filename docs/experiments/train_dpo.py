@@ -3,7 +3,8 @@ trains it.
 
     python -m docs.experiments.train_dpo     # reads runs/sft.pt and reward.pt; writes to runs/dpo:
                                        # dpo.pt, dpo.csv, dpo_samples.csv and evaluation.csv
-    python -m rlhf.tools.optimality --checkpoint runs/dpo/dpo.pt
+    python -m rlhf.tools.optimality --checkpoint runs/dpo/dpo.pt --sft runs/sft.pt \\
+        --reward runs/reward.pt
 
 The loss is the reward model's, -log sigmoid(r_chosen - r_rejected), with r = beta * log(pi /
 pi_ref). The docstring of dpo_loss in rlhf/methods/dpo.py says why, and what it does to the
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from rlhf import evaluate
 from rlhf.data import Comparison, Prompt, choose_batch, load_comparisons, load_prompts
-from rlhf.methods.dpo import dpo_loss, log_ratios, pair_accuracy, pair_logprobs
+from rlhf.methods.dpo import dpo_loss, pair_logprobs
 from rlhf.model import GPT, PolicyWithoutValue
 from rlhf.rollout import Frozen
 from rlhf.run import loading, program
@@ -161,6 +162,35 @@ def load_heldout_prompts(cfg: DPOConfig, frozen: Frozen) -> list[Prompt]:
 
 
 # ---- metrics ----
+
+
+def log_ratios(logprobs: Tensor) -> Tensor:
+    """log(pi / pi_ref) of the chosen and of the rejected responses: (4, N) of pair_logprobs -> (N,
+    2)."""
+    policy = logprobs[:2]  # (2, N)
+    reference = logprobs[2:]  # (2, N)
+    return (policy - reference).detach().T
+
+
+@torch.no_grad()
+def pair_accuracy(
+    rows: list[Comparison],
+    policy: GPT,
+    reference: GPT,
+    pad_id: int,
+    compute: Compute,
+    size: int = 64,
+) -> float:
+    """Share of comparisons in which log(pi / pi_ref) is higher for the chosen response.
+
+    size: of a micro-batch.
+    """
+    margins = [torch.empty(0)]
+    for part in micro_batches(rows, size, "held-out comparisons, micro-batch"):
+        logprobs = pair_logprobs(part, policy, reference, pad_id, compute)  # (4, N)
+        chosen, rejected = log_ratios(logprobs).unbind(dim=1)  # (N,), (N,)
+        margins.append((chosen - rejected).cpu())
+    return share_positive(gather(torch.cat(margins)))
 
 
 def step_metrics(loss: Tensor, ratios: list[Tensor], grad_norm: Tensor) -> dict[str, float | None]:

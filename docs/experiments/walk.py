@@ -24,6 +24,7 @@ from rlhf.ppo import Experience, make_experience
 from rlhf.rewards import kl_k1, shape_rewards
 from rlhf.rollout import Rollout, collect
 from rlhf.run import program
+from rlhf.run.checkpoints import load_weights
 from rlhf.run.device import make_generator
 from rlhf.run.errors import InputError, printable
 from rlhf.run.flags import arg
@@ -45,29 +46,48 @@ class WalkConfig(RunConfig):
 
 def main(cfg: WalkConfig) -> None:
     run = load_run(cfg)
-    if not isinstance(run.policy, PolicyWithValue):
-        raise InputError(
-            f"{cfg.checkpoint} has no value network to follow: give a ppo.pt of --advantage gae"
-        )
-    config = run.config
+    policy = with_values(run)
+    config = run.checkpoint["config"]
+    kl_coef = run.checkpoint["kl_coef"]
     tokenizer = run.frozen.tokenizer
     batch = choose_prompts(run.prompts, cfg.prompt)
-    device = next(run.policy.parameters()).device
+    device = next(policy.parameters()).device
     tokens, prompt_lens = pad_prompts(batch, tokenizer.pad_id, device)  # (B, P), (B,)
     generator = make_generator(device, cfg.seed, "walk")
-    rollout = collect(run.policy, run.frozen, tokens, prompt_lens, generator, batch)
+    rollout = collect(policy, run.frozen, tokens, prompt_lens, generator, batch)
 
-    print_response(describe(batch, rollout, tokenizer, run.judge)[0], run)
+    print_response(describe(batch, rollout, tokenizer, run.judge)[0], kl_coef, config)
     slots, texts = slots_and_tokens(rollout, 0, tokenizer)
-    experience, before = walk(rollout, 0, run.kl_coef, config["gamma"], config["lam"])
+    experience, before = walk(rollout, 0, kl_coef, config["gamma"], config["lam"])
     print_columns(slots, texts, before)
     print_sums(texts, before)
     print(
         f"\nafter one gradient step on all {BATCH} responses (AdamW, learning rate "
         f"{config['lr']:g}, clip range {config['clip_eps']:g}):\n"
     )
-    gradient_step(run.policy, experience, config)
-    print_columns(slots, texts, after_step(run.policy, experience, 0, config))
+    gradient_step(policy, experience, config)
+    print_columns(slots, texts, after_step(policy, experience, 0, config))
+
+
+def with_values(run: Run) -> PolicyWithValue:
+    """The policy with its value network, or with the value head on its own network.
+
+    A separate value network has the sizes of the reward model or, without one, of the policy.
+    Raises InputError if there is neither.
+    """
+    weights = run.checkpoint["model"]
+    if "value_head.weight" not in weights:  # another --advantage than gae, or DPO
+        raise InputError(
+            f"{run.path} has no value network to follow: give a ppo.pt of --advantage gae"
+        )
+    value_gpt = None
+    if any(name.startswith("value_gpt.") for name in weights):
+        reward_model = run.frozen.reward_model
+        config = reward_model.gpt.config if reward_model else run.gpt.config
+        value_gpt = type(run.gpt)(config)
+    policy = PolicyWithValue(run.gpt, value_gpt)
+    load_weights(run.path, policy, weights)
+    return policy.to(next(run.gpt.parameters()).device)
 
 
 def choose_prompts(prompts: list[Prompt], first: int) -> list[Prompt]:
@@ -173,14 +193,17 @@ def losses(
 # ---- printing ----
 
 
-def print_response(response: Response, run: Run) -> None:
-    """The prompt, what the policy says to it, and the settings that count."""
+def print_response(response: Response, kl_coef: float, config: dict) -> None:
+    """The prompt, what the policy says to it, and the settings that count.
+
+    config: of train_ppo.py.
+    """
     gold = "" if response.gold is None else f", gold {response.gold:+.1f}"
     print(f"prompt    {printable(' '.join(response.prompt.split()))}")
     print(f"response  {printable(response.text)}")
     print(
-        f"score {response.score:+.3f}{gold}; kl_coef {run.kl_coef:g}, "
-        f"gamma {run.config['gamma']:g}, lambda {run.config['lam']:g}\n"
+        f"score {response.score:+.3f}{gold}; kl_coef {kl_coef:g}, "
+        f"gamma {config['gamma']:g}, lambda {config['lam']:g}\n"
     )
 
 

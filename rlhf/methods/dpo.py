@@ -20,9 +20,6 @@ from rlhf.losses import bradley_terry_loss
 from rlhf.masked import action_slots, check_same_shape, token_logprobs
 from rlhf.model import GPT
 from rlhf.run.device import Compute
-from rlhf.run.judge import share_positive
-from rlhf.run.micro_batches import micro_batches
-from rlhf.run.processes import gather
 
 
 def dpo_loss(
@@ -93,32 +90,3 @@ def pair_logprobs(
         with torch.no_grad():
             ref_logprobs = response_logprobs(reference, tokens, mask)  # (2N,)
     return torch.cat([logprobs, ref_logprobs]).view(4, -1)
-
-
-def log_ratios(logprobs: Tensor) -> Tensor:
-    """log(pi / pi_ref) of the chosen and of the rejected responses: (4, N) of pair_logprobs -> (N,
-    2)."""
-    policy = logprobs[:2]  # (2, N)
-    reference = logprobs[2:]  # (2, N)
-    return (policy - reference).detach().T
-
-
-@torch.no_grad()
-def pair_accuracy(
-    rows: list[Comparison],
-    policy: GPT,
-    reference: GPT,
-    pad_id: int,
-    compute: Compute,
-    size: int = 64,
-) -> float:
-    """Share of comparisons in which log(pi / pi_ref) is higher for the chosen response.
-
-    size: of a micro-batch.
-    """
-    margins = [torch.empty(0)]
-    for part in micro_batches(rows, size, "held-out comparisons, micro-batch"):
-        logprobs = pair_logprobs(part, policy, reference, pad_id, compute)  # (4, N)
-        chosen, rejected = log_ratios(logprobs).unbind(dim=1)  # (N,), (N,)
-        margins.append((chosen - rejected).cpu())
-    return share_positive(gather(torch.cat(margins)))

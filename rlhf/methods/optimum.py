@@ -36,7 +36,7 @@ LARGEST_N = 1_000_000  # of best-of-n; its KL is 12.8 nats
 
 
 class Optimum(NamedTuple):
-    """The optimal policy's metrics for each prompt, in float64."""
+    """The optimal policy's metrics for each prompt."""
 
     objective: Tensor  # (Q,)
     score: Tensor  # (Q,)
@@ -45,7 +45,7 @@ class Optimum(NamedTuple):
     weights: Tensor  # (Q, N) of the samples; those of a prompt sum to 1
 
 
-def optimum(scores: Tensor, kl_coef: float, log_q: Tensor | None = None) -> Optimum:
+def optimum(scores: Tensor, kl_coef: float, log_q: Tensor) -> Optimum:
     """The optimal policy's metrics for each prompt, by importance sampling.
 
     The N samples of a prompt come from the reference and from other policies; q is the mixture of
@@ -65,10 +65,9 @@ def optimum(scores: Tensor, kl_coef: float, log_q: Tensor | None = None) -> Opti
     most of it. With beta = 0, the optimum is the best sample.
 
     Args: scores (Q, N), N samples for each of Q prompts; kl_coef: 0 or more; log_q (Q, N): log q -
-        log pi_ref of each sample (None: 0, all samples are the reference's).
+        log pi_ref of each sample, 0 if all are the reference's.
     """
-    scores = scores.double()
-    log_q = zeros_for_none(log_q, scores)
+    check_same_shape(scores=scores, log_q=log_q)
     log_weights = torch.log_softmax(log_tilt(scores, kl_coef) - log_q, dim=1)  # (Q, N)
     weights = log_weights.exp()
 
@@ -78,14 +77,6 @@ def optimum(scores: Tensor, kl_coef: float, log_q: Tensor | None = None) -> Opti
     objective = score - kl_coef * kl_ref  # (Q,)
     ess = 1 / (weights**2).sum(dim=1)  # (Q,)
     return Optimum(objective, score, kl_ref, ess, weights)
-
-
-def zeros_for_none(log_q: Tensor | None, scores: Tensor) -> Tensor:
-    """log_q (Q, N) in float64, 0 if it is None. It has the shape of the scores."""
-    if log_q is None:
-        log_q = torch.zeros_like(scores)
-    check_same_shape(scores=scores, log_q=log_q)
-    return log_q.double()
 
 
 def log_mixture(log_ratios: Tensor) -> Tensor:
@@ -114,7 +105,7 @@ def log_tilt(scores: Tensor, kl_coef: float) -> Tensor:
 # ---- best-of-n ----
 
 
-def best_of_n(scores: Tensor, values: Tensor, n: int, log_q: Tensor | None = None) -> Tensor:
+def best_of_n(scores: Tensor, values: Tensor, n: int, log_q: Tensor) -> Tensor:
     """Expected value of the best by score of n samples of the reference.
 
     The N samples come from q, as in `optimum`, so that high scores are among them also if they are
@@ -129,19 +120,19 @@ def best_of_n(scores: Tensor, values: Tensor, n: int, log_q: Tensor | None = Non
         v / (F(s) - F(s-)) * (F(s)^n - F(s-)^n)        F(s-): of the scores below s
 
     Args: scores, values (Q, N): values may be the scores themselves, or another judge's scores of
-        the same samples; n: 1 or more; log_q (Q, N): log q - log pi_ref of each sample (None: 0).
-    Returns: (Q,), in float64.
+        the same samples; n: 1 or more; log_q (Q, N): log q - log pi_ref of each sample, as in
+        `optimum`.
+    Returns: (Q,).
     """
-    log_q = zeros_for_none(log_q, scores)
-    check_same_shape(scores=scores, values=values)
-    scores, order = scores.double().sort(dim=1)  # (Q, N), lowest first
+    check_same_shape(scores=scores, values=values, log_q=log_q)
+    scores, order = scores.sort(dim=1)  # (Q, N), lowest first
     v = torch.softmax(-log_q, dim=1).gather(1, order)  # (Q, N)
     F = pad(v.cumsum(dim=1), (1, 0))  # (Q, N + 1): of the first 0, 1, ... N samples
     below = F.gather(1, torch.searchsorted(scores, scores))  # (Q, N): F(s-)
     up_to = F.gather(1, torch.searchsorted(scores, scores, right=True))  # (Q, N): F(s)
     share = torch.where(up_to > below, v / (up_to - below), 0.0)  # (Q, N); v may round to 0
     p = share * (up_to**n - below**n)  # (Q, N), sums to 1
-    return (values.double().gather(1, order) * p).sum(dim=1)
+    return (values.gather(1, order) * p).sum(dim=1)
 
 
 def best_of_n_kl(n: float) -> float:
@@ -162,12 +153,16 @@ def matching_n(kl: float) -> int:
 
 # ---- metrics of policies, from the same samples ----
 
+METRICS = ("score", "gold", "kl_ref")  # the rows of (3, Q); the gold of no judge is NaN
+KL_REF = 2  # its number
+
 
 class Samples(NamedTuple):
-    """n responses of each of M policies to each of Q prompts. The first policy is the reference."""
+    """n responses of each of M policies to each of Q prompts, in float64. The first policy is the
+    reference."""
 
     scores: Tensor  # (M, Q, n)
-    golds: Tensor  # (M, Q, n), NaN without a judge
+    golds: Tensor  # (M, Q, n)
     log_ratios: Tensor  # (M, M, Q, n): log of each policy - log of the reference, of all responses
 
     def half(self, which: int) -> "Samples":
@@ -180,80 +175,80 @@ class Samples(NamedTuple):
         return [x.transpose(0, 1).flatten(1) for x in columns]
 
 
-METRICS = ("score", "gold", "kl_ref", "objective")
-KL_REF, OBJECTIVE = 2, 3  # their numbers
-
-
-def stack_metrics(score: Tensor, gold: Tensor, kl_ref: Tensor, kl_coef: float) -> Tensor:
-    """What a policy reaches on each of Q prompts: (Q,) each -> (4, Q), in the order of METRICS."""
-    return torch.stack([score, gold, kl_ref, score - kl_coef * kl_ref])
-
-
-def policy_metrics(samples: Samples, kl_coef: float, number: int) -> Tensor:
-    """(4, Q) of policy `number`, from its own samples."""
+def policy_metrics(samples: Samples, number: int) -> Tensor:
+    """(3, Q) of policy `number`, from its own samples."""
     own = (samples.scores[number], samples.golds[number], samples.log_ratios[number, number])
-    return stack_metrics(*[x.mean(dim=1) for x in own], kl_coef)
+    return torch.stack(own).mean(dim=2)
 
 
-def best_of_n_metrics(samples: Samples, kl_coef: float, n: int) -> Tensor:
-    """(4, Q) of best-of-n, from all samples. Its KL is the same for every prompt."""
+def best_of_n_metrics(samples: Samples, n: int) -> Tensor:
+    """(3, Q) of best-of-n, from all samples. Its KL is the same for every prompt."""
     scores, golds, log_q = samples.pooled()  # (Q, N) each
     score = best_of_n(scores, scores, n, log_q)  # (Q,)
-    kl_ref = torch.full_like(score, best_of_n_kl(n))
-    return stack_metrics(score, best_of_n(scores, golds, n, log_q), kl_ref, kl_coef)
+    gold = best_of_n(scores, golds, n, log_q)  # (Q,)
+    return torch.stack([score, gold, torch.full_like(score, best_of_n_kl(n))])
 
 
 def optimal_metrics(samples: Samples, kl_coef: float) -> Tensor:
-    """(4, Q) of the optimum, from all samples."""
+    """(3, Q) of the optimum, from all samples."""
     scores, golds, log_q = samples.pooled()  # (Q, N) each
     best = optimum(scores, kl_coef, log_q)
     gold = (best.weights * golds).sum(dim=1)  # (Q,)
-    return stack_metrics(best.score, gold, best.kl_ref, kl_coef)
+    return torch.stack([best.score, gold, best.kl_ref])
 
 
-def jackknife(estimator: Callable[..., Tensor], samples: Samples, *args) -> Tensor:
+def jackknife(estimator: Callable[..., Tensor], samples: Samples, setting: float) -> Tensor:
     """2 * (the estimate from all samples) - (the mean of those from each half).
 
     Half of the samples have about twice the bias of all of them, if that is proportional to 1/N, so
-    the difference cancels it (Quenouille 1949). All metrics are treated alike, so objective =
-    score - kl_coef * kl_ref still holds.
+    the difference cancels it (Quenouille 1949).
 
-    Args: estimator: one of the functions above; args: of it, after the samples.
+    Args: estimator: one of the functions above; setting: its second argument.
     """
-    halves = [estimator(samples.half(which), *args) for which in (0, 1)]
-    return 2 * estimator(samples, *args) - sum(halves) / 2
+    halves = [estimator(samples.half(which), setting) for which in (0, 1)]
+    return 2 * estimator(samples, setting) - sum(halves) / 2
 
 
-# ---- optimality and its standard error ----
+# ---- metrics of policies, on all prompts ----
 
 
-class Evaluation(NamedTuple):
-    """A policy on all P held-out prompts: what evaluate.compare returns."""
-
-    rows: list[dict]  # of evaluation.csv: sft, and the policy
-    before: list[Response]  # of the reference, one to each prompt
-    after: list[Response]  # of the policy
-
-    def gain(self, kl_coef: float) -> Tensor:
-        """(P,) J - J_sft of the responses."""
-        gains = []
-        for after, before in zip(self.after, self.before):
-            gains.append(after.score - before.score - kl_coef * (after.kl_ref - before.kl_ref))
-        return torch.tensor(gains, dtype=torch.float64)
+def response_metrics(responses: list[Response]) -> Tensor:
+    """(3, P) of one response to each of P prompts."""
+    return torch.stack([column(responses, name) for name in METRICS])
 
 
-class Gain(NamedTuple):
-    """J - J_sft of a policy: the mean of a number per prompt over all P prompts, plus the mean of
-    another one over the first Q of them."""
-
-    all: Tensor  # (P,)
-    few: Tensor  # (Q,)
-
-    def mean(self) -> float:
-        return (self.all.mean() + self.few.mean()).item()
+def column(responses: list[Response], name: str) -> Tensor:
+    """A field of the responses as (n,), in float64. NaN for the gold of no judge."""
+    values = [getattr(response, name) for response in responses]
+    numbers = [math.nan if value is None else value for value in values]
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
-def optimality(gain: Gain, best: Gain) -> dict[str, float | None]:
+def extend(metrics: Tensor, more: Tensor) -> Tensor:
+    """The metrics on all P prompts of a policy that was measured on the first Q: another policy's,
+    plus the mean difference to it.
+
+    The first Q prompts also get their deviation from this mean, which changes no mean. It is
+    scaled so that the standard error of a mean over P holds that of the mean over Q:
+
+        std(x) / sqrt(Q) = std(scaled and padded with 0) / sqrt(P)
+
+    Args: metrics (3, P): of the other policy; more (3, Q): the differences. Returns: (3, P).
+    """
+    P = metrics.size(1)
+    Q = more.size(1)
+    mean = more.mean(dim=1, keepdim=True)  # (3, 1)
+    scale = math.sqrt(P * (P - 1) / (Q * max(1, Q - 1)))
+    return metrics + mean + pad((more - mean) * scale, (0, P - Q))
+
+
+def objective(metrics: Tensor, kl_coef: float) -> Tensor:
+    """J = score - kl_coef * kl_ref: (3, P) -> (P,)."""
+    score, _, kl_ref = metrics
+    return score - kl_coef * kl_ref
+
+
+def optimality(gain: Tensor, best: Tensor, sampled: int) -> dict[str, float | None]:
     """gain / best, the share of the best policy's gain, and its standard error.
 
     To first order, errors e of the gain and E of the best policy's change the ratio R by (e - R E)
@@ -262,33 +257,19 @@ def optimality(gain: Gain, best: Gain) -> dict[str, float | None]:
     to them, and what two policies have in common on a prompt cancels. It does not contain the bias
     of J*.
 
+    Args: gain, best: J - J_sft for each prompt, (P,); sampled: the number of prompts, Q, that the
+        best policy was measured on.
     Returns: the columns of evaluation.csv. Both are None if the best policy gains nothing, and the
         error also if Q is 1.
     """
     ratio = error = None
-    whole = best.mean()
+    whole = best.mean().item()
     if whole > 0:
-        ratio = gain.mean() / whole
-        few = share_of_mean(gain.few - ratio * best.few)  # (Q,)
-        errors = share_of_mean(gain.all - ratio * best.all)  # (P,)
-        errors[: len(few)] += few
-        error = errors.norm().item() / whole
-    if len(best.few) == 1:
-        error = None
+        ratio = gain.mean().item() / whole
+        errors = gain - ratio * best  # (P,)
+        if sampled > 1:
+            error = errors.std().item() / math.sqrt(len(errors)) / whole
     return {"optimality": ratio, "optimality_se": error}
-
-
-def share_of_mean(x: Tensor) -> Tensor:
-    """What each number adds to the error of the mean: (n,) -> (n,). The root of the sum of squares
-    is the standard error, std(x) / sqrt(n)."""
-    return (x - x.mean()) / math.sqrt(len(x) * max(1, len(x) - 1))
-
-
-def column(responses: list[Response], name: str) -> Tensor:
-    """A field of the responses as (n,), in float64. NaN for the gold of no judge."""
-    values = [getattr(response, name) for response in responses]
-    numbers = [math.nan if value is None else value for value in values]
-    return torch.tensor(numbers, dtype=torch.float64)
 
 
 # ---- rows of the tables ----
@@ -305,59 +286,58 @@ class Estimate:
 
 
 def estimate_optimum(
-    evaluations: list[Evaluation], samples: Samples, kl_coef: float
+    evaluations: list[tuple[list[dict], list[Response], list[Response]]],
+    samples: Samples,
+    kl_coef: float,
 ) -> list[Estimate]:
     """Each policy beside best-of-n with its KL, and beside the optimum, which is the same for all.
 
     best_of_n and optimum come from fewer prompts than the other rows, and prompts differ more than
-    policies do. So all of their metrics are paired with the first policy's, see row_beside. They
-    are those of the `jackknife`. Every row gets its
+    policies do. So their metrics, which are those of the `jackknife`, are paired with the first
+    policy's: see `extend`. Every row gets its
 
         optimality = (J - J_sft) / (J* - J_sft),    J = score - kl_coef * kl_ref
 
-    0 for the reference, 1 for the best policy that this objective has, and its standard error.
+    0 for the reference, 1 for the best policy that this objective has, and its standard error
+    (None from a single prompt).
 
-    Args: evaluations: of the K policies, a good one first; samples: of the reference and of these
-        policies, on the first Q of the P prompts.
+    Args: evaluations: of the K policies, a good one first, as evaluate.compare returns them;
+        samples: of the reference and of these policies, on the first Q of the P prompts.
     """
-    first = evaluations[0]
+    _, before, after = evaluations[0]
+    reference = response_metrics(before)  # (3, P)
+    first = response_metrics(after)  # (3, P)
+    paired = policy_metrics(samples, 1)  # (3, Q)
     scores, _, log_q = samples.pooled()
     plain = optimum(scores, kl_coef, log_q)
-    best = jackknife(optimal_metrics, samples, kl_coef)  # (4, Q)
-    paired = policy_metrics(samples, kl_coef, 1)  # (4, Q)
-    best_row = row_beside("optimum", best - paired, first.rows[1])
-    best_gain = Gain(first.gain(kl_coef), (best - paired)[OBJECTIVE])
-    raised = (best[OBJECTIVE] - plain.objective).mean().item()
-    no_gain = Gain(*[torch.zeros_like(x) for x in best_gain])
+    corrected = jackknife(optimal_metrics, samples, kl_coef)  # (3, Q)
+    raised = (objective(corrected, kl_coef) - plain.objective).mean().item()
+    best = extend(first, corrected - paired)  # (3, P)
+    best_gain = objective(best - reference, kl_coef)  # (P,)
 
     estimates = []
-    for number, evaluation in enumerate(evaluations, start=1):
-        sft_row, policy_row = evaluation.rows
-        policy = policy_metrics(samples, kl_coef, number)  # (4, Q)
-        n = matching_n(policy[KL_REF].mean().item())
-        more = jackknife(best_of_n_metrics, samples, kl_coef, n) - paired  # (4, Q)
-        gains = [
-            (sft_row, no_gain),
-            (policy_row, no_gain._replace(all=evaluation.gain(kl_coef))),
-            (row_beside("best_of_n", more, first.rows[1]), best_gain._replace(few=more[OBJECTIVE])),
-            (best_row, best_gain),
+    for number, (rows, _, after) in enumerate(evaluations, start=1):
+        n = matching_n(policy_metrics(samples, number)[KL_REF].mean().item())
+        best_of = extend(first, jackknife(best_of_n_metrics, samples, n) - paired)  # (3, P)
+        empty = {**dict.fromkeys(rows[1]), "prompts": paired.size(1)}
+        table = [
+            (rows[0], reference),
+            (rows[1], response_metrics(after)),
+            (empty | {"policy": "best_of_n"} | means(best_of, kl_coef), best_of),
+            (empty | {"policy": "optimum"} | means(best, kl_coef), best),
         ]
-        rows = [{**row, **optimality(gain, best_gain)} for row, gain in gains]
-        estimates.append(Estimate(rows, n, plain.ess, raised))
+        complete = []
+        for row, metrics in table:
+            gain = objective(metrics - reference, kl_coef)  # (P,)
+            complete.append(row | optimality(gain, best_gain, paired.size(1)))
+        estimates.append(Estimate(complete, n, plain.ess, raised))
     return estimates
 
 
-def row_beside(name: str, more: Tensor, row: dict) -> dict:
-    """A row of evaluation.csv for best_of_n or the optimum: each metric is
-
-        the paired policy's mean over all prompts + mean over the Q prompts of the difference
-
-    Args: more (4, Q): metrics minus those of the paired policy; row: of that policy. Columns
-        that are no METRICS stay empty, as does the gold of no judge.
-    """
-    new = dict.fromkeys(row)
-    new |= {"policy": name, "prompts": more.size(1)}
-    for metric, difference in zip(METRICS, more.mean(dim=1).tolist()):
-        if row[metric] is not None:
-            new[metric] = row[metric] + difference
-    return new
+def means(metrics: Tensor, kl_coef: float) -> dict[str, float | None]:
+    """The columns of evaluation.csv that follow from (3, P). The gold of no judge is None."""
+    mean = metrics.mean(dim=1)  # (3,)
+    score, gold, kl_ref = mean.tolist()
+    gold = None if math.isnan(gold) else gold
+    columns = {"score": score, "gold": gold, "kl_ref": kl_ref}
+    return columns | {"objective": objective(mean, kl_coef).item()}

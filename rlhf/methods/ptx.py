@@ -8,9 +8,9 @@ A model that was never pretrained has its demonstrations. The coefficient has an
 both losses are means over tokens, and PPO's advantages are whitened.
 """
 
-from torch import Tensor, nn
+from torch import nn
 
-from rlhf.data import Demonstration, choose_batch, demonstration_batch, load_demonstrations
+from rlhf.data import choose_batch, demonstration_batch, load_demonstrations
 from rlhf.losses import sft_loss
 from rlhf.masked import action_slots
 from rlhf.run.device import Compute
@@ -37,14 +37,10 @@ class PretrainingMix:
         gradient_steps = cfg.inner_epochs * (cfg.batch_size // cfg.minibatch_size)
         number = step * gradient_steps + gradient_step
         rows = choose_batch(self.rows, cfg.minibatch_size, number, cfg.seed)
-        response_tokens = sum(len(row.tokens) - row.prompt_len for row in rows)
+        response_tokens = sum(row.size - row.prompt_len for row in rows)
         for part in micro_batches(rows, cfg.micro_batch_size, "demonstrations"):
-            loss, count = self.loss_and_count(gpt, part)
-            scaler.scale(cfg.ptx_coef * loss * (count / response_tokens)).backward()
-
-    def loss_and_count(self, gpt: nn.Module, part: list[Demonstration]) -> tuple[Tensor, Tensor]:
-        """sft_loss of a micro-batch, and the number of its response tokens."""
-        tokens, mask = demonstration_batch(part, self.pad_id, self.compute.device)
-        with self.compute.autocast():
-            logits = gpt.logits(action_slots(gpt.hidden(tokens), mask))  # (S, V)
-            return sft_loss(logits, tokens, mask), mask.sum()
+            tokens, mask = demonstration_batch(part, self.pad_id, self.compute.device)
+            with self.compute.autocast():
+                logits = gpt.logits(action_slots(gpt.hidden(tokens), mask))  # (S, V)
+                loss = sft_loss(logits, tokens, mask) * (mask.sum() / response_tokens)
+            scaler.scale(cfg.ptx_coef * loss).backward()

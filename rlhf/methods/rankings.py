@@ -11,7 +11,6 @@ once rather than once per pair (Ouyang et al. 2022, section 3.5).
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from rlhf.data import pad_rows
@@ -43,34 +42,35 @@ def load_rankings(
     first come.
 
     A response that comes again in its ranking counts once, where it stands first: against itself it
-    can teach nothing. A ranking without a pair (a single response, or all tied) is dropped. Both
-    counts are printed.
+    can teach nothing. A ranking without a pair (a single response, or all tied) is dropped. The
+    number of rows that are left out is printed.
     """
     [(path, frame)] = read_rows(folder, "rankings", heldout=False, share=share)
     check_rows(path, "Rank", [rank_fault(rank) for rank in frame["Rank"]], index=frame.index)
     tokens = []
     for row in frame.itertuples():
         tokens.append(tokenizer.prompt_ids(row.Prompt) + tokenizer.response_ids(row.Response))
-    lengths = [len(ids) for ids in tokens]
+    lengths = list(map(len, tokens))
     check_lengths(path, frame.index, lengths, limit, "the prompt with its response")
 
     keys = [name for name in ("PromptCell", "Group") if name in frame]
-    different = frame.assign(tokens=tokens).drop_duplicates([*keys, "Response"])
+    frame = frame.assign(tokens=tokens, Rank=frame["Rank"].astype(int))
+    different = frame.drop_duplicates([*keys, "Response"])
     rankings = []
     for _, rows in different.groupby(keys, sort=False):
-        rankings.append(Ranking(rows["tokens"].tolist(), rows["Rank"].astype(int).tolist()))
-    kept = [ranking for ranking in rankings if len(set(ranking.ranks)) > 1]
-    if len(different) < len(frame):
-        repeated = len(frame) - len(different)
-        print(f"{path}: {repeated} responses left out, which come twice in their ranking")
-    if len(kept) < len(rankings):
-        dropped = f"{len(rankings) - len(kept)} of {len(rankings)} rankings dropped"
-        print(f"{path}: {dropped}, they have no two ranks")
-    if not kept:
+        if rows["Rank"].nunique() > 1:
+            rankings.append(Ranking(rows["tokens"].tolist(), rows["Rank"].tolist()))
+    if not rankings:
         raise InputError(
             f"{path}: no ranking has two responses of different rank; there is nothing to learn"
         )
-    return kept
+    left_out = len(frame) - sum(len(ranking.ranks) for ranking in rankings)
+    if left_out:
+        print(
+            f"{path}: {left_out} of {len(frame)} rows left out: responses that come again in their "
+            f"ranking, and rankings without two ranks"
+        )
+    return rankings
 
 
 def rank_fault(rank: str) -> str:
@@ -83,23 +83,15 @@ def rank_fault(rank: str) -> str:
 # ---- the loss ----
 
 
-def ranking_batch(rows: list[Ranking], pad_id: int, device) -> tuple[Tensor, Tensor, Tensor]:
-    """-> tokens (R, T) and lengths (R,) of all responses of all rows; ranks (N, K), -1 where a row
-    has fewer than K."""
-    responses = []
-    for row in rows:
-        responses += row.responses
-    tokens, lengths = pad_rows(responses, pad_id, device)  # (R, T), (R,)
-    K = max(len(row.ranks) for row in rows)
-    padded = [row.ranks + [-1] * (K - len(row.ranks)) for row in rows]
-    return tokens, lengths, torch.tensor(padded, device=device)
-
-
 def score_rankings(
     model: RewardModel, rows: list[Ranking], pad_id: int, compute: Compute
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of a batch of rankings; the margins of all pairs, better minus worse; the scores."""
-    tokens, lengths, ranks = ranking_batch(rows, pad_id, compute.device)  # (R, T), (R,), (N, K)
+    """The loss of a batch of rankings; the margins of all pairs, better minus worse; the scores of
+    all R responses."""
+    responses = [tokens for row in rows for tokens in row.responses]
+    tokens, lengths = pad_rows(responses, pad_id, compute.device)  # (R, T), (R,)
+    # A ranking of fewer than K responses ends with -1.
+    ranks, _ = pad_rows([row.ranks for row in rows], -1, compute.device)  # (N, K)
     with compute.autocast():
         flat = model(tokens, lengths)  # (R,)
     scores = flat.new_zeros(ranks.shape).masked_scatter(ranks >= 0, flat)  # (N, K)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rlhf.run.errors import did_you_mean, fail, printable
 from rlhf.run.files import csv_path, data_folder
-from rlhf.run.flags import flag_name
+from rlhf.run.flags import TrainConfig, flag_name
 
 PROGRAMS = {
     "sft": "train_sft",
@@ -54,7 +54,8 @@ def next_command(cfg, name: str) -> str:
     """The command of a program that goes on from the run of this config.
 
     A stage gets the run's flags about data and folders, and those that `prepare` has chosen for it;
-    a tool gets the checkpoint. A model in 4 bits without adapters can only be sampled.
+    a tool gets the checkpoint, and --sft and --reward if these files lie elsewhere. A model in 4
+    bits without adapters can only be sampled.
     """
     if getattr(cfg, "load_in_4bit", False) and not cfg.lora_rank:
         name = "sample"
@@ -64,11 +65,10 @@ def next_command(cfg, name: str) -> str:
     shared = ["data", "heldout", "out", "sft"]
     if "." in PROGRAMS[name]:
         words = ["--checkpoint", str(cfg.checkpoint(cfg.kind))]
-        shared = ["data", "reward"]
-    if name == "sample":
-        shared.append("reward_weights")
+        shared = ["data", "reward", "reward_weights" if name == "sample" else "sft"]
     for flag, value in vars(cfg).items():
-        if flag in shared and value != getattr(type(cfg), flag):  # the default
+        # An empty --sft or --reward means the file beside the checkpoint.
+        if flag in shared and value and value != getattr(TrainConfig, flag, None):
             words += [flag_name(flag), *map(str, value if isinstance(value, tuple) else [value])]
     words += prepared_flags(cfg.data, name)
     return printable(f"{command(name)} {shlex.join(words)}".rstrip())

@@ -3,18 +3,18 @@ that."""
 
 import math
 import re
+import shutil
 
 import pytest
 import torch
 
-from docs.experiments import train_dpo, walk
+from docs.experiments import compare, train_dpo, walk
 from docs.experiments.train_dpo import DPOConfig
-from rlhf.methods import dpo
 from rlhf.run.errors import InputError
 from rlhf.run.flags import parse_cli
 from rlhf.run.loading import find_tokenizer, load_policy, load_reward_model
 from rlhf.tools import export, optimality, sample
-from tests.helpers import ROOT, rows, stopped_by_its_first_checkpoint
+from tests.helpers import ROOT, rows, script, stopped_by_its_first_checkpoint
 
 FLAGS = (
     "--device cpu --steps 6 --batch-size 8 --eval-every 3 --log-every 1 --max-new-tokens 8 "
@@ -82,7 +82,7 @@ def test_train_dpo_learns_from_comparisons_against_a_frozen_reference(
     tokenizer = find_tokenizer(str(data))
     batches = []
     seen = []
-    pair_logprobs = dpo.pair_logprobs
+    pair_logprobs = train_dpo.pair_logprobs
 
     def is_sft(gpt):
         pairs = zip(gpt.state_dict().values(), sft.state_dict().values())
@@ -96,7 +96,6 @@ def test_train_dpo_learns_from_comparisons_against_a_frozen_reference(
         return pair_logprobs(part, policy, reference, *rest)
 
     monkeypatch.setattr(train_dpo, "pair_logprobs", spy)
-    monkeypatch.setattr(dpo, "pair_logprobs", spy)
     run(trained, tmp_path, "--steps", 3)
     known = {}
     for name in ("comparisons", "comparisons_heldout"):
@@ -169,7 +168,9 @@ def test_tools_read_dpo_pt(finished, trained, tmp_path, capsys):
     """optimality keeps the rows sft and dpo and adds two; walk has nothing to show; train_reward.py
     starts from sft.pt only."""
     path, before = str(finished / "dpo.pt"), rows(finished / "evaluation.csv")
-    flags = ["--checkpoint", path, "--data", str(trained[0])]
+    models = trained[1]
+    flags = ["--checkpoint", path, "--data", str(trained[0]), "--sft", str(models / "sft.pt")]
+    flags += ["--reward", str(models / "reward.pt")]
     optimality.main(
         parse_cli(optimality.OptimalityConfig, [*flags, "--prompts", "3", "--samples", "8"])
     )
@@ -190,6 +191,20 @@ def test_tools_read_dpo_pt(finished, trained, tmp_path, capsys):
         InputError, match="was written by `python -m docs.experiments.train_dpo`; a checkpoint of"
     ):
         load_policy(finished / "dpo.pt", "sft")
+
+
+def test_dpo_and_ppo_have_one_optimum(finished, trained, tmp_path):
+    """docs/alternatives.md compares them; the length limit of DPO is one number, that of PPO may be
+    two."""
+    data, models, _ = trained
+    shutil.copytree(finished, tmp_path / "dpo")
+    files = ["--sft", models / "sft.pt", "--reward", models / "reward.pt"]
+    script("ppo", "--data", data, *files, "--out", tmp_path / "ppo", "--steps", 1, "--kl-target", 0)
+    policies = [tmp_path / "ppo" / "ppo.pt", tmp_path / "dpo" / "dpo.pt"]
+    flags = ["--policies", *policies, *files, "--data", data, "--prompts", 3, "--samples", 8]
+    compare.main(parse_cli(compare.CompareConfig, list(map(str, flags))))
+    ppo, dpo = [rows(path.with_name("evaluation.csv")) for path in policies]
+    assert ppo[3] == dpo[3] and (ppo[1]["policy"], dpo[1]["policy"]) == ("ppo", "dpo")
 
 
 @pytest.mark.parametrize("flags", [["--kl-coef", "0"], ["--beta", "-1"], ["--log-every", "0"]])

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from docs.experiments.train_dpo import pair_accuracy
 from rlhf.data import Comparison, Prompt
-from rlhf.methods.dpo import dpo_loss, pair_accuracy, pair_logprobs
+from rlhf.methods.dpo import dpo_loss, pair_logprobs
 from rlhf.model import GPT
 from rlhf.run.device import setup
 from tests.core.test_exact import World

@@ -9,17 +9,17 @@ import torch
 from rlhf.evaluate import Response, summarise
 from rlhf.methods.optimum import (
     LARGEST_N,
-    Evaluation,
-    Gain,
     Samples,
     best_of_n,
     best_of_n_kl,
     best_of_n_metrics,
     column,
     estimate_optimum,
+    extend,
     jackknife,
     log_mixture,
     matching_n,
+    objective,
     optimal_metrics,
     optimality,
     optimum,
@@ -44,7 +44,8 @@ def test_optimum_matches_hand_computation():
     ln(2/3) = ln 2 - 1/2 ln 3, and score - 2 KL = 2 ln 3 - 2 ln 2. ess = 1 / (1/4 + 3/36) = 3.
 
     The second prompt has the score 5 four times. There is nothing to gain: J* = 5, KL 0, ess 4."""
-    got = optimum(f64([2 * LN3, 0, 0, 0], [5, 5, 5, 5]), kl_coef=2.0)
+    scores = f64([2 * LN3, 0, 0, 0], [5, 5, 5, 5])
+    got = optimum(scores, 2.0, 0 * scores)
     expected = {
         "objective": [2 * LN3 - 2 * LN2, 5],
         "score": [LN3, 5],
@@ -58,7 +59,7 @@ def test_optimum_matches_hand_computation():
 def test_optimum_without_kl_penalty_is_the_best_samples():
     """With kl_coef 0 and scores 1, 4, 4, 2 they are the two fours: score 4, KL = log(4 / 2), ess 2.
     The KL costs nothing, so J* = 4."""
-    got = optimum(f64([1, 4, 4, 2]), kl_coef=0.0)
+    got = optimum(f64([1, 4, 4, 2]), 0.0, f64([0, 0, 0, 0]))
     assert got.weights.tolist() == [[0, 0.5, 0.5, 0]]
     expected = {"objective": 4, "score": 4, "kl_ref": LN2, "ess": 2}
     assert numbers(got) == pytest.approx(expected)
@@ -69,7 +70,7 @@ def test_optimum_is_above_every_other_reweighting():
     optimum."""
     torch.manual_seed(0)
     scores = torch.randn(1, 6, dtype=torch.float64)
-    best = optimum(scores, 0.7).objective.item()
+    best = optimum(scores, 0.7, 0 * scores).objective.item()
     for _ in range(200):
         w = torch.softmax(3 * torch.randn(6, dtype=torch.float64), dim=0)
         assert (w * scores[0]).sum() - 0.7 * (w * (6 * w).log()).sum() < best
@@ -235,7 +236,7 @@ def test_sampled_optimum_converges_to_the_exact_one(exact):
 def test_estimate_of_the_optimum_is_low_by_its_formula(exact):
     """By about kl_coef * (1/ess - 1/N) / 2 on average, from 200 samples of the reference."""
     for z, (scores, _) in zip(exact[3], draw(exact, 4_000, 200, 0)):
-        got = optimum(scores, KL_COEF)
+        got = optimum(scores, KL_COEF, 0 * scores)
         low = KL_COEF * z.log() - got.objective.mean()
         formula = KL_COEF * (1 / got.ess - 1 / 200) / 2
         assert low.item() == pytest.approx(formula.mean().item(), rel=0.25)
@@ -250,8 +251,8 @@ def test_best_of_n_matches_hand_computation():
     is the mean. With a large n it is the maximum."""
     scores, values = f64([1, 3, 2]), f64([20, 10, 30])
     for n, score, value in ((1, 2, 20), (2, 22 / 9, 160 / 9), (LARGEST_N, 3, 10)):
-        assert best_of_n(scores, scores, n).item() == pytest.approx(score, rel=1e-12)
-        assert best_of_n(scores, values, n).item() == pytest.approx(value, rel=1e-12)
+        assert best_of_n(scores, scores, n, 0 * scores).item() == pytest.approx(score, rel=1e-12)
+        assert best_of_n(scores, values, n, 0 * scores).item() == pytest.approx(value, rel=1e-12)
 
 
 def test_best_of_n_of_a_mixture_matches_hand_computation():
@@ -313,7 +314,7 @@ def test_best_of_n_from_both_policies_is_nearer_than_from_the_reference(exact):
         got = best_of_n(scores, scores, 30, mixture(log_ratio, "r", "p"))
         assert got.mean().item() == pytest.approx(truth, abs=0.015)
         scores, _ = from_reference[at]
-        other = best_of_n(scores, scores, 30)
+        other = best_of_n(scores, scores, 30, 0 * scores)
         print(
             f"{truth:.3f}: {got.mean():.3f} {got.std():.3f}, {other.mean():.3f} {other.std():.3f}"
         )
@@ -345,7 +346,7 @@ def test_optimum_and_best_of_n_reject_other_shapes():
     with pytest.raises(ValueError, match="shapes must be equal"):
         optimum(torch.zeros(3, 4), 0.1, torch.zeros(3, 1))
     with pytest.raises(ValueError, match="shapes must be equal"):
-        best_of_n(torch.zeros(3, 4), torch.zeros(3, 1), 2)
+        best_of_n(torch.zeros(3, 4), torch.zeros(3, 1), 2, torch.zeros(3, 4))
     with pytest.raises(ValueError, match="shapes must be equal"):
         best_of_n(torch.zeros(3, 4), torch.zeros(3, 4), 2, torch.zeros(4))
 
@@ -376,8 +377,8 @@ HAND_OPTIMUM = {
     "score": LN2 + 1.25 * LN3,
     "gold": 1.625,
     "kl_ref": (LN2 + 1.25 * LN3 - (4 * math.log(1.5) - LN2)) / 2,
-    "objective": 4 * math.log(1.5) - LN2,
 }
+HAND_J = 4 * math.log(1.5) - LN2
 
 
 def test_metrics_and_jackknife_match_hand_computation():
@@ -395,25 +396,25 @@ def test_metrics_and_jackknife_match_hand_computation():
     is the same."""
     J = 2 * math.log(1.5)
     whole = optimal_metrics(HAND, 2.0)
-    torch.testing.assert_close(whole, f64(LN6, 1, (LN6 - J) / 2, J).view(4, 1))
+    torch.testing.assert_close(whole, f64(LN6, 1, (LN6 - J) / 2).view(3, 1))
+    assert objective(whole, 2.0).item() == pytest.approx(J)
     got = jackknife(optimal_metrics, HAND, 2.0)
-    torch.testing.assert_close(got, f64(*HAND_OPTIMUM.values()).view(4, 1))
-    ppo = f64(LN3 / 2 + 2 * LN2, 0.5, LN3, 2 * LN2 - 1.5 * LN3).view(4, 1)
-    torch.testing.assert_close(policy_metrics(HAND, 2.0, 1), ppo)
-    torch.testing.assert_close(jackknife(policy_metrics, HAND, 2.0, 1), ppo)
-    reference = f64(LN3 / 2, -0.5, 0, LN3 / 2).view(4, 1)
-    torch.testing.assert_close(policy_metrics(HAND, 2.0, 0), reference)
+    torch.testing.assert_close(got, f64(*HAND_OPTIMUM.values()).view(3, 1))
+    assert objective(got, 2.0).item() == pytest.approx(HAND_J)
+    ppo = f64(LN3 / 2 + 2 * LN2, 0.5, LN3).view(3, 1)
+    torch.testing.assert_close(policy_metrics(HAND, 1), ppo)
+    torch.testing.assert_close(jackknife(policy_metrics, HAND, 1), ppo)
+    torch.testing.assert_close(policy_metrics(HAND, 0), f64(LN3 / 2, -0.5, 0).view(3, 1))
 
 
 def test_best_of_n_metrics_match_hand_computation():
     """HAND, n = 2: v is 1 four times and 1/2 four times, of 6. The scores are 0 (three of v = 1), 2
     ln 2 (three of 1/2), 2 ln 3 (v = 1) and 2 ln 6 (1/2): F = 1/2, 3/4, 11/12, 1. F^2 = 36, 81, 121,
     144 of 144, so their probabilities are 36, 45, 40, 23 of 144. Their gold is -2, 0, 4, 2."""
-    got = best_of_n_metrics(HAND, 2.0, 2)
+    got = best_of_n_metrics(HAND, 2)
     score = (45 * 2 * LN2 + 40 * 2 * LN3 + 23 * 2 * LN6) / 144
     gold = (-2 * 36 + 4 * 40 + 2 * 23) / 144
-    kl = LN2 - 0.5
-    torch.testing.assert_close(got, f64(score, gold, kl, score - 2 * kl).view(4, 1))
+    torch.testing.assert_close(got, f64(score, gold, LN2 - 0.5).view(3, 1))
 
 
 def test_column_of_no_judge_is_nan():
@@ -423,15 +424,36 @@ def test_column_of_no_judge_is_nan():
 # ---- optimality and its standard error ----
 
 
+def test_extend_matches_hand_computation():
+    """Four prompts, of which the first two have differences of 1 and 3 in score: 2 on average, so
+    every prompt gets 2. The deviations -1 and 1 are scaled by sqrt(4 * 3 / (2 * 1)): the standard
+    error of the two, sqrt(2) / sqrt(2), is that of -sqrt(6), sqrt(6), 0 and 0, which is sqrt(12 /
+    3) / sqrt(4). A single difference has no deviation."""
+    metrics = f64([10, 20, 30, 40], [0, 0, 0, 0], [1, 1, 1, 1])
+    got = extend(metrics, f64([1, 3], [5, 5], [0, 0]))
+    deviation = 6**0.5
+    score = [12 - deviation, 22 + deviation, 32, 42]
+    torch.testing.assert_close(got, f64(score, [5, 5, 5, 5], [1, 1, 1, 1]))
+    got = extend(metrics, f64([7], [0], [0]))
+    torch.testing.assert_close(got, metrics + f64([7], [0], [0]))
+
+
+def best_beside(gain, lacking):
+    """The best policy's gains if `lacking` are those that the policy lacks on the first prompts."""
+    nothing = 0 * lacking
+    metrics = torch.stack([gain, 0 * gain, 0 * gain])
+    return extend(metrics, torch.stack([lacking, nothing, nothing]))[0]
+
+
 def test_optimality_matches_hand_computation():
     """Two prompts. The policy gains 1 and 3, 2 on average, and lacks 3/2 and 1/2, so R = 2/3. The
     numbers per prompt are (1 - R) gain - R lacking = 1/3 - 1 and 1 - 1/3: half of their difference
     is 2/3, and the best policy gains 3.
 
     If it lacks 1/2 and 3/2, they are 0 and 0: the prompts differ, and the ratio does not."""
-    gain = Gain(f64(1, 3), f64(0, 0))
+    gain = f64(1, 3)
     for lacking, error in ((f64(1.5, 0.5), 2 / 9), (f64(0.5, 1.5), 0)):
-        got = optimality(gain, gain._replace(few=lacking))
+        got = optimality(gain, gain + lacking, 2)
         assert got == pytest.approx({"optimality": 2 / 3, "optimality_se": error}, abs=1e-12)
 
 
@@ -439,19 +461,18 @@ def test_optimality_of_more_prompts_matches_hand_computation():
     """Four prompts with the gains 0, 4, 2, 2, of which the policy lacks 3/2 and 1/2 on the first
     two: R = 2/3. The first prompt adds 1/3 * -2 / sqrt(4 * 3) - 2/3 * 1/2 / sqrt(2 * 1) to the
     error, the second the opposite, the others nothing. The best policy gains 3."""
-    gain = Gain(f64(0, 4, 2, 2), f64(0, 0))
-    got = optimality(gain, gain._replace(few=f64(1.5, 0.5)))
+    gain = f64(0, 4, 2, 2)
+    got = optimality(gain, best_beside(gain, f64(1.5, 0.5)), 2)
     error = (2 / 3 / 12**0.5 + 1 / 3 / 2**0.5) * 2**0.5 / 3
     assert got == pytest.approx({"optimality": 2 / 3, "optimality_se": error})
 
 
 def test_optimality_of_one_prompt_has_no_error_and_without_gain_there_is_none():
-    gain = Gain(torch.tensor([1.0, 3.0]), torch.zeros(1))
-    best = gain._replace(few=torch.ones(1))
-    assert optimality(gain, best) == {"optimality": pytest.approx(2 / 3), "optimality_se": None}
+    gain = f64(1, 3)
+    got = optimality(gain, best_beside(gain, f64(1)), 1)
+    assert got == {"optimality": pytest.approx(2 / 3), "optimality_se": None}
     for lacking in (-2.0, -5.0):
-        best = Gain(torch.tensor([1.0, 3.0]), torch.tensor([lacking, lacking]))
-        assert optimality(gain, best) == {"optimality": None, "optimality_se": None}
+        assert optimality(gain, gain + lacking, 2) == {"optimality": None, "optimality_se": None}
 
 
 # ---- the estimators in the exact world ----
@@ -492,7 +513,7 @@ class Drawn:
             of_both.append([one(*cells) for cells in zip(scores, kl_refs)])
         before, after = of_both
         rows = [summarise("sft", before, before, KL_COEF), summarise("ppo", after, before, KL_COEF)]
-        return Evaluation(rows, before, after)
+        return rows, before, after
 
 
 def test_jackknife_removes_most_of_the_bias(exact):
@@ -508,7 +529,7 @@ def test_jackknife_removes_most_of_the_bias(exact):
         "all": optimal_metrics(samples, KL_COEF),
         "jackknife": jackknife(optimal_metrics, samples, KL_COEF),
     }.items():
-        errors[name] = (got[3] - truth).view(3, -1)
+        errors[name] = (objective(got, KL_COEF) - truth).view(3, -1)
     error = errors["jackknife"].std(dim=1) / 10_000**0.5  # (3,)
     bias = errors["all"].mean(dim=1)
     print(bias, errors["jackknife"].mean(dim=1), error)

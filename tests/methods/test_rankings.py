@@ -46,7 +46,7 @@ def test_load_rankings_makes_one_ranking_per_prompt(tokenizer, tmp_path, capsys)
     assert got.ranks == [2147483647, 0, 2147483647]
     assert [tokenizer.decode(row[:-1]) for row in got.responses] == ["a one", "a two", "a three"]
     assert all(row[-1] == tokenizer.eos_id for row in got.responses)
-    assert "2 of 3 rankings dropped" in capsys.readouterr().out
+    assert "3 of 6 rows left out" in capsys.readouterr().out
 
 
 def test_load_rankings_keeps_first_of_equal_responses(tokenizer, tmp_path, capsys):
@@ -55,8 +55,7 @@ def test_load_rankings_keeps_first_of_equal_responses(tokenizer, tmp_path, capsy
     write(tmp_path, "a,one,1", "a,two,2", "a,one,3", "b,one,1", "b,one,2", "c,one,2", "c,two,1")
     first, second = load_rankings(str(tmp_path), tokenizer, 80)
     assert (first.ranks, second.ranks) == ([1, 2], [2, 1]) and len(first.responses) == 2
-    printed = capsys.readouterr().out
-    assert "2 responses left out" in printed and "1 of 3 rankings dropped" in printed
+    assert "3 of 7 rows left out" in capsys.readouterr().out
 
 
 def test_load_rankings_separates_groups_of_one_prompt(tokenizer, tmp_path):

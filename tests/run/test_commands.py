@@ -122,9 +122,27 @@ def test_command_of_a_stage_names_a_file_of_the_clone(started, name):
             "python -m rlhf.tools.sample --checkpoint x/ppo.pt --data d",
         ),
         (
-            DPOConfig(),
+            PPOConfig(out="x", sft="s.pt", reward=("a b.pt", "f.py:g"), reward_weights=(1, 0.2)),
             "optimality",
-            "python -m rlhf.tools.optimality --checkpoint runs/dpo/dpo.pt",
+            "python -m rlhf.tools.optimality --checkpoint x/ppo.pt --sft s.pt --reward 'a b.pt' "
+            "f.py:g",
+        ),
+        (
+            PPOConfig(out="x", sft="s.pt", reward=("r.pt", "f.py:g"), reward_weights=(1, 0.2)),
+            "sample",
+            "python -m rlhf.tools.sample --checkpoint x/ppo.pt --reward r.pt f.py:g "
+            "--reward-weights 1 0.2",
+        ),
+        (
+            DPOConfig(),  # its files do not lie beside it
+            "optimality",
+            "python -m rlhf.tools.optimality --checkpoint runs/dpo/dpo.pt --sft runs/sft.pt "
+            "--reward runs/reward.pt",
+        ),
+        (
+            DPOConfig(),
+            "sample",
+            "python -m rlhf.tools.sample --checkpoint runs/dpo/dpo.pt --reward runs/reward.pt",
         ),
     ],
 )

@@ -8,9 +8,7 @@ import torch
 import train_ppo
 from rlhf.run.errors import InputError
 from rlhf.run.flags import parse_cli
-from rlhf.run.loading import load_policy
 from rlhf.tools import optimality, sample
-from rlhf.tools.optimality import RunConfig, load_run
 from tests.helpers import CPU, rows, script, tiny
 
 FUNCTIONS = """
@@ -164,8 +162,8 @@ def test_optimality_and_sample_use_the_functions_that_the_user_names(
     reward = f"{rules}:letters"
     run(trained, tmp_path, reward, "--missing-eos-score", "none", "--kl-coef", 5)
     checkpoint = ["--checkpoint", tmp_path / "ppo.pt", "--device", "cpu", "--data", trained[0]]
-    small = ["--prompts", 2, "--samples", 4]
-    with pytest.raises(InputError, match="run only if you name them: give --reward .*letters"):
+    small = ["--prompts", 2, "--samples", 4, "--sft", trained[1] / "sft.pt"]
+    with pytest.raises(InputError, match="trained with --reward .*letters; give the same rewards"):
         tool(optimality, optimality.OptimalityConfig, *checkpoint, *small)
     tool(optimality, optimality.OptimalityConfig, *checkpoint, *small, "--reward", reward)
     assert [row["policy"] for row in rows(tmp_path / "evaluation.csv")][-1] == "optimum"
@@ -196,21 +194,11 @@ def test_optimality_samples_and_scores_as_the_run_did(trained, tmp_path, rules):
     script("ppo", *flags)
     before = rows(out / "evaluation.csv")
     assert before[0]["prompts"] == "10"  # --eval-prompts; of 40 prompts a tenth is four
-    run_flags = ["--checkpoint", out / "ppo.pt", "--device", "cpu", "--prompts", 2, "--samples", 4]
+    run_flags = ["--checkpoint", out / "ppo.pt", "--sft", trained[1] / "sft.pt", "--device", "cpu"]
+    run_flags += ["--prompts", 2, "--samples", 4]
     tool(optimality, optimality.OptimalityConfig, *run_flags, "--reward", *rewards)
     for old, new in zip(before, rows(out / "evaluation.csv")):
         for name in ("score", "kl_ref", "length", "prompts"):
             assert float(new[name]) == pytest.approx(float(old[name]), rel=1e-4, abs=1e-5)
-    with pytest.raises(InputError, match="name all of them, in this order"):
+    with pytest.raises(InputError, match="give the same rewards, in this order"):
         tool(optimality, optimality.OptimalityConfig, *run_flags, "--reward", *rewards[::-1])
-
-
-def test_value_network_of_a_run_without_reward_model_is_loaded_again(trained, tmp_path, rules):
-    reward = f"{rules}:letters"
-    run(trained, tmp_path, reward)
-    loaded = load_run(
-        RunConfig(str(tmp_path / "ppo.pt"), reward=(reward,), data=str(trained[0]), device="cpu")
-    )
-    assert loaded.frozen.reward_model is None and loaded.policy.value_gpt is not None
-    gpt, _ = load_policy(tmp_path / "ppo.pt", "ppo")
-    assert torch.equal(gpt.wte.weight, loaded.policy.gpt.wte.weight)

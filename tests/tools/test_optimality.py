@@ -17,10 +17,10 @@ from rlhf import evaluate
 from rlhf.data import Prompt
 from rlhf.evaluate import summarise
 from rlhf.methods.optimum import (
-    Evaluation,
     best_of_n_kl,
     estimate_optimum,
     jackknife,
+    objective,
     optimal_metrics,
     optimum,
     policy_metrics,
@@ -30,7 +30,6 @@ from rlhf.rollout import Frozen
 from rlhf.run import program
 from rlhf.run.checkpoints import load_checkpoint
 from rlhf.run.errors import InputError
-from rlhf.run.files import digests
 from rlhf.run.flags import parse_cli
 from rlhf.run.loading import load_policy
 from rlhf.tools.optimality import (
@@ -40,11 +39,10 @@ from rlhf.tools.optimality import (
     load_run,
     main,
     sample_all,
-    trained_file,
 )
 from tests.core.test_exact import EOS, LONGEST, MISSING_EOS, PROMPTS, World, responses
 from tests.helpers import TINY, Digits, end_earlier, noisy, rows
-from tests.methods.test_optimum import HAND, HAND_OPTIMUM, one, samples_of
+from tests.methods.test_optimum import HAND, HAND_J, HAND_OPTIMUM, one, samples_of
 
 LN2, LN3, LN6 = math.log(2), math.log(3), math.log(6)
 
@@ -52,14 +50,14 @@ LN2, LN3, LN6 = math.log(2), math.log(3), math.log(6)
 def evaluated(before, after, kl_coef):
     """The rows that train_ppo.py writes, and their responses."""
     table = [summarise("sft", before, before, kl_coef), summarise("ppo", after, before, kl_coef)]
-    return Evaluation(table, before, after)
+    return table, before, after
 
 
 def add_optimum(evaluation, samples, kl_coef):
     """What the program makes of an evaluation and samples: rows of evaluation.csv, and the
     report."""
     (estimate,) = estimate_optimum([evaluation], samples, kl_coef)
-    return estimate.rows, describe(estimate, "PPO", samples)
+    return estimate.rows, describe(estimate, "PPO")
 
 
 # ---- the optimum beside PPO ----
@@ -77,9 +75,10 @@ def test_add_optimum_matches_hand_computation():
     sft, ppo, best, optimal = table
     assert [row["policy"] for row in table] == ["sft", "ppo", "best_of_n", "optimum"]
     ppo_there = {"score": LN3 / 2 + 2 * LN2, "gold": 0.5, "kl_ref": LN3}
-    ppo_there["objective"] = 2 * LN2 - 1.5 * LN3
     for name, there in ppo_there.items():
         assert optimal[name] == pytest.approx(HAND_OPTIMUM[name] + ppo[name] - there)
+    J_there = 2 * LN2 - 1.5 * LN3
+    assert optimal["objective"] == pytest.approx(HAND_J + ppo["objective"] - J_there)
     assert best["kl_ref"] == pytest.approx(math.log(7) - 6 / 7 + 0.2 - LN3)
     for row in table:
         assert row["objective"] == pytest.approx(row["score"] - 2 * row["kl_ref"])
@@ -87,12 +86,9 @@ def test_add_optimum_matches_hand_computation():
         assert row["optimality"] == pytest.approx((row["objective"] - J_sft) / (J_best - J_sft))
         assert row["optimality_se"] is None  # of a single prompt
     assert (best["length"], best["prompts"], optimal["prompts"]) == (None, 1, 1)
-    raised = 4 * math.log(1.5) - LN2 - 2 * math.log(1.5)
     assert text.splitlines() == [
         "best_of_n: n = 7, whose KL is nearest to PPO's (up to 1,000,000)",
-        "optimum: 8 samples for each of 1 prompts, 4 of the reference and of each policy",
-        "    effective sample size 6.0 on average, below 10 for 1",
-        f"    J* is raised by {raised:.4f}, about the bias of so few samples (jackknife)",
+        "optimum: effective sample size 6.0 on average, below 10 for 1 of 1 prompts",
         "optimality of PPO: unknown",
         "optimality of best_of_n: unknown",
         "warning: too few samples to trust; more --samples, or a larger --kl-coef",
@@ -124,7 +120,6 @@ def test_add_optimum_standard_error_matches_hand_computation(second, lacking):
     assert [table[at]["optimality_se"] for at in (0, 3)] == pytest.approx([0, 0], abs=1e-12)
     low, high = R - 1.96 * error, R + 1.96 * error
     assert f"of PPO: {R:.3f} ± {error:.3f} (95 %: {low:.3f} to {high:.3f})\n" in text
-    assert "J* is raised by 0.0000, about" in text
 
 
 def test_best_of_n_beside_ppo_matches_hand_computation():
@@ -161,17 +156,15 @@ def test_all_policies_have_the_same_optimum():
     q = torch.tensor([1.0] * 4 + [5 / 3] * 4 + [7 / 3] * 4).double()
     plain = optimum(scores.view(1, 12), 0.5, q.log()[None])
     assert first.ess.item() == pytest.approx(plain.ess.item())
-    best = jackknife(optimal_metrics, samples, 0.5)  # (4, 1)
-    more = (best - policy_metrics(samples, 0.5, 1)).mean(dim=1).tolist()  # beside the first policy
+    best = jackknife(optimal_metrics, samples, 0.5)  # (3, 1)
+    more = objective(best - policy_metrics(samples, 1), 0.5)  # (1,), beside the first policy
     J_best = first.rows[3]["objective"]
-    assert J_best == pytest.approx(2.0 + more[3])
+    assert J_best == pytest.approx(2.0 + more.item())
     for estimate, J in zip((first, second), (2.0, 0.75)):
         assert estimate.rows[1]["objective"] == pytest.approx(J)
         assert estimate.rows[1]["optimality"] == pytest.approx(J / J_best)
     expected = [scores[2].mean(), scores[2].mean(), math.log(5)]
-    assert policy_metrics(samples, 0.5, 2)[:3, 0].tolist() == pytest.approx(
-        [float(x) for x in expected]
-    )
+    assert policy_metrics(samples, 2)[:, 0].tolist() == pytest.approx([float(x) for x in expected])
     assert (first.n, second.n) == (7, 13)  # ln 13 - 12/13 = 1.642 is nearest to ln 5 = 1.609
     moved = second.rows[2]["kl_ref"] - first.rows[2]["kl_ref"]  # both beside the first policy
     assert moved == pytest.approx(best_of_n_kl(13) - best_of_n_kl(7))
@@ -196,7 +189,8 @@ def test_add_optimum_warns_of_nothing_if_the_samples_are_enough():
     _, text = add_optimum(evaluation, samples_of(good, good, poor), 1e-5)
     # (40 + 40 + 1) / 3
     assert (
-        "effective sample size 27.0 on average, below 10 for 1\n" in text and "warning" not in text
+        "effective sample size 27.0 on average, below 10 for 1 of 3 prompts\n" in text
+        and "warning" not in text
     )
 
 
@@ -275,54 +269,8 @@ def test_samples_give_the_exact_optimum(world_samples):
     assert ((got.objective - best).abs() < 4 * error).all() and (error < 0.03).all()
     for number, logprobs in enumerate(exact):
         J = (logprobs.exp() * (scores - kl_coef * (logprobs - exact[0]))).sum(dim=1)
-        assert policy_metrics(samples, kl_coef, number)[3].tolist() == pytest.approx(
-            J.tolist(), abs=0.2
-        )
-
-
-# ---- trained_file ----
-
-
-@pytest.fixture
-def trained_with(tmp_path):
-    """A folder with ppo.pt and sft.pt, a copy of it elsewhere, and the part of the checkpoint that
-    names the file."""
-    folder, moved = tmp_path / "runs", tmp_path / "moved"
-    folder.mkdir()
-    (folder / "sft.pt").write_bytes(b"fine-tuned")
-    shutil.copytree(folder, moved)
-    checkpoint = {
-        "config": {"sft": "", "out": str(folder)},
-        "inputs": digests(sft=folder / "sft.pt"),
-    }
-    return SimpleNamespace(folder=folder, moved=moved, checkpoint=checkpoint)
-
-
-def test_trained_file_is_where_it_was(trained_with):
-    file = trained_with.folder / "sft.pt"
-    for moved in (True, False):
-        path = trained_with.moved / "ppo.pt"
-        assert trained_file(path, trained_with.checkpoint, "sft", file, moved) == file
-
-
-def test_trained_file_of_a_moved_folder_is_beside_the_checkpoint(trained_with):
-    file = trained_with.folder / "sft.pt"
-    file.unlink()
-    path = trained_with.moved / "ppo.pt"
-    assert trained_file(path, trained_with.checkpoint, "sft", file, True) == path.with_name(
-        "sft.pt"
-    )
-    assert trained_file(path, trained_with.checkpoint, "sft", file, False) == file
-
-
-def test_trained_file_rejects_another_file(trained_with):
-    path = trained_with.folder / "ppo.pt"
-    file = trained_with.folder / "sft.pt"
-    file.write_bytes(b"trained again")
-    with pytest.raises(
-        InputError, match="ppo.pt was made from another sft file than .*sft.pt; name the right one"
-    ):
-        trained_file(path, trained_with.checkpoint, "sft", file, False)
+        got = objective(policy_metrics(samples, number), kl_coef)
+        assert got.tolist() == pytest.approx(J.tolist(), abs=0.2)
 
 
 # ---- the program ----
@@ -434,40 +382,58 @@ def test_optimality_of_the_written_rows_follows_from_their_objectives(copied, ca
         assert row["prompts"] == 3
         assert row["objective"] == pytest.approx(row["score"] - kl_coef * row["kl_ref"], abs=1e-4)
     shown = capsys.readouterr().out
-    assert "best_of_n: n = " in shown and "16 samples for each of 3 prompts" in shown
+    assert "best_of_n: n = " in shown and "of 3 prompts\n" in shown
     assert f"wrote {copied / 'evaluation.csv'}\n" in shown
 
 
 def test_load_run_restores_the_models_of_the_run(copied):
-    """The policy has all weights of ppo.pt, its value network included. Policy and reference have
+    """The policy of ppo.pt, and the reference and reward model beside it. Policy and reference have
     the temperature of the run, and sampling has its settings."""
     loaded = load_run(run_config(copied))
+    tokens = torch.tensor([[1, 2, 3]])
+    for gpt, name in ((loaded.gpt, "ppo"), (loaded.frozen.reference, "sft")):
+        expected, _ = load_policy(copied / f"{name}.pt", name)
+        expected.temperature = 0.8
+        torch.testing.assert_close(gpt(tokens), expected(tokens))
     torch.testing.assert_close(
-        dict(loaded.policy.state_dict()),
-        load_checkpoint(copied / "ppo.pt", "ppo")["model"],
+        dict(loaded.frozen.reward_model.state_dict()),
+        load_checkpoint(copied / "reward.pt", "reward")["model"],
         atol=0,
         rtol=0,
     )
-    assert any(name.startswith("value_gpt.") for name in loaded.policy.state_dict())
-    assert loaded.policy.gpt.temperature == loaded.frozen.reference.temperature == 0.8
-    tokens = torch.tensor([[1, 2, 3]])
-    torch.testing.assert_close(
-        loaded.policy.gpt(tokens), load_policy(copied / "ppo.pt", "ppo")[0](tokens)
-    )
-    assert (loaded.frozen.max_new_tokens, loaded.frozen.missing_eos_score, len(loaded.prompts)) == (
-        8,
-        -3.0,
-        10,
-    )
+    assert (loaded.frozen.max_new_tokens, loaded.frozen.missing_eos_score) == (8, -3.0)
+    assert len(loaded.prompts) == 10
 
 
-def test_load_run_of_a_shared_value_head_has_no_value_network(trained, ended_run, tmp_path):
-    files = ["--sft", ended_run / "sft.pt", "--reward", ended_run / "reward.pt"]
-    more = ["--steps", 1, "--value-network", "shared"]
-    flags = [*files, "--out", tmp_path, *TINY["ppo"].split(), *more]
-    train_ppo_with("--data", trained[0], *flags)
-    loaded = load_run(run_config(tmp_path))
-    assert loaded.policy.value_gpt is None
+@pytest.mark.parametrize("name", ["sft", "reward"])
+def test_files_lie_beside_the_checkpoint_unless_flags_name_others(copied, tmp_path, name):
+    """The folder is a copy: its config names the original, where both files still are."""
+    (copied / f"{name}.pt").rename(tmp_path / "elsewhere.pt")
+    before = (copied / "evaluation.csv").read_bytes()
+    with pytest.raises(InputError, match=f"{name}.pt does not exist; give --{name} the file that"):
+        run(copied)
+    assert (copied / "evaluation.csv").read_bytes() == before
+    assert len(run(copied, f"--{name}", str(tmp_path / "elsewhere.pt"))) == 4
+
+
+@pytest.mark.parametrize("name", ["sft", "reward"])
+def test_files_beside_the_checkpoint_must_be_those_of_the_run(copied, name):
+    """Trained again since, they have other bytes. evaluation.csv stays as it was."""
+    before = (copied / "evaluation.csv").read_bytes()
+    checkpoint = torch.load(copied / f"{name}.pt", weights_only=True)
+    next(iter(checkpoint["model"].values())).add_(1)
+    torch.save(checkpoint, copied / f"{name}.pt")
+    with pytest.raises(InputError, match=f"ppo.pt was made from another {name} file than .*{name}"):
+        run(copied)
+    assert (copied / "evaluation.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("reward", ["rules", "a.pt b.pt"])
+def test_optimality_rejects_rewards_that_are_none(reward, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_cli(OptimalityConfig, ["--reward", *reward.split()])
+    assert stop.value.code == 2
+    assert f"--reward {reward}: give one reward model FILE.pt" in capsys.readouterr().err
 
 
 def test_optimality_without_the_judge_of_the_run_changes_nothing(copied):
@@ -482,20 +448,6 @@ def test_optimality_without_the_judge_of_the_run_changes_nothing(copied):
 def test_optimality_may_run_again_with_the_same_result(copied):
     for first, second in zip(run(copied), run(copied), strict=True):
         assert numbers(first) == pytest.approx(numbers(second), rel=1e-5, abs=1e-6, nan_ok=True)
-
-
-def test_optimality_rejects_another_reward_model(copied):
-    """A reward model that was changed after the run has other bytes. evaluation.csv stays as it
-    was."""
-    before = (copied / "evaluation.csv").read_bytes()
-    checkpoint = torch.load(copied / "reward.pt", weights_only=True)
-    checkpoint["model"]["head.bias"] += 1
-    torch.save(checkpoint, copied / "reward.pt")
-    with pytest.raises(
-        InputError, match="ppo.pt was made from another reward file than .*reward.pt"
-    ):
-        run(copied, "--reward", str(copied / "reward.pt"))
-    assert (copied / "evaluation.csv").read_bytes() == before
 
 
 # ---- several policies ----
@@ -521,11 +473,17 @@ def two(two_runs, tmp_path):
     return [shutil.copytree(folder, tmp_path / str(at)) for at, folder in enumerate(two_runs)]
 
 
-def several(folders, *flags):
+def files_of(folder):
+    """The flags that name what the run was trained from."""
+    config = load_checkpoint(folder / "ppo.pt", "ppo")["config"]
+    return ["--sft", config["sft"], "--reward", *config["reward"]]
+
+
+def several(folders):
     checkpoints = [str(folder / "ppo.pt") for folder in folders]
     data = load_checkpoint(folders[0] / "ppo.pt", "ppo")["config"]["data"]
-    flags = ["--policies", *checkpoints, "--data", data, "--device", "cpu", *PROGRAM, *flags]
-    compare.main(parse_cli(CompareConfig, flags))
+    flags = [*files_of(folders[0]), "--data", data, "--device", "cpu", *PROGRAM]
+    compare.main(parse_cli(CompareConfig, ["--policies", *checkpoints, *flags]))
 
 
 def test_several_policies_have_one_optimum(two, capsys):
@@ -545,7 +503,7 @@ def test_several_policies_have_one_optimum(two, capsys):
             (ppo["objective"] - J_sft) / (J_best - J_sft), abs=1e-4
         )
     shown = capsys.readouterr().out
-    assert shown.count("24 samples for each of 3 prompts, 8 of the reference and of each") == 2
+    assert shown.count("optimality of PPO: ") == 2
     assert all(f"wrote {folder / 'evaluation.csv'}" in shown for folder in two)
 
 
@@ -603,10 +561,10 @@ def test_optimality_keeps_the_table_of_another_policy(two):
     path.write_text(path.read_text().replace("\nppo,", "\ndpo,"))
     before = path.read_bytes()
     with pytest.raises(InputError, match="evaluation.csv is of another policy than .*ppo.pt"):
-        run(two[0])
+        run(two[0], *files_of(two[0]))
     assert path.read_bytes() == before
     path.unlink()
-    assert len(run(two[0])) == 4
+    assert len(run(two[0], *files_of(two[0]))) == 4
 
 
 def test_optimality_makes_no_folder_for_a_missing_checkpoint(tmp_path):
