@@ -55,6 +55,7 @@ RESULTS = {
 # Settings that may change on --resume: they change no training step, or name files whose contents
 # are compared.
 MAY_CHANGE = {
+    "config",
     "resume",
     "overwrite",
     "tensorboard",
@@ -174,12 +175,13 @@ class Training:
         self.progress.tokens += tokens
 
     def log(self, step: int, metrics: dict[str, float | None], show: Sequence[str]) -> None:
-        """Write a row of the CSV, and print a line with the metrics named in show.
+        """Write a row of the CSV and, if one is due, print a line with the metrics named in show.
 
         step: how many are done. A metric is None if it is not measured at this step.
         """
         row = self.progress.row(step, metrics)
-        self.progress.show(row, show)
+        if self.logs(step):
+            self.progress.show(row, show)
         self.rows.append(row)
         if self.csv not in self.old_results:
             append_csv(self.csv, self.rows)

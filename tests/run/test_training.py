@@ -100,6 +100,7 @@ def test_settings_are_written_beside_the_checkpoint_when_it_is_saved(run):
     assert not path.exists()
     config = load_checkpoint(saved(run, 7), "sft", unfinished=True)["config"]
     assert config.pop("resume") is config.pop("overwrite") is False
+    assert config.pop("config") == ""
     assert json.loads(path.read_text()) == config
 
 
@@ -363,6 +364,16 @@ def test_log_shows_only_the_metrics_of_show_and_writes_all(tmp_path, clock, caps
     ]
 
 
+def test_log_prints_the_lines_that_are_due_and_writes_every_row(tmp_path, capsys):
+    """With --log-every 3: the first step, every third one, and the last."""
+    run = small_run(tmp_path, steps=7, eval_every=7, log_every=3)
+    for number in range(1, 8):
+        run.log(number, {"loss": 0.5}, ("loss",))
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["step", "1/7", "3/7", "6/7", "7/7"]
+    assert [row["step"] for row in rows(tmp_path / "sft.csv")] == list("1234567")
+
+
 def test_log_after_resume_keeps_the_rows_of_the_checkpoint(tmp_path):
     """The checkpoint is of step 2, so the row of step 3 is written again, whatever the file holds
     by now."""
@@ -491,11 +502,7 @@ def test_evaluations_are_due_every_eval_every_steps_and_at_the_end(tmp_path):
 
 
 def test_lines_are_due_at_the_first_step_every_log_every_and_at_evaluations(tmp_path):
-    @dataclasses.dataclass(frozen=True)
-    class Logged(PPOConfig):
-        log_every: int = 3
-
-    run = small_run(tmp_path, cls=Logged, steps=10, eval_every=4)
+    run = small_run(tmp_path, steps=10, eval_every=4, log_every=3)
     assert [step for step in range(1, 11) if run.logs(step)] == [1, 3, 4, 6, 8, 9, 10]
 
 
