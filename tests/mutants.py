@@ -171,7 +171,7 @@ MUTANTS = [
     ("ppo", "value loss without its weight", "cfg.value_coef * v_loss", "v_loss"),
     ("ppo", "value loss left out", "pg_loss + cfg.value_coef * v_loss", "pg_loss"),
     ("ppo", "ratio not clipped", "mask, cfg.clip_eps", "mask, 1e9"),
-    ("ppo", "--value-clip-eps ignored", "mask, cfg.value_clip_eps or math.inf", "mask, math.inf"),
+    ("ppo", "--value-clip-eps ignored", "cfg.value_clip_eps or math.inf", "math.inf"),
     ("ppo", "kl_old the wrong way round", "kl_k3(minibatch.old_logprobs, new_logprobs)", "kl_k3(new_logprobs, minibatch.old_logprobs)"),
     ("ppo", "the same order in each inner epoch", '"update", step, epoch)', '"update", step)'),
     ("ppo", "the same order in each step", '"update", step, epoch)', '"update", epoch)'),
