@@ -22,6 +22,7 @@ from tests.helpers import rows
 from tests.run.small_run import (
     INPUTS,
     TOKENS,
+    InitConfig,
     PPOConfig,
     RewardConfig,
     saved,
@@ -143,7 +144,7 @@ def test_close_prints_the_warnings_and_then_what_comes_next(run, capsys, monkeyp
 def test_new_run_begins_at_step_0(tmp_path):
     run = small_run(tmp_path)
     assert run.state == {"step": 0, "metrics": []}
-    assert (run.step, run.rows, run.old_results) == (0, [], [])
+    assert (run.step, run.rows) == (0, [])
     assert not list(tmp_path.iterdir())
 
 
@@ -154,21 +155,6 @@ def test_new_run_refuses_to_replace_another(tmp_path, name):
     message = f"{name} is of another run; give --resume .*, --overwrite .* another --out"
     with pytest.raises(InputError, match=message):
         small_run(tmp_path)
-
-
-def test_overwrite_finds_what_goes_when_the_run_is_first_saved(tmp_path):
-    """Not the checkpoint, which is renamed over the old one."""
-    for name in ("ppo.pt", "ppo.csv", "evaluation.csv", "sft.csv"):
-        (tmp_path / name).write_text("old")
-    run = small_run(tmp_path, cls=PPOConfig, overwrite=True)
-    assert run.state == {"step": 0, "metrics": []}
-    assert run.old_results == [tmp_path / "ppo.csv", tmp_path / "evaluation.csv"]
-
-
-def test_overwrite_without_the_old_checkpoint_finds_what_it_left(tmp_path):
-    (tmp_path / "sft.csv").write_text("old")
-    run = small_run(tmp_path, overwrite=True)
-    assert run.old_results == [tmp_path / "sft.csv"]
 
 
 def test_overwrite_leaves_the_results_of_the_old_run_until_its_own_are_saved(tmp_path):
@@ -182,10 +168,8 @@ def test_overwrite_leaves_the_results_of_the_old_run_until_its_own_are_saved(tmp
     run.save(1)
     assert load_checkpoint(checkpoint, "reward", unfinished=True)["step"] == 1
     assert [row["loss"] for row in rows(csv)] == ["0.5"] and not evaluation.exists()
-    evaluation.write_text("of the new run")
     run.log(2, {"loss": 0.25}, ())
-    run.save(2)
-    assert [row["loss"] for row in rows(csv)] == ["0.5", "0.25"] and evaluation.exists()
+    assert [row["loss"] for row in rows(csv)] == ["0.5", "0.25"]
 
 
 def test_overwrite_writes_metrics_at_once_if_none_are_there(tmp_path):
@@ -195,6 +179,14 @@ def test_overwrite_writes_metrics_at_once_if_none_are_there(tmp_path):
     run.log(1, {"loss": 0.5}, ())
     assert [row["loss"] for row in rows(tmp_path / "reward.csv")] == ["0.5"]
     assert (tmp_path / "reward_evaluation.csv").read_text() == "old"
+
+
+def test_run_of_no_steps_removes_the_metrics_of_the_old_run(tmp_path):
+    """It has none of its own."""
+    (tmp_path / "sft.csv").write_text("old")
+    run = small_run(tmp_path, steps=0, init="gpt2", cls=InitConfig, overwrite=True)
+    run.save(0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sft.json", "sft.pt"]
 
 
 # ---- resume ----
