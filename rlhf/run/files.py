@@ -186,17 +186,21 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     """The tokens of a .tiktoken file with their ranks.
 
     tiktoken's own reader caches a copy under the path's name and would use it after the file has
-    changed. Raises InputError if the file is missing or garbled.
+    changed. Raises InputError if the file is missing or garbled. It quotes nothing of the file,
+    which may be any that a checkpoint names.
     """
     if not path.is_file():
-        raise InputError(f'{path}: no such tokenizer file; give a .tiktoken file, or "gpt2"')
+        raise InputError(
+            f'{path}: no such tokenizer file; give a .tiktoken file or "gpt2", or --data the '
+            f"folder that holds it"
+        )
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            fault = f"line {number}: expected `base64-token rank`, got {line[:60]!r}"
+            fault = f"line {number}: expected `base64-token rank`"
             raise InputError(f"{path}, {fault}") from None
     in_order = sorted(ranks.values()) == list(range(len(ranks)))
     single_bytes = [bytes([value]) for value in range(256)]

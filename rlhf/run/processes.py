@@ -83,19 +83,13 @@ def total_of(number: Tensor) -> float:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Sum the gradients over the processes, in place.
+    """Sum the gradients over the processes, in place, after the backward pass.
 
-    They are sent in one buffer, after the backward pass. (DistributedDataParallel sends parts of
-    them during the pass.)
+    (DistributedDataParallel sends them during the pass, several in a buffer.)
     """
-    if WORLD == 1:
-        return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    buffer = torch.cat([gradient.flatten() for gradient in gradients])
-    call_collective(dist.all_reduce, buffer)
-    sizes = [gradient.numel() for gradient in gradients]
-    for gradient, summed in zip(gradients, buffer.split(sizes)):
-        gradient.copy_(summed.view_as(gradient))
+    for parameter in model.parameters():
+        if WORLD > 1 and parameter.grad is not None:
+            call_collective(dist.all_reduce, parameter.grad)
 
 
 # ---- a program on several processes ----

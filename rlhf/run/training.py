@@ -20,10 +20,9 @@ from torch import nn
 from rlhf.run.checkpoints import (
     FORMAT,
     check_tokenizer,
+    fitting,
     load_checkpoint,
     load_optimizer,
-    load_trained,
-    trained_state,
 )
 from rlhf.run.commands import next_command
 from rlhf.run.device import Compute
@@ -125,10 +124,11 @@ class Training:
         checkpoint = load_checkpoint(path, self.cfg.kind, unfinished=True)
         check_tokenizer(path, checkpoint, self.tokenizer)
         self.check_settings(checkpoint)
-        load_trained(path, self.model, checkpoint["model"])
-        if "optimizer" in checkpoint:
-            load_optimizer(path, self.optimizer, checkpoint["optimizer"])
-            self.compute.scaler.load_state_dict(checkpoint["scaler"])
+        with fitting(path):
+            self.model.load_state_dict(checkpoint["model"])
+            if "optimizer" in checkpoint:
+                load_optimizer(self.optimizer, checkpoint["optimizer"])
+                self.compute.scaler.load_state_dict(checkpoint["scaler"])
         return checkpoint
 
     def check_settings(self, checkpoint: dict) -> None:
@@ -218,7 +218,7 @@ class Training:
         contents = {
             "format": FORMAT,
             "kind": self.cfg.kind,
-            "model": self.model.state_dict() if finished else trained_state(self.model),
+            "model": self.model.state_dict(),
             "model_config": dataclasses.asdict(network.config),
             "config": dataclasses.asdict(self.cfg),
             "step": step,
