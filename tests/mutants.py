@@ -325,7 +325,6 @@ MUTANTS = [
     ("user_code", "functions share their lists", "score(list(prompts), list(responses))", "score(prompts, responses)"),
     ("user_code", "scores may be NaN", " or not all(map(math.isfinite, scores))", ""),
     ("user_code", "too many scores are cut", "    scores = [float(value) for value in values]", "    scores = [float(value) for value in values][: len(responses)]"),
-    ("warnings", "fragments count as responses that end", '(row["score"] - (1 - ended) * missing_eos_score) / ended', 'row["score"]'),
     ("warnings", "advises to enlarge large scores", "multiply --reward-weights by {1 / score_std:.2g}", "multiply --reward-weights by {score_std:.2g}"),
     ("optimality", "weights are not the run's", "functions=functions, weights=rewards.weights)", "functions=functions, weights=(1.0,) * len(rewards.weights))"),
     ("optimality", "weights of the checkpoint forgotten", 'config.get("reward_weights", ())', "()"),

@@ -150,10 +150,9 @@ def parse_words(cls: type, words: list[str] | None, source: str = "") -> dict:
         word = unknown[0].partition("=")[0]
         flags = [flag_name(field.name) for field in dataclasses.fields(cls)]
         parser.error(f"unknown flag {word}{did_you_mean(word, flags)}")
-    given = vars(found)
-    for name, value in given.items():
-        if isinstance(value, list):
-            given[name] = tuple(value)
+    given = {}
+    for name, value in vars(found).items():
+        given[name] = tuple(value) if isinstance(value, list) else value
     return given
 
 

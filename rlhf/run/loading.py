@@ -197,7 +197,7 @@ def tokenizer_of(path: Path, checkpoint: dict, folder: str) -> Tokenizer:
 def find_tokenizer(folder: str, choice: str = "auto") -> Tokenizer:
     """The tokenizer of a data set. auto: the folder's tokenizer.tiktoken if it has one, else
     GPT-2's."""
-    check_folder(folder, for_rows=choice == "auto")
+    check_folder(folder)
     own = data_folder(folder) / "tokenizer.tiktoken"
     default = str(own) if own.is_file() else "gpt2"
     return load_tokenizer(default if choice == "auto" else choice)

@@ -42,9 +42,9 @@ def linear_schedule(step: int, steps: int, warmup: int) -> float:
     """Factor of the peak learning rate: linear warm-up over `warmup` steps, but at most two thirds
     of all, then linear decay towards 0."""
     warmup = min(warmup, 2 * steps // 3)
-    rise = (step + 1) / warmup if warmup else 1.0
-    fall = (steps - step) / (steps - warmup)
-    return min(rise, fall)
+    if step < warmup:
+        return (step + 1) / warmup
+    return (steps - step) / (steps - warmup)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:

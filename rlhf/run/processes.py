@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.run.errors import InputError
+from rlhf.run.flags import flag_name
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -137,8 +138,7 @@ def check_batch_sizes(cfg) -> None:
     for name in ("batch_size", "minibatch_size"):
         rows = getattr(cfg, name, WORLD)
         if rows < WORLD:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {rows}: each of the {WORLD} processes needs a row")
+            raise InputError(f"{flag_name(name)} {rows}: each of the {WORLD} processes needs a row")
 
 
 def end_with_the_others(*reason) -> None:

@@ -190,7 +190,7 @@ with replacing(cfg.checkpoint('sft')) as file:
     done = program(main, "--out", tmp_path, "--overwrite")
     check_interrupted(done, f"interrupted; --resume continues from {tmp_path}/sft.pt")
     assert (tmp_path / "sft.pt").read_text() == "old"
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*.unfinished"))
 
 
 def test_closed_pipe_ends_a_program_quietly(tmp_path):
