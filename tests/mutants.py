@@ -289,7 +289,7 @@ MUTANTS = [
     ("training", "a new run replaces an old one", "elif not self.cfg.overwrite:", "elif False:"),
     ("training", "metrics are not in the checkpoint", '"metrics": self.rows,', '"metrics": [],'),
     ("training", "results of another run survive a resume", "file.unlink(missing_ok=True)", "pass"),
-    ("checkpoints", "moments of any shape are loaded", "if found != expected or", "if"),
+    ("checkpoints", "moments of any shape are loaded", "if moment.shape != parameter.shape or", "if"),
     ("checks", "noise is divided by its deviation", "if margin < max(1e-4, 1e-5 * abs(mean)):", "if False:"),
     ("checks", "a base in bfloat16 has the tolerance of float32", "amp is not None or any(p.dtype == torch.bfloat16 for p in model.parameters())", "amp is not None"),
     ("checks", "losses may be NaN", "for x in numbers if x is not None]", "for x in ()]"),

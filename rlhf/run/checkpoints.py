@@ -27,8 +27,7 @@ def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
     Raises: InputError if it is missing, garbled, of another kind or unfinished.
     """
     programs = " or ".join(f"`{command(kind)}`" for kind in kinds)
-    other = ", or give --reward a function, FILE.py" if "reward" in kinds else ""
-    check_file(path, f"run {programs} first, with the same --out{other}")
+    check_file(path, f"run {programs} first, with the same --out")
     try:
         checkpoint = read_checkpoint(path)
     except Exception as error:  # a zip that is cut short, a pickle of something else, ...
@@ -106,15 +105,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load a state of AdamW, to resume.
 
     torch takes moments of any shape, and the next step would write beyond their memory. Raises
-    ValueError if a moment has another shape than its parameter.
+    ValueError, KeyError or RuntimeError if a moment is missing or has another shape than its
+    parameter, or if a step is not one number.
     """
     optimizer.load_state_dict(state)
     for parameter, moments in optimizer.state.items():
-        shape = parameter.shape
-        expected = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
-        found = {name: x.shape for name, x in moments.items()}
-        if found != expected or not all(x.is_contiguous() for x in moments.values()):
-            raise ValueError(f"the optimizer's state has other shapes: {found}")
+        moments["step"].item()
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = moments[name]
+            if moment.shape != parameter.shape or not moment.is_contiguous():
+                raise ValueError(f"{name} has another shape than its parameter")
 
 
 @contextlib.contextmanager

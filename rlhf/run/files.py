@@ -27,7 +27,7 @@ PREPARE = "`python -m rlhf.tools.prepare FILE --out DIR` makes a data set of it"
 
 
 def check_file(
-    path: Path, fix: str = "give --data a folder that holds it (docs/data.md), or the right name"
+    path: Path, fix: str = "give --data a folder that holds it, or the right name"
 ) -> Path:
     """The path. Raises InputError if there is no such file."""
     if not path.is_file():
@@ -37,15 +37,15 @@ def check_file(
 
 
 def check_folder(folder: str | Path) -> None:
-    """Raise InputError if the folder of a data set does not exist or is a file."""
+    """Raise InputError if the folder of a data set does not exist or holds no CSV file."""
     path = data_folder(folder)
     if path.is_file():
         raise InputError(
             f"--data {folder} is a file; give the folder that holds demonstrations.csv, "
             f"comparisons.csv and prompts.csv, or: {PREPARE}"
         )
-    if not path.is_dir():
-        raise InputError(f"--data {folder}: there is no such folder here")
+    if not any(path.glob("*.csv")):
+        raise InputError(f"--data {folder}: there is no such folder here, or no CSV file in it")
 
 
 def digests(**paths: Path) -> dict[str, str]:
@@ -179,13 +179,13 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             f"folder that holds it"
         )
     ranks = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
+    try:
+        for line in path.read_bytes().splitlines():
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:
-            fault = f"line {number}: expected `base64-token rank`"
-            raise InputError(f"{path}, {fault}") from None
+    except ValueError:
+        message = f"{path} is no tokenizer file: each line must be `base64-token rank`"
+        raise InputError(message) from None
     in_order = sorted(ranks.values()) == list(range(len(ranks)))
     single_bytes = {bytes([value]) for value in range(256)}
     if not in_order or single_bytes - ranks.keys():

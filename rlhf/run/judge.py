@@ -18,18 +18,9 @@ from rlhf.run.user_code import call_score, load_code
 
 
 def load_judge(folder: str) -> ModuleType | None:
-    """The data set's judge.py, or None if it has none.
-
-    Its score() is tried on two responses, so that an error shows before a run and not at its end.
-    Raises InputError if that gives anything but one finite number per response.
-    """
+    """The data set's judge.py, or None if it has none."""
     path = data_folder(folder) / "judge.py"
-    if not path.is_file():
-        return None
-    judge = load_code(path, "judge")
-    prompts = ["\n\nHuman: Hello.\n\nAssistant:"] * 2
-    gold_scores(judge, prompts, ["Hello.", ""])
-    return judge
+    return load_code(path, "judge") if path.is_file() else None
 
 
 def gold_scores(

@@ -46,6 +46,9 @@ def test_check_folder_says_what_a_folder_is_not(tmp_path):
         check_folder(tmp_path / "nowhere")
     with pytest.raises(InputError, match="jsonl is a file; give the folder that holds demons"):
         check_folder(rows)
+    with pytest.raises(InputError, match="or no CSV file in it"):
+        check_folder(rows.parent)
+    write(tmp_path / "demonstrations.csv", "Prompt,Response\na,b\n")
     check_folder(str(tmp_path))
 
 

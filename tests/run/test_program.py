@@ -12,7 +12,7 @@ import torch
 
 from rlhf.run.errors import InputError, fail, printable
 from rlhf.run.flags import arg
-from rlhf.run.judge import load_judge
+from rlhf.run.judge import gold_scores, load_judge
 from rlhf.run.program import lock, run
 from tests.helpers import ROOT
 
@@ -101,14 +101,14 @@ def test_run_keeps_the_traceback_of_a_judge_that_cannot_open_its_file(without_fl
     text = "def score(prompts, responses):\n    open('/no/such/file')\n"
     (tmp_path / "judge.py").write_text(text)
     with pytest.raises(RuntimeError, match=r"judge.py raised FileNotFoundError"):
-        run(lambda cfg: load_judge(tmp_path), Config)
+        run(lambda cfg: gold_scores(load_judge(tmp_path), ["?"], ["a"]), Config)
 
 
 @pytest.mark.parametrize("text", ["exit()", "def score(prompts, responses):\n    exit()"])
 def test_run_does_not_let_a_judge_end_the_program(without_flags, tmp_path, text):
     (tmp_path / "judge.py").write_text(f"from sys import exit\n{text}\n")
     with pytest.raises(RuntimeError, match=r"judge.py raised SystemExit"):
-        run(lambda cfg: load_judge(tmp_path), Config)
+        run(lambda cfg: gold_scores(load_judge(tmp_path), ["?"], ["a"]), Config)
 
 
 def test_run_replaces_characters_that_the_terminal_lacks(without_flags, monkeypatch):

@@ -270,8 +270,8 @@ WRONG_STATES = {
     "a transposed shape": lambda state: state.update(exp_avg_sq=torch.zeros(8, 11)),
     "a single number in memory": lambda state: state.update(exp_avg=torch.zeros(1).expand(11, 8)),
     "a step per number": lambda state: state.update(step=torch.zeros(11, 8)),
+    "no step": lambda state: state.update(step=torch.zeros(0)),
     "a missing moment": lambda state: state.pop("exp_avg_sq"),
-    "one moment more": lambda state: state.update(max_exp_avg_sq=torch.zeros(11, 8)),
 }
 
 
@@ -282,9 +282,7 @@ def test_resume_rejects_an_optimizer_state_of_other_parameters(run, tmp_path, na
     assert content["optimizer"]["state"][0]["exp_avg"].shape == (11, 8)
     WRONG_STATES[name](content["optimizer"]["state"][0])
     torch.save(content, run.path)
-    with pytest.raises(
-        InputError, match="sft.pt does not fit .*optimizer's state has other shapes"
-    ):
+    with pytest.raises(InputError, match="sft.pt does not fit its own settings"):
         small_run(tmp_path, resume=True)
 
 
@@ -302,9 +300,7 @@ def test_resume_rejects_an_optimizer_state_in_another_order(run, tmp_path):
     numbers = content["optimizer"]["param_groups"][0]["params"]
     numbers[0], numbers[1] = numbers[1], numbers[0]
     torch.save(content, run.path)
-    with pytest.raises(
-        InputError, match="sft.pt does not fit .*optimizer's state has other shapes"
-    ):
+    with pytest.raises(InputError, match="sft.pt does not fit .*exp_avg has another shape"):
         small_run(tmp_path, resume=True)
 
 
