@@ -71,6 +71,7 @@ class PPOConfig(TrainConfig):
     batch_size: int = 64
     lr: float = 4e-4
     warmup: int = 20
+    log_every: int = 10
     eval_every: int = 50
     sft: str = arg("", "starting policy and reference (empty: OUT/sft.pt)", group="rollout")
     reward: tuple[str, ...] = arg((), "reward.pt, FILE.py[:FUNCTION], or several")
@@ -80,9 +81,7 @@ class PPOConfig(TrainConfig):
     )
     max_new_tokens: tuple[int, ...] = arg((40,), "longest response; two: drawn between")
     sample_rows: int = arg(0, "responses sampled at once (0: the whole batch)")
-    missing_eos_score: float | None = arg(
-        -3.0, "score without end-of-text (none: as it is)", allow="negative"
-    )
+    missing_eos_score: float | None = arg(-3.0, "score without end-of-text (none: as it is)")
     temperature: float = arg(1.0, "sampling temperature of policy and reference")
     eval_prompts: int = arg(500, "held-out prompts of the closing evaluation")
     advantage: str = arg(
@@ -97,7 +96,7 @@ class PPOConfig(TrainConfig):
     gamma: float = arg(1.0, "discount")
     lam: float = arg(0.95, "GAE lambda")
     clip_eps: float = arg(0.2, "PPO clip range")
-    value_clip_eps: float = arg(float("inf"), "value clip range (inf: off)", allow="inf")
+    value_clip_eps: float = arg(0.0, "value clip range (0: off)")
     value_coef: float = arg(0.5, "value loss coefficient")
     entropy_coef: float = arg(0.0, "entropy bonus coefficient")
     ptx_coef: float = arg(0.0, "coefficient of the loss on demonstrations (0: off)")

@@ -43,7 +43,7 @@ from rlhf.run import loading, program, warnings
 from rlhf.run.checks import check_finite, check_spread
 from rlhf.run.device import Compute, make_generator, setup
 from rlhf.run.files import csv_path, digests, numbered, write_csv
-from rlhf.run.flags import InitConfig, arg, check_positive
+from rlhf.run.flags import InitConfig, arg
 from rlhf.run.judge import judge_accuracies, load_judge, share_positive
 from rlhf.run.micro_batches import micro_batches
 from rlhf.run.optimizer import (
@@ -71,9 +71,11 @@ class RewardConfig(InitConfig):
     lr: float = 1.5e-3
     warmup: int = 20
     max_grad_norm: float = 5.0
-    log_every: int = arg(20, "steps between lines of metrics", group="reward model")
+    log_every: int = 20
     eval_every: int = 150
-    eval_rows: int = arg(0, "rows of the closing evaluation, and that set the scale (0: all)")
+    eval_rows: int = arg(
+        0, "rows of the closing evaluation, and that set the scale (0: all)", group="reward model"
+    )
     weight_decay: float = arg(0.5, "AdamW's weight decay, on matrices only")
     sft: str = arg("", "checkpoint to start from without --init (empty: OUT/sft.pt)")
     comparison_files: tuple[str, ...] = arg((), "files to learn from instead of comparisons.csv")
@@ -82,7 +84,6 @@ class RewardConfig(InitConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "log_every")
         if self.rankings and self.comparison_files:
             raise ValueError("--comparison-files are for comparisons, not for --rankings")
 

@@ -35,7 +35,7 @@ from rlhf.run.checks import check_finite
 from rlhf.run.device import Compute, make_generator, setup
 from rlhf.run.errors import printable
 from rlhf.run.files import csv_path, digests
-from rlhf.run.flags import InitConfig, arg, check_positive
+from rlhf.run.flags import InitConfig, arg
 from rlhf.run.messages import in_one_line
 from rlhf.run.micro_batches import micro_batches
 from rlhf.run.optimizer import (
@@ -64,9 +64,11 @@ class SFTConfig(InitConfig):
     micro_batch_size: int = 16  # sorted by length, so that less is padded
     lr: float = 4e-3
     warmup: int = 30
-    log_every: int = arg(25, "steps between lines of metrics", group="supervised fine-tuning")
+    log_every: int = 25
     eval_every: int = 200
-    eval_rows: int = arg(0, "held-out demonstrations of an evaluation (0: all)")
+    eval_rows: int = arg(
+        0, "held-out demonstrations of an evaluation (0: all)", group="supervised fine-tuning"
+    )
     weight_decay: float = arg(0.1, "AdamW's weight decay, on matrices only")
     tokenizer: str = arg(
         "auto", "auto (the data set's, else GPT-2's), gpt2 or FILE.tiktoken", group="model"
@@ -79,7 +81,6 @@ class SFTConfig(InitConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "log_every")
         for size in ("n_layer", "n_head", "n_embd", "block_size"):
             if self.init and getattr(self, size) != getattr(SFTConfig, size):
                 raise ValueError(

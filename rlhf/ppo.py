@@ -25,6 +25,7 @@ A rollout (64 rows) has several minibatches (an optimizer step each). Micro-batc
 minibatch that fit memory, each with its own mean and weight: their gradients add up.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -114,8 +115,9 @@ def minibatch_loss(
     pg_loss, clip_fraction = policy_loss(
         new_logprobs, minibatch.old_logprobs, minibatch.advantages, mask, cfg.clip_eps
     )
+    value_clip_eps = cfg.value_clip_eps or math.inf
     v_loss, value_clip_fraction = value_loss(
-        outputs.values, minibatch.old_values, minibatch.returns, mask, cfg.value_clip_eps
+        outputs.values, minibatch.old_values, minibatch.returns, mask, value_clip_eps
     )
     # Without a coefficient the entropy is only logged, and needs no gradient.
     all_logprobs = outputs.all_logprobs if cfg.entropy_coef else outputs.all_logprobs.detach()

@@ -56,21 +56,19 @@ class DPOConfig(TrainConfig):
     batch_size: int = 64
     lr: float = 1e-4
     warmup: int = 20
-    log_every: int = arg(20, "steps between lines of metrics")
+    log_every: int = 20
     eval_every: int = 95
     beta: float = arg(0.0, "DPO's beta (0: kl_coef times the reward model's scale)", group="DPO")
     kl_coef: float = arg(0.07, "KL penalty coefficient of the objective")
     sft: str = arg("runs/sft.pt", "starting policy and reference")
     reward: str = arg("runs/reward.pt", "reward model, which only scores")
     max_new_tokens: int = arg(40, "longest response of the evaluation")
-    missing_eos_score: float = arg(
-        -3.0, "score of a response without end-of-text", allow="negative"
-    )
+    missing_eos_score: float | None = arg(-3.0, "score without end-of-text (none: as it is)")
     eval_prompts: int = arg(500, "held-out prompts of the closing evaluation")
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "log_every", "kl_coef", "max_new_tokens", "eval_prompts")
+        check_positive(self, "kl_coef", "max_new_tokens", "eval_prompts")
 
 
 def main(cfg: DPOConfig) -> None:

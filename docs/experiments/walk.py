@@ -9,6 +9,7 @@ then, after one gradient step on the 32, the ratio and the losses of every slot.
 docs/one_response.md has a sentence for each column.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -184,9 +185,8 @@ def losses(
     pg_loss, clip_fraction = policy_loss(
         logprobs, experience.old_logprobs, experience.advantages, mask, config["clip_eps"]
     )
-    v_loss, _ = value_loss(
-        values, experience.old_values, experience.returns, mask, config["value_clip_eps"]
-    )
+    value_clip_eps = config["value_clip_eps"] or math.inf
+    v_loss, _ = value_loss(values, experience.old_values, experience.returns, mask, value_clip_eps)
     return pg_loss, clip_fraction, v_loss
 
 

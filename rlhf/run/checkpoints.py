@@ -1,8 +1,7 @@
 """The checkpoint file: weights, the model's config, the run's config, its step and its metrics.
 
-While a run lasts, its checkpoint holds the trained parameters and the optimizer's state. A finished
-checkpoint holds all weights and no optimizer state. Adapters (rlhf/networks/lora.py) are merged
-into the network when it is loaded.
+While a run lasts, its checkpoint holds the optimizer's state as well. Adapters
+(rlhf/networks/lora.py) are merged into the network when it is loaded.
 """
 
 import contextlib
@@ -28,8 +27,7 @@ def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
     Raises: InputError if it is missing, garbled, of another kind or unfinished.
     """
     programs = " or ".join(f"`{command(kind)}`" for kind in kinds)
-    other = ", or give --reward a function, FILE.py" if "reward" in kinds else ""
-    check_file(path, f"run {programs} first, with the same --out{other}")
+    check_file(path, f"run {programs} first, with the same --out")
     try:
         checkpoint = read_checkpoint(path)
     except Exception as error:  # a zip that is cut short, a pickle of something else, ...
@@ -66,15 +64,6 @@ def read_checkpoint(path: Path) -> dict:
 # ---- weights ----
 
 
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """{name: parameter} of those that are trained: all, or the adapters and the heads."""
-    trained = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            trained[name] = parameter.detach()
-    return trained
-
-
 def merged(state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """The weights of a finished checkpoint whose names begin with prefix, adapters merged.
 
@@ -107,53 +96,36 @@ def load_weights(path: Path, model: nn.Module, state: dict[str, Tensor], prefix:
     with fitting(path):
         weights = merged(state, prefix)
         model.load_state_dict(weights)
-    check_finite_weights(path, weights)
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: the weight {name} is NaN or infinite; train it again")
 
 
-def load_trained(path: Path, model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load the trained parameters of the checkpoint at path, to resume; the others stay.
-
-    Raises InputError as load_weights does.
-    """
-    trained = trained_state(model)
-    untrained = {name: x for name, x in model.state_dict().items() if name not in trained}
-    with fitting(path):
-        model.load_state_dict({**untrained, **state})
-    check_finite_weights(path, state)
-
-
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load the state of AdamW in the checkpoint at path, to resume.
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load a state of AdamW, to resume.
 
     torch takes moments of any shape, and the next step would write beyond their memory. Raises
-    InputError if a moment has another shape than its parameter.
+    ValueError, KeyError or RuntimeError if a moment is missing or has another shape than its
+    parameter, or if a step is not one number.
     """
-    with fitting(path):
-        optimizer.load_state_dict(state)
-        for parameter, moments in optimizer.state.items():
-            shape = parameter.shape
-            expected = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
-            found = {name: x.shape for name, x in moments.items()}
-            if found != expected or not all(x.is_contiguous() for x in moments.values()):
-                raise ValueError(f"the optimizer's state has other shapes: {found}")
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        moments["step"].item()
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = moments[name]
+            if moment.shape != parameter.shape or not moment.is_contiguous():
+                raise ValueError(f"{name} has another shape than its parameter")
 
 
 @contextlib.contextmanager
 def fitting(path: Path):
-    """Turn the errors of weights that do not fit their network into an InputError."""
+    """Turn the errors of a state that does not fit its network or optimizer into an InputError."""
     try:
         yield
     except (KeyError, RuntimeError, ValueError) as error:  # it names what does not fit
         raise InputError(
             f"{path} does not fit its own settings ({error}); train it again"
         ) from error
-
-
-def check_finite_weights(path: Path, state: dict[str, Tensor]) -> None:
-    """Raise InputError if a weight is NaN or infinite."""
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise InputError(f"{path}: the weight {name} is NaN or infinite; train it again")
 
 
 # ---- what a checkpoint was made from ----

@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from rlhf.run.errors import did_you_mean, fail, printable
+from rlhf.run.errors import fail, printable
 from rlhf.run.files import csv_path, data_folder
 from rlhf.run.flags import TrainConfig, flag_name
 
@@ -33,7 +33,7 @@ def main() -> None:
         print(f"usage: {usage}\n\nrlhf NAME --help shows the flags of a program.")
         return
     if name not in PROGRAMS:
-        fail(f"unknown program {name}{did_you_mean(name, PROGRAMS)} ({usage})")
+        fail(f"unknown program {name} ({usage})")
     sys.argv[:2] = [INSTALLED + name]
     runpy.run_module(PROGRAMS[name], run_name="__main__")
 

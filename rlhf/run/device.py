@@ -1,6 +1,5 @@
 """Device, mixed precision, random numbers."""
 
-import contextlib
 import hashlib
 from typing import NamedTuple
 
@@ -65,9 +64,7 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 def autocast(device: torch.device, amp: torch.dtype | None):
     """Context for forward passes. Log-probabilities are float32 in it too (masked.log_softmax)."""
-    if amp is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=amp)
+    return torch.autocast(device.type, dtype=amp, enabled=amp is not None)
 
 
 def make_generator(device: torch.device | str, *key: int | str) -> torch.Generator:

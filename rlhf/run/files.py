@@ -2,11 +2,9 @@
 
 import base64
 import contextlib
-import glob
 import hashlib
 import os
 import re
-import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,24 +36,16 @@ def check_file(
     return path
 
 
-def check_folder(folder: str | Path, for_rows: bool = True) -> None:
-    """Raise InputError if the folder of a data set does not exist or is a file.
-
-    Args: for_rows: or if it has no CSV file.
-    """
+def check_folder(folder: str | Path) -> None:
+    """Raise InputError if the folder of a data set does not exist or holds no CSV file."""
     path = data_folder(folder)
     if path.is_file():
         raise InputError(
             f"--data {folder} is a file; give the folder that holds demonstrations.csv, "
             f"comparisons.csv and prompts.csv, or: {PREPARE}"
         )
-    if not path.is_dir():
-        raise InputError(f"--data {folder}: there is no such folder here")
-    if for_rows and not any(path.glob("*.csv")):
-        raise InputError(
-            f"--data {folder}: there are no CSV files here; docs/data.md says which files and "
-            f"columns a data set has"
-        )
+    if not any(path.glob("*.csv")):
+        raise InputError(f"--data {folder}: there is no such folder here, or no CSV file in it")
 
 
 def digests(**paths: Path) -> dict[str, str]:
@@ -84,8 +74,9 @@ def numbered(name: str, paths: list[Path]) -> dict[str, Path]:
 def replacing(path: Path, mode: str = "w", **options):
     """Open a file under a temporary name; at the end, rename it to `path`.
 
-    Killing the process leaves either the old file or the new one, never half of one. The temporary
-    name is random and must be free, so that nobody else can have put a link there.
+    Killing the process leaves either the old file or the new one, never half of one. A file of the
+    temporary name, which a killed process may have left, is removed first. The name must be free
+    then, so that nobody else can have put a link there.
 
     Args: mode: "w" or "wb"; options: those of open().
     Raises: InputError if the file cannot be written; then the old file stays, and the temporary one
@@ -95,13 +86,11 @@ def replacing(path: Path, mode: str = "w", **options):
         with open(os.devnull, mode, **options) as file:
             yield file
         return
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{path.name}.unfinished")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            pattern = f"{glob.escape(path.name)}.{'[0-9a-f]' * 16}.tmp"
-            for left in path.parent.glob(pattern):  # of processes that were killed
-                left.unlink()
+            temporary.unlink(missing_ok=True)
             # "x": it must not exist
             with temporary.open(mode.replace("w", "x"), **options) as file:
                 yield file
@@ -145,8 +134,6 @@ def csv_line(cells: Iterable) -> str:
     ends the row.
     """
     texts = [cell_text(cell) for cell in cells]
-    if texts == [""]:
-        return '""\n'  # not an empty line
     return ",".join(quoted(text) if NEEDS_QUOTES.search(text) else text for text in texts) + "\n"
 
 
@@ -167,11 +154,8 @@ def append_csv(path: Path, rows: list[dict]) -> None:
     """Add the last of these rows of numbers to the CSV that holds the others.
 
     Its bytes are those of write_csv, which writes it if there is no such file or only one row. The
-    cost does not depend on the number of rows. Raises InputError if the file cannot be written,
-    ValueError if the columns are not those of the first row.
+    cost does not depend on the number of rows. Raises InputError if the file cannot be written.
     """
-    if list(rows[-1]) != list(rows[0]):
-        raise ValueError(f"{path} has the columns {list(rows[0])}, not {list(rows[-1])}")
     if len(rows) == 1 or path.is_symlink() or not path.is_file():
         write_csv(path, rows)
     elif is_first():
@@ -186,21 +170,25 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     """The tokens of a .tiktoken file with their ranks.
 
     tiktoken's own reader caches a copy under the path's name and would use it after the file has
-    changed. Raises InputError if the file is missing or garbled.
+    changed. Raises InputError if the file is missing or garbled. It quotes nothing of the file,
+    which may be any that a checkpoint names.
     """
     if not path.is_file():
-        raise InputError(f'{path}: no such tokenizer file; give a .tiktoken file, or "gpt2"')
+        raise InputError(
+            f'{path}: no such tokenizer file; give a .tiktoken file or "gpt2", or --data the '
+            f"folder that holds it"
+        )
     ranks = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
+    try:
+        for line in path.read_bytes().splitlines():
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:
-            fault = f"line {number}: expected `base64-token rank`, got {line[:60]!r}"
-            raise InputError(f"{path}, {fault}") from None
+    except ValueError:
+        message = f"{path} is no tokenizer file: each line must be `base64-token rank`"
+        raise InputError(message) from None
     in_order = sorted(ranks.values()) == list(range(len(ranks)))
-    single_bytes = [bytes([value]) for value in range(256)]
-    if not in_order or any(byte not in ranks for byte in single_bytes):
+    single_bytes = {bytes([value]) for value in range(256)}
+    if not in_order or single_bytes - ranks.keys():
         raise InputError(
             f"{path}: the ranks must be 0, 1, 2, ... and hold all of the 256 single bytes"
         )

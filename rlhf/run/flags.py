@@ -4,7 +4,6 @@ help."""
 import argparse
 import dataclasses
 import json
-import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,14 +14,7 @@ from rlhf.run.errors import did_you_mean, fail
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "off", "bf16", "fp16")
-# The types of flags that take several values, with the type of one and its name in --help.
-SEVERAL = {
-    tuple[str, ...]: (str, "FILE"),
-    tuple[int, ...]: (int, "N"),
-    tuple[float, ...]: (float, "X"),
-}
-NOT_IN_FILE = ("resume", "overwrite")  # only the command line may ask for these
-LARGEST = 2**32 - 1  # the largest whole number that a flag takes
+NOT_IN_FILE = ("config", "resume", "overwrite")  # only the command line may ask for these
 
 
 def arg(
@@ -31,16 +23,16 @@ def arg(
     choices: tuple[str, ...] | None = None,
     group: str | None = None,
     flag: bool = True,
-    allow: str = "",
 ):
     """A field of a config: `lr: float = arg(1e-3, "peak learning rate")` becomes the flag --lr.
 
-    A field of type tuple[str, ...], of int or of float takes several values.
+    A field of a type in READERS takes one value, and a tuple of such a type several. A bool becomes
+    --NAME and --no-NAME.
 
     Args: choices: the allowed values; group: the heading in --help from this field on; flag: False
-        for positional arguments; allow: "inf" or "negative", which a number is not otherwise.
+        for positional arguments.
     """
-    about = {"help": help, "choices": choices, "group": group, "flag": flag, "allow": allow}
+    about = {"help": help, "choices": choices, "group": group, "flag": flag}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -51,7 +43,8 @@ class TrainConfig:
 
     kind: ClassVar[str] = ""  # the name of the run's checkpoint: "sft", "reward", "ppo" or "dpo"
 
-    data: str = arg("data/tiny_assistant", "data set folder", group="run")
+    config: str = arg("", "settings of a run, as in OUT/KIND.json; flags replace them", group="run")
+    data: str = arg("data/tiny_assistant", "data set folder")
     heldout: float = arg(0.1, "share of prompts held out if *_heldout.csv is missing")
     out: str = arg("runs", "folder for checkpoints and metrics")
     resume: bool = arg(False, "resume from the checkpoint in --out")
@@ -64,37 +57,24 @@ class TrainConfig:
     batch_size: int = arg(1, "rows per step")
     micro_batch_size: int = arg(0, "micro-batch size for gradient accumulation (0: off)")
     lr: float = arg(1e-3, "peak learning rate")
-    warmup: int = arg(0, "steps of linear warm-up; unless given, at most half")
+    warmup: int = arg(0, "steps of linear warm-up, at most two thirds of --steps")
     max_grad_norm: float = arg(1.0, "gradient clipping norm")
     lora_rank: int = arg(0, "LoRA rank (0: train all weights)")
     lora_alpha: float = arg(16.0, "LoRA alpha: adapters are scaled by alpha / rank")
+    log_every: int = arg(1, "steps between lines of metrics")
     eval_every: int = arg(1, "steps between evaluations and checkpoints")
 
     def __post_init__(self):
-        check_numbers(type(self), vars(self))
-        check_positive(self, "batch_size", "lr", "max_grad_norm", "eval_every")
+        check_positive(self, "batch_size", "lr", "max_grad_norm", "log_every", "eval_every")
         # train_sft.py writes the model of --init as it is in 0 steps.
         if self.kind != "sft" or not getattr(self, "init", ""):
             check_positive(self, "steps")
         if not 0 < self.heldout < 1:
             raise ValueError(f"--heldout is {self.heldout}: it must lie between 0 and 1")
-        if not self.data or not self.out:
-            raise ValueError("--data and --out must name a folder")
         if self.resume and self.overwrite:
             raise ValueError(
                 "--resume continues a run and --overwrite replaces it; give one of them"
             )
-
-    @classmethod
-    def from_flags(cls, given: dict):
-        """The config of the flags that were given. A short run without --warmup has less of it."""
-        steps = given.get("steps", cls.steps)
-        warmup = given.get("warmup", min(cls.warmup, steps // 2))
-        if warmup and warmup >= steps:
-            raise ValueError(
-                f"--warmup {warmup} must be below --steps {steps}, or --lr is not reached"
-            )
-        return cls(**{**given, "warmup": warmup})
 
     def lock_file(self) -> Path:
         return Path(self.out) / ".lock"
@@ -139,11 +119,11 @@ def described(cls: type) -> Iterator[tuple[dataclasses.Field, dict]]:
     """Each field of a config with its metadata. A field that only changes the default has the
     metadata of its base class."""
     for field in dataclasses.fields(cls):
-        for base in cls.__mro__:
-            inherited = getattr(base, "__dataclass_fields__", {}).get(field.name)
-            if inherited is not None and inherited.metadata:
-                yield field, inherited.metadata
-                break
+        about = field.metadata
+        bases = iter(cls.__mro__)
+        while not about:
+            about = next(bases).__dataclass_fields__[field.name].metadata
+        yield field, about
 
 
 def parse_cli(cls: type, argv: list[str] | None = None):
@@ -153,16 +133,11 @@ def parse_cli(cls: type, argv: list[str] | None = None):
     Flags replace the settings of the file that --config names.
     """
     given = parse_words(cls, argv)
-    if "config" in given:
-        path = given["config"]
-        settings = parse_words(cls, read_config(path), f"{path}: ")
-        if "steps" in given:
-            settings.pop("warmup", None)  # it may be too long for them
-        given = settings | given
-        del given["config"]
+    path = given.pop("config", "")
+    if path:
+        given = parse_words(cls, read_config(path), f"{path}: ") | given
     try:
-        check_numbers(cls, given)
-        return cls.from_flags(given) if hasattr(cls, "from_flags") else cls(**given)
+        return cls(**given)
     except ValueError as error:
         fail(f"{error} (--help shows all flags)")
 
@@ -175,11 +150,15 @@ def parse_words(cls: type, words: list[str] | None, source: str = "") -> dict:
         word = unknown[0].partition("=")[0]
         flags = [flag_name(field.name) for field in dataclasses.fields(cls)]
         parser.error(f"unknown flag {word}{did_you_mean(word, flags)}")
-    given = vars(found)
-    for name, value in given.items():
-        if isinstance(value, list):
-            given[name] = tuple(value)
+    given = {}
+    for name, value in vars(found).items():
+        given[name] = tuple(value) if isinstance(value, list) else value
     return given
+
+
+def to_json(cfg) -> dict:
+    """{name: value} of a config, as `read_config` reads them."""
+    return {name: value for name, value in vars(cfg).items() if name not in NOT_IN_FILE}
 
 
 def read_config(path: str) -> list[str]:
@@ -189,31 +168,15 @@ def read_config(path: str) -> list[str]:
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
         for name, value in settings.items():
-            if name in NOT_IN_FILE:
-                continue
             if isinstance(value, bool):
                 words.append(flag_name(name if value else f"no_{name}"))
-                continue
-            if value is None:
-                raise ValueError(f"{name} has no value")
-            values = value if isinstance(value, list) else [value]
-            if len(values) > 1 and not isinstance(values[0], str):  # of numbers, the last counts
-                words += [flag_name(name), *map(str, values)]
-            else:
-                words += [f"{flag_name(name)}={one}" for one in values]
+            elif not isinstance(value, list):
+                words.append(f"{flag_name(name)}={value}")
+            elif value:
+                words += [flag_name(name), *map(str, value)]
     except (OSError, ValueError, AttributeError) as error:
         fail(f"{path} is no file of settings, such as OUT/KIND.json: {error}")
     return words
-
-
-def to_json(cfg) -> dict:
-    """{name: value} of a config, as flags spell it: infinity is "inf", and None "none"."""
-    words = {math.inf: "inf", None: "none"}
-    values = {}
-    for name, value in vars(cfg).items():
-        if name not in NOT_IN_FILE:
-            values[name] = words.get(value, value)
-    return values
 
 
 def make_parser(cls: type, source: str = "") -> argparse.ArgumentParser:
@@ -221,7 +184,6 @@ def make_parser(cls: type, source: str = "") -> argparse.ArgumentParser:
         description=cls.__doc__,
         usage="%(prog)s [flags]",
         allow_abbrev=False,
-        add_help=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
     )
     # argparse's own error prints the usage first, which would hide the message.
@@ -232,73 +194,68 @@ def make_parser(cls: type, source: str = "") -> argparse.ArgumentParser:
         if about["group"]:
             group = parser.add_argument_group(about["group"])
         add_flag(group, field, types[field.name], about)
-    if issubclass(cls, TrainConfig):
-        text = "settings of a run, such as OUT/KIND.json; flags replace them"
-        group.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=text)
-    group.add_argument("-h", "--help", action="help", help="show this page")
     return parser
 
 
 def add_flag(group, field: dataclasses.Field, value_type: type, about: dict) -> None:
     """Add one field of a config to a group of the parser."""
     name = flag_name(field.name) if about["flag"] else field.name
-    several = SEVERAL.get(value_type)
+    several = typing.get_origin(value_type) is tuple
     default = " ".join(map(str, field.default)) if several else str(field.default)
     text = f"{about['help']} (default: {default})" if default else about["help"]
     options = {"help": text, "default": argparse.SUPPRESS}
-    if several:
-        options |= {"type": several[0], "metavar": several[1]}
-        count = "+" if about["flag"] else "*"
-        # Files of a flag that comes twice add up; of numbers, the last count.
-        action = "extend" if several[0] is str else "store"
-        group.add_argument(name, nargs=count, action=action, **options)
-    elif value_type == float | None:
-        group.add_argument(name, type=number_or_none, metavar="X", **options)
-    elif value_type is bool:
+    if value_type is bool:
         group.add_argument(name, action=argparse.BooleanOptionalAction, **options)
-    else:
-        choices = about["choices"]
-        metavar = None if choices else {float: "X", int: "N"}.get(value_type, "S")
-        group.add_argument(name, type=value_type, choices=choices, metavar=metavar, **options)
-
-
-def number_or_none(text: str) -> float | None:
-    """The number; None for "none". Raises ValueError, which argparse prints."""
-    return None if text == "none" else float(text)
+        return
+    one_type = typing.get_args(value_type)[0] if several else value_type
+    options["type"], metavar = READERS[one_type]
+    if several:
+        options["nargs"] = "+" if about["flag"] else "*"
+        # Files of a flag that comes twice add up; of numbers, the last count.
+        options["action"] = "extend" if one_type is str else "store"
+    choices = about["choices"]
+    group.add_argument(name, choices=choices, metavar=None if choices else metavar, **options)
 
 
 # ---- numbers in their range ----
 
 
-def check_numbers(cls: type, values: dict) -> None:
-    """Raise ValueError if one of the values of a config of this class is no number for its flag."""
-    for field, about in described(cls):
-        value = values.get(field.name)
-        for number in value if isinstance(value, tuple) else [value]:
-            needed = unmet(number, about["allow"]) if isinstance(number, int | float) else ""
-            if needed:
-                raise ValueError(f"{flag_name(field.name)} is {number}: it must be {needed}")
+def whole_number(text: str) -> int:
+    return in_range(int(text), 0, 2**32 - 1)  # more overflows in torch
 
 
-def unmet(value: int | float, allow: str) -> str:
-    """What a number must be to fit its flag, or "" if it fits. See `arg` for allow."""
-    if allow == "inf":
-        return "" if value > 0 else "above 0"
-    if allow == "negative":
-        return "" if math.isfinite(value) else "finite"
-    if not 0 <= value < math.inf:
-        return "0 or more, and finite"
-    if isinstance(value, int) and value > LARGEST:  # would overflow in torch
-        return f"at most {LARGEST}"
-    return ""
+def number(text: str) -> float:
+    return in_range(float(text), 0, LARGEST)
+
+
+def number_or_none(text: str) -> float | None:
+    """None for "none". The number may be negative."""
+    return None if text.lower() == "none" else in_range(float(text), -LARGEST, LARGEST)
+
+
+def in_range(value: float, least: float, most: float) -> float:
+    """The value. Raises argparse.ArgumentTypeError if it does not lie from least to most."""
+    if not least <= value <= most:  # or if it is NaN
+        raise argparse.ArgumentTypeError(f"{value} does not lie from {least} to {most}")
+    return value
+
+
+LARGEST = 1e38  # about the largest number in float32
+# How the value of a flag is read, and its name in --help.
+READERS = {
+    str: (str, "S"),
+    int: (whole_number, "N"),
+    float: (number, "X"),
+    float | None: (number_or_none, "X"),
+}
 
 
 def check_positive(config, *names: str) -> None:
-    """Raise ValueError unless these fields are finite and above 0."""
+    """Raise ValueError unless these fields are above 0."""
     for name in names:
         value = getattr(config, name)
-        if not 0 < value < math.inf:
-            raise ValueError(f"{flag_name(name)} is {value}: it must be above 0, and finite")
+        if value <= 0:
+            raise ValueError(f"{flag_name(name)} is {value}: it must be above 0")
 
 
 def check_range(name: str, values: tuple[int, ...]) -> None:

@@ -20,18 +20,9 @@ from rlhf.run.user_code import call_score, load_code
 
 
 def load_judge(folder: str) -> ModuleType | None:
-    """The data set's judge.py, or None if it has none.
-
-    Its score() is tried on two responses, so that an error shows before a run and not at its end.
-    Raises InputError if that gives anything but one finite number per response.
-    """
+    """The data set's judge.py, or None if it has none."""
     path = data_folder(folder) / "judge.py"
-    if not path.is_file():
-        return None
-    judge = load_code(path, "judge")
-    prompts = ["\n\nHuman: Hello.\n\nAssistant:"] * 2
-    gold_scores(judge, prompts, ["Hello.", ""])
-    return judge
+    return load_code(path, "judge") if path.is_file() else None
 
 
 def gold_scores(
@@ -53,8 +44,8 @@ def vote_probabilities(
     if not hasattr(judge, "preference_probability"):
         return None
     probabilities = []
-    for gold_first, gold_second in zip(first, second):
-        p = float(judge.preference_probability(gold_first, gold_second))
+    for golds in zip(first, second):
+        p = float(judge.preference_probability(*golds))
         if not 0 <= p <= 1:
             raise InputError(
                 f"{judge.__file__}: preference_probability() gave {p}, not a number from 0 to 1"
@@ -82,13 +73,13 @@ def judge_accuracies(judge: ModuleType | None, rows: list) -> dict[str, float]:
     if judge is None:
         return {}
     prompts = [row.prompt.text for row in rows]
-    chosen = [row.texts[0].strip() for row in rows]
-    rejected = [row.texts[1].strip() for row in rows]
-    chosen_golds = gold_scores(judge, prompts, chosen)
-    rejected_golds = gold_scores(judge, prompts, rejected)
-    margins = torch.tensor(chosen_golds) - torch.tensor(rejected_golds)
-    accuracies = {"judge_accuracy": share_positive(margins)}
-    probabilities = vote_probabilities(judge, chosen_golds, rejected_golds)
+    golds = []
+    for side in (0, 1):  # chosen, rejected
+        responses = [row.texts[side].strip() for row in rows]
+        golds.append(gold_scores(judge, prompts, responses))
+    chosen, rejected = torch.tensor(golds)  # (N,), (N,)
+    accuracies = {"judge_accuracy": share_positive(chosen - rejected)}
+    probabilities = vote_probabilities(judge, *golds)
     if probabilities is not None:
         best = [max(p, 1 - p) for p in probabilities]
         accuracies["bayes_accuracy"] = sum(best) / len(best)

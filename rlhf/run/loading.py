@@ -197,32 +197,20 @@ def tokenizer_of(path: Path, checkpoint: dict, folder: str) -> Tokenizer:
 def find_tokenizer(folder: str, choice: str = "auto") -> Tokenizer:
     """The tokenizer of a data set. auto: the folder's tokenizer.tiktoken if it has one, else
     GPT-2's."""
-    check_folder(folder, for_rows=choice == "auto")
+    check_folder(folder)
     own = data_folder(folder) / "tokenizer.tiktoken"
     default = str(own) if own.is_file() else "gpt2"
     return load_tokenizer(default if choice == "auto" else choice)
 
 
 def find_own_tokenizer(checkpoint: dict, folder: str) -> Tokenizer:
-    """The folder's tokenizer if the checkpoint was trained with it, else the one that it names.
-
-    It may name any file. If that is no tokenizer, the InputError quotes nothing of its contents.
-    """
+    """The folder's tokenizer if the checkpoint was trained with it, else the one that it names."""
     own = data_folder(folder) / "tokenizer.tiktoken"
     if own.is_file():
         tokenizer = load_tokenizer(str(own))
         if tokenizer.fingerprint == checkpoint["tokenizer"]:
             return tokenizer
-    name = checkpoint["tokenizer_name"]
-    try:
-        return find_tokenizer(folder, name)
-    except InputError:
-        if name == "gpt2" or not data_folder(folder).is_dir():
-            raise
-        raise InputError(
-            f"the checkpoint was trained with the tokenizer {name}, which cannot be loaded; give "
-            f"--data the folder that it was trained on"
-        ) from None
+    return find_tokenizer(folder, checkpoint["tokenizer_name"])
 
 
 def judge_of(given: str, named: str, needed: bool = True) -> ModuleType | None:

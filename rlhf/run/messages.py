@@ -10,7 +10,6 @@ text, in the form of HH-RLHF (Bai et al. 2022):
 
 import json
 import re
-import textwrap
 
 HUMAN = "\n\nHuman:"  # begins a turn of a dialogue in HH-RLHF's form
 ASSISTANT = "\n\nAssistant:"
@@ -35,9 +34,9 @@ def read_prompt(cell: str) -> TextOrMessages:
         raise ValueError("looks like messages, but is not JSON") from None
     for message in messages:
         if not is_message(message):
-            raise ValueError("has a message that is not {role, content} with text")
-        if message["role"] not in BEGINNINGS:
-            raise ValueError("has a message of another role than system, user or assistant")
+            raise ValueError(
+                "has a message that is not {role, content}: system, user or assistant, and text"
+            )
     if messages[-1]["role"] != "user":
         raise ValueError("must end with a message of the user")
     return messages
@@ -49,10 +48,10 @@ def as_cell(prompt: TextOrMessages) -> str:
 
 
 def is_message(value) -> bool:
-    """Whether a value of JSON is {"role": text, "content": text}."""
+    """Whether a value of JSON is {"role": of BEGINNINGS, "content": text}."""
     if not isinstance(value, dict) or set(value) != {"role", "content"}:
         return False
-    return all(isinstance(text, str) for text in value.values())
+    return value["role"] in list(BEGINNINGS) and isinstance(value["content"], str)
 
 
 def prompt_fault(cell: str) -> str:
@@ -83,10 +82,8 @@ def last_turn(prompt: TextOrMessages) -> str:
 
 def in_one_line(prompt: TextOrMessages, width: int = 200) -> str:
     """The last turn as it is printed above responses: in one line, which begins with "Human:" in a
-    dialogue. A line of more than `width` characters is cut in the middle."""
+    dialogue. A line of more than `width` characters is cut."""
     line = " ".join(last_turn(prompt).split())
     if HUMAN.strip() in as_text(prompt):
         line = f"Human: {line}"
-    if len(line) <= width:
-        return line
-    return textwrap.shorten(line, width // 2, placeholder="") + " ... " + line[-width // 2 :]
+    return line if len(line) <= width else f"{line[:width]} ..."

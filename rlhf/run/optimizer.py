@@ -29,8 +29,9 @@ def make_optimizer(
 
 
 def cosine_schedule(step: int, steps: int, warmup: int) -> float:
-    """Factor of the peak learning rate: linear warm-up over `warmup` steps, then half a cosine down
-    to a tenth."""
+    """Factor of the peak learning rate: linear warm-up over `warmup` steps, but at most two thirds
+    of all, then half a cosine down to a tenth."""
+    warmup = min(warmup, 2 * steps // 3)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / (steps - warmup)  # warmup <= step < steps
@@ -38,11 +39,12 @@ def cosine_schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def linear_schedule(step: int, steps: int, warmup: int) -> float:
-    """Factor of the peak learning rate: linear warm-up over `warmup` steps, then linear decay
-    towards 0."""
-    rise = (step + 1) / warmup if warmup else 1.0
-    fall = (steps - step) / max(1, steps - warmup)
-    return min(rise, fall)
+    """Factor of the peak learning rate: linear warm-up over `warmup` steps, but at most two thirds
+    of all, then linear decay towards 0."""
+    warmup = min(warmup, 2 * steps // 3)
+    if step < warmup:
+        return (step + 1) / warmup
+    return (steps - step) / (steps - warmup)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:

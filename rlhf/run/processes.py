@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf.run.errors import InputError
+from rlhf.run.flags import flag_name
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -83,19 +84,13 @@ def total_of(number: Tensor) -> float:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Sum the gradients over the processes, in place.
+    """Sum the gradients over the processes, in place, after the backward pass.
 
-    They are sent in one buffer, after the backward pass. (DistributedDataParallel sends parts of
-    them during the pass.)
+    (DistributedDataParallel sends them during the pass, several in a buffer.)
     """
-    if WORLD == 1:
-        return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    buffer = torch.cat([gradient.flatten() for gradient in gradients])
-    call_collective(dist.all_reduce, buffer)
-    sizes = [gradient.numel() for gradient in gradients]
-    for gradient, summed in zip(gradients, buffer.split(sizes)):
-        gradient.copy_(summed.view_as(gradient))
+    for parameter in model.parameters():
+        if WORLD > 1 and parameter.grad is not None:
+            call_collective(dist.all_reduce, parameter.grad)
 
 
 # ---- a program on several processes ----
@@ -143,8 +138,7 @@ def check_batch_sizes(cfg) -> None:
     for name in ("batch_size", "minibatch_size"):
         rows = getattr(cfg, name, WORLD)
         if rows < WORLD:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {rows}: each of the {WORLD} processes needs a row")
+            raise InputError(f"{flag_name(name)} {rows}: each of the {WORLD} processes needs a row")
 
 
 def end_with_the_others(*reason) -> None:

@@ -8,7 +8,6 @@ import io
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +15,7 @@ from filelock import FileLock, Timeout
 
 from rlhf.run import processes
 from rlhf.run.errors import InputError, fail
-from rlhf.run.flags import parse_cli
-from rlhf.run.user_code import is_user_code
+from rlhf.run.flags import TrainConfig, parse_cli
 
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate|MemoryError")
 
@@ -30,17 +28,12 @@ def run(main: Callable, cls: type) -> None:
     replace_unknown_characters()
     processes.silence_all_but_the_first()
     cfg = parse_cli(cls)
-    old_time = None
     try:
-        old_time = checkpoint_time(cfg)
         with folder_lock(cfg):
             processes.run(main, cfg)
         print(end="", flush=True)  # a full disk shows here and not while Python shuts down
     except KeyboardInterrupt:
-        end_interrupted(cfg, old_time)
-    except SystemExit as error:
-        message = "a judge.py or reward function called sys.exit, which would pass for a normal end"
-        raise RuntimeError(message) from error
+        end_interrupted(cfg)
     except BrokenPipeError:  # the reader has seen enough: `| head`
         os._exit(141)  # what a shell reports; an ordinary exit would try to write what is left
     except InputError as error:
@@ -88,34 +81,20 @@ def lock(path: Path):
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        held = FileLock(path, timeout=0).acquire()
+        with FileLock(path, timeout=0):
+            yield
     except Timeout:
         message = f"another program writes here and holds {path}; wait, or give another --out"
         raise InputError(message) from None
-    with held:
-        yield
 
 
 # ---- how a program ends ----
 
 
-def checkpoint_time(cfg) -> int | None:
-    """When the checkpoint of this config was written, in nanoseconds; None if there is none."""
-    kind = getattr(cfg, "kind", "")
-    path = cfg.checkpoint(kind) if kind else None
-    if path is None or not path.is_file():
-        return None
-    return path.stat().st_mtime_ns
-
-
-def end_interrupted(cfg, old_time: int | None) -> None:
-    """One line for Ctrl-C. It names the checkpoint if this program has written or resumed one.
-
-    old_time: the checkpoint_time at which the program began.
-    """
+def end_interrupted(cfg) -> None:
+    """One line for Ctrl-C. It names the last checkpoint in --out if there is one."""
     text = "\ninterrupted"
-    time = checkpoint_time(cfg)
-    if time is not None and (cfg.resume or time != old_time):
+    if isinstance(cfg, TrainConfig) and cfg.checkpoint(cfg.kind).is_file():
         text += f"; --resume continues from {cfg.checkpoint(cfg.kind)}"
     try:
         print(text, file=sys.stderr)
@@ -125,14 +104,7 @@ def end_interrupted(cfg, old_time: int | None) -> None:
 
 
 def end_without_file(error: OSError) -> None:
-    """One line for a file that cannot be read or written.
-
-    Raises the error again if it comes from a judge.py or a reward function: it is a bug in the
-    user's code.
-    """
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if any(is_user_code(frame.f_globals.get("__name__")) for frame in frames):
-        raise error
+    """One line for a file that cannot be read or written."""
     if error.filename:
         fail(f"{error.filename} cannot be read or written: {error.strerror}")
     message = f"error: standard output or a file cannot be written: {error.strerror}"

@@ -42,10 +42,16 @@ def sample_rows(before: list, after: list) -> list[dict]:
     """Rows of ppo_samples.csv: an rlhf.evaluate.Response to each prompt before and after."""
     rows = []
     for old, new in zip(before, after):
-        row = {"Prompt": old.prompt, "last_turn": last_turn(old.prompt)}
-        row |= {"Before": old.text, "After": new.text}
-        row |= {"score_before": round(old.score, 4), "score_after": round(new.score, 4)}
-        row |= {"gold_before": old.gold, "gold_after": new.gold}
+        row = {
+            "Prompt": old.prompt,
+            "last_turn": last_turn(old.prompt),
+            "Before": old.text,
+            "After": new.text,
+            "score_before": round(old.score, 4),
+            "score_after": round(new.score, 4),
+            "gold_before": old.gold,
+            "gold_after": new.gold,
+        }
         rows.append(row)
     return rows
 
@@ -67,11 +73,10 @@ def count_parameters(model: nn.Module) -> str:
 
 def print_adapters(model: nn.Module) -> None:
     """With adapters (LoRA), print how many numbers are trained, and the names of their layers."""
-    layers = {name.split(".")[-2] for name, _ in model.named_parameters() if name.endswith(".A")}
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    layers = {name.split(".")[-2] for name in trained if name.endswith(".A")}
     if layers:
-        count = sum(
-            parameter.numel() for parameter in model.parameters() if parameter.requires_grad
-        )
+        count = sum(trained.values())
         print(f"LoRA trains {count:,} numbers, with adapters in {', '.join(sorted(layers))}")
 
 
@@ -118,7 +123,7 @@ class Progress:
 
     def show(self, row: dict, columns: Sequence[str]) -> None:
         """Print a row's step, these columns, tokens per second and time left. None is empty."""
-        seconds_per_step = self.elapsed / max(1, row["step"] - self.start)
+        seconds_per_step = self.elapsed / (row["step"] - self.start)
         seconds_left = seconds_per_step * (self.steps - row["step"])
         cells = {"step": f"{row['step']}/{self.steps}"}
         for name in columns:

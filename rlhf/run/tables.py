@@ -11,6 +11,7 @@ Line ends at its beginning stay, because prompts may start with them.
 
 import codecs
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -125,11 +126,10 @@ def check_header(
         if similar == [name] or not similar and name in optional:
             continue
         what = "two columns" if name in similar else "no column"
-        found = ", ".join(map(ascii, similar)) or ascii(", ".join(header))[1:-1]
-        needed = ", ".join(columns)
+        found = ", ".join(map(ascii, similar or header))
         raise InputError(
-            f"{path}: {what} {name!r} (found: {found[:200]}; needed: {needed}); with other columns "
-            f"or separators: {PREPARE}"
+            f"{path}: {what} {name!r} (found: {found[:200]}); with other columns or separators: "
+            f"{PREPARE}"
         )
 
 
@@ -162,15 +162,14 @@ def check_rows(
     what: str,
     faults: Sequence[str],
     fix: str = "fix or remove them",
-    index: Sequence[int] | None = None,
+    index: Sequence[int] = range(sys.maxsize),
 ) -> None:
     """Raise InputError that names the first faulty row and counts them.
 
     Args: faults: what is wrong with `what` in each row, "" if nothing is; index: the rows' numbers
         in the file, from 0, if they are not all of its rows.
     """
-    numbered = zip(range(len(faults)) if index is None else index, faults)
-    wrong = [(number, fault) for number, fault in numbered if fault]
+    wrong = [(number, fault) for number, fault in zip(index, faults) if fault]
     if wrong:
         number, fault = wrong[0]
         raise InputError(

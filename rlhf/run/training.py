@@ -13,7 +13,6 @@ All training programs use it in the same way:
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,10 +20,9 @@ from torch import nn
 from rlhf.run.checkpoints import (
     FORMAT,
     check_tokenizer,
+    fitting,
     load_checkpoint,
     load_optimizer,
-    load_trained,
-    trained_state,
 )
 from rlhf.run.commands import next_command
 from rlhf.run.device import Compute
@@ -34,7 +32,6 @@ from rlhf.run.flags import TrainConfig, to_json
 from rlhf.run.optimizer import check_trained
 from rlhf.run.processes import is_first
 from rlhf.run.progress import Progress, print_adapters, print_responses, print_table, sample_rows
-from rlhf.run.reward_functions import reward_name
 from rlhf.run.warnings import Warnings, of_policy
 from rlhf.tokenizer import Tokenizer
 
@@ -55,6 +52,7 @@ RESULTS = {
 # Settings that may change on --resume: they change no training step, or name files whose contents
 # are compared.
 MAY_CHANGE = {
+    "config",
     "resume",
     "overwrite",
     "tensorboard",
@@ -62,7 +60,6 @@ MAY_CHANGE = {
     "out",
     "data",
     "sft",
-    "reward",
     "comparison_files",
     "log_every",
     "eval_every",
@@ -95,38 +92,30 @@ class Training:
     def __post_init__(self):
         self.path = self.cfg.checkpoint(self.cfg.kind)
         self.csv = self.path.with_suffix(".csv")
+        self.csv_is_old = self.csv.exists()  # it stays until this run has a checkpoint
+        self.results = [self.path.with_name(name) for name in RESULTS[self.cfg.kind]]
         self.state = {"step": 0, "metrics": []}
-        self.old_results = []  # files of another run, which stay until this one has a checkpoint
         if self.cfg.resume:
             self.state = self.resume()
-            # What a run makes after its last step is made again. It may be another run's, if a
-            # process was killed between writing its checkpoint and removing old results.
-            self.remove([self.path.with_name(name) for name in RESULTS[self.cfg.kind][1:]])
-        else:
-            self.old_results = self.find_old_results()
+        elif not self.cfg.overwrite:
+            self.check_folder()
         self.step = self.state["step"]
         self.rows = list(self.state["metrics"])
         seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
         self.progress = Progress(self.step, self.cfg.steps, seconds_before)
         self.warnings = Warnings()
         self.writer = self.open_tensorboard() if self.cfg.tensorboard and is_first() else None
-        if self.rows:
+        if self.cfg.resume:
             self.write_records()
 
     # ---- begin, or resume ----
 
-    def find_old_results(self) -> list[Path]:
-        """The results of another run in this folder, without its checkpoint.
-
-        Raises InputError if there are any, or a checkpoint, and no --overwrite.
-        """
-        csvs = [self.path.with_name(name) for name in RESULTS[self.cfg.kind]]
-        old = [file for file in (self.path, *csvs) if file.exists()]
-        if old and not self.cfg.overwrite:
-            raise InputError(
-                f"{old[0]} is of another run; give --resume to go on, --overwrite or another --out"
-            )
-        return [file for file in old if file != self.path]
+    def check_folder(self) -> None:
+        """Raise InputError if this folder holds the checkpoint or the results of another run."""
+        for file in (self.path, *self.results):
+            if file.exists():
+                fix = "give --resume to go on, --overwrite or another --out"
+                raise InputError(f"{file} is of another run; {fix}")
 
     def resume(self) -> dict:
         """Load the checkpoint into model, optimizer and scaler, and return its contents."""
@@ -135,10 +124,11 @@ class Training:
         checkpoint = load_checkpoint(path, self.cfg.kind, unfinished=True)
         check_tokenizer(path, checkpoint, self.tokenizer)
         self.check_settings(checkpoint)
-        load_trained(path, self.model, checkpoint["model"])
-        if "optimizer" in checkpoint:
-            load_optimizer(path, self.optimizer, checkpoint["optimizer"])
-            self.compute.scaler.load_state_dict(checkpoint["scaler"])
+        with fitting(path):
+            self.model.load_state_dict(checkpoint["model"])
+            if "optimizer" in checkpoint:
+                load_optimizer(self.optimizer, checkpoint["optimizer"])
+                self.compute.scaler.load_state_dict(checkpoint["scaler"])
         return checkpoint
 
     def check_settings(self, checkpoint: dict) -> None:
@@ -174,14 +164,15 @@ class Training:
         self.progress.tokens += tokens
 
     def log(self, step: int, metrics: dict[str, float | None], show: Sequence[str]) -> None:
-        """Write a row of the CSV, and print a line with the metrics named in show.
+        """Write a row of the CSV and, if one is due, print a line with the metrics named in show.
 
         step: how many are done. A metric is None if it is not measured at this step.
         """
         row = self.progress.row(step, metrics)
-        self.progress.show(row, show)
+        if self.logs(step):
+            self.progress.show(row, show)
         self.rows.append(row)
-        if self.csv not in self.old_results:
+        if not self.csv_is_old:
             append_csv(self.csv, self.rows)
         if self.writer:
             for name, value in row.items():
@@ -190,9 +181,17 @@ class Training:
             self.writer.flush()
 
     def write_records(self) -> None:
-        """Write the metrics, and the settings for --config."""
+        """Write the metrics that belong to the checkpoint, and the settings for --config.
+
+        What a run makes after its last step is removed: it comes from an older run, or is made
+        again.
+        """
+        if is_first():
+            for file in self.results[1:] if self.rows else self.results:
+                file.unlink(missing_ok=True)
         if self.rows:  # none in 0 steps
             write_csv(self.csv, self.rows)
+        self.csv_is_old = False
         with replacing(self.path.with_suffix(".json")) as file:
             print(json.dumps(to_json(self.cfg), indent=1), file=file)
 
@@ -219,7 +218,7 @@ class Training:
         contents = {
             "format": FORMAT,
             "kind": self.cfg.kind,
-            "model": self.model.state_dict() if finished else trained_state(self.model),
+            "model": self.model.state_dict(),
             "model_config": dataclasses.asdict(network.config),
             "config": dataclasses.asdict(self.cfg),
             "step": step,
@@ -234,14 +233,7 @@ class Training:
             contents["scaler"] = self.compute.scaler.state_dict()
         with replacing(self.path, "wb") as file:
             torch.save(contents, file)
-        self.remove(self.old_results)
-        self.old_results = []
-        self.write_records()  # also if the file of appended rows has been changed or removed
-
-    def remove(self, files: list[Path]) -> None:
-        if is_first():
-            for file in files:
-                file.unlink(missing_ok=True)
+        self.write_records()
 
     def close_policy(self, rows: list[dict], before: list, after: list) -> None:
         """Write evaluation.csv and KIND_samples.csv beside the checkpoint, and close the run.
@@ -268,8 +260,4 @@ class Training:
 
 def settings(config: dict, inputs: dict[str, str]) -> dict:
     """{name: value} of all that determines a run: its flags, and the digests of its files."""
-    files = {f"{name} file": digest for name, digest in inputs.items()}
-    rewards = config.get("reward") or "reward.pt"
-    specs = [rewards] if isinstance(rewards, str) else rewards  # DPO's is a path
-    names = [reward_name(spec) for spec in specs]  # in the order of their weights
-    return {**config, **files, "list of rewards": names}
+    return config | {f"{name} file": digest for name, digest in inputs.items()}

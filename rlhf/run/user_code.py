@@ -3,6 +3,7 @@
 Such a file is executed. An error inside it keeps its traceback.
 """
 
+import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterable
@@ -20,13 +21,19 @@ def load_code(path: Path, name: str) -> ModuleType:
     module.__file__ = str(path)
     sys.modules[name] = module  # dataclasses look their module up there
     code = compile(path.read_bytes(), path, "exec")
-    exec(code, module.__dict__)  # an import would leave a __pycache__ in the data
+    with keeping_tracebacks(path):
+        exec(code, module.__dict__)  # an import would leave a __pycache__ in the data
     return module
 
 
-def is_user_code(module_name: str | None) -> bool:
-    """Whether a module of this name was made by load_code."""
-    return module_name == "judge" or str(module_name).startswith(PREFIX)
+@contextlib.contextmanager
+def keeping_tracebacks(where: Path | str):
+    """Turn errors of the user's code that would pass for a missing file of a run or for a normal
+    end into a RuntimeError."""
+    try:
+        yield
+    except (OSError, SystemExit) as error:
+        raise RuntimeError(f"{where} raised {error!r}") from error
 
 
 def call_score(score: Callable, where: str, prompts: list, responses: list[str]) -> list[float]:
@@ -35,9 +42,9 @@ def call_score(score: Callable, where: str, prompts: list, responses: list[str])
     Raises InputError, which names the function by `where`, if it is not one finite number per
     response.
     """
-    result = score(list(prompts), list(responses))
-    # An error inside a generator is one of the user's code, and keeps its traceback.
-    values = list(result) if isinstance(result, Iterable) else [result]
+    with keeping_tracebacks(where):
+        result = score(list(prompts), list(responses))
+        values = list(result) if isinstance(result, Iterable) else [result]  # or a generator
     try:
         scores = [float(value) for value in values]
     except (TypeError, ValueError, RuntimeError):  # no number, or a tensor of several

@@ -35,27 +35,23 @@ class Warnings:
 
 def of_step(rows: list[dict], cfg) -> str:
     """A warning about the latest step of PPO, or "". Args: as for equal_scores."""
-    if len(rows) > 1:
-        return equal_scores(rows, cfg)
-    text = better_cut_off(rows[0], cfg.missing_eos_score)
-    if not text and cfg.rewards().functions:
-        text = unusual_scale(rows[0]["score_std"], cfg.kl_coef)
+    text = ""
+    if len(rows) == 1:
+        text = better_cut_off(rows[0]["score"], cfg.missing_eos_score)
+        if not text and cfg.rewards().functions:
+            text = unusual_scale(rows[0]["score_std"], cfg.kl_coef)
     return text or equal_scores(rows, cfg)
 
 
-def better_cut_off(row: dict, missing_eos_score: float | None) -> str:
+def better_cut_off(score: float, missing_eos_score: float | None) -> str:
     """A warning if responses that end score less than those that are cut off, or "".
 
-    row: of ppo.csv, whose score is the mean of both.
+    score: the mean of all, which is then below missing_eos_score.
     """
-    ended = row["eos_rate"]
-    if missing_eos_score is None or not ended:
-        return ""
-    score = (row["score"] - (1 - ended) * missing_eos_score) / ended
-    if score >= missing_eos_score - 1e-6:  # rounding
+    if missing_eos_score is None or score >= missing_eos_score - 1e-6:  # rounding
         return ""
     return (
-        f"responses that end score {score:.2f} on average, and those that are cut off "
+        f"responses score {score:.2f} on average, and those that are cut off "
         f"{missing_eos_score:g}: PPO would learn not to end; lower --missing-eos-score"
     )
 
@@ -81,16 +77,15 @@ def equal_scores(rows: list[dict], cfg) -> str:
         of one response has nothing to compare.
     """
     last = rows[-3:]
-    enough = len(last) == min(3, cfg.steps) and cfg.batch_size > 1
-    different = [row for row in last if row["score_std"] > 1e-6 * max(1, abs(row["score"]))]
-    if different or not enough:
+    if len(last) < min(3, cfg.steps) or cfg.batch_size == 1:
         return ""
-    cause = "the responses are the same, or the reward model does not tell them apart"
-    if not any(row["eos_rate"] for row in last):
-        cause = (
-            "none ends, so each gets --missing-eos-score; raise --max-new-tokens or train SFT on"
-        )
-    return f"nothing to learn: the scores that are compared are equal, step after step ({cause})"
+    if any(row["score_std"] > 1e-6 * max(1, abs(row["score"])) for row in last):
+        return ""
+    return (
+        "nothing to learn: the scores that are compared are equal, step after step; the responses "
+        "are the same, the reward model does not tell them apart, or none ends (then raise "
+        "--max-new-tokens, or train SFT longer)"
+    )
 
 
 # ---- at the end; a list of warnings each ----
@@ -103,11 +98,11 @@ def overfitting(losses: dict[int | str, float], name: str, noise: float) -> list
         difference up to this is none.
     """
     best = min(losses, key=losses.get)
-    last = list(losses.values())[-1]
+    *_, last = losses.values()
     if last - losses[best] <= noise:
         return []
-    fell = f"{name} was {losses[best]:.3f} after step {best} and is {last:.3f} at the end"
-    return [f"overfitting: {fell}; lower --steps, or use more data"]
+    rise = f"{name} was {losses[best]:.3f} after step {best} and is {last:.3f} at the end"
+    return [f"overfitting: {rise}; lower --steps, or use more data"]
 
 
 def few_rows(count: int, what: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 import math
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import train_sft
 from rlhf.model import GPT, GPTConfig, PolicyWithValue
 from rlhf.networks.export import save_gpt2
 from rlhf.networks.lora import ALPHA, LoRALinear, add_adapters
-from rlhf.run.checkpoints import load_trained, merged, trained_state
+from rlhf.run.checkpoints import merged
 from rlhf.run.errors import InputError
 from rlhf.run.flags import parse_cli
 from rlhf.run.loading import frozen_copy, load_policy, load_reward_model, with_adapters
@@ -183,22 +182,6 @@ def test_frozen_copy_shares_what_is_not_trained(gpt, rank):
         )
 
 
-def test_trained_state_holds_adapters_only_and_loads_back(gpt):
-    assert trained_state(gpt).keys() == gpt.state_dict().keys()
-    state = trained_state(adapted(gpt))
-    assert all(name.endswith((".A", ".B")) for name in state) and len(state) == 2 * 4 * 2
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-    load_trained(Path("sft.pt"), gpt, zeros)
-    assert not any(tensor.any() for tensor in trained_state(gpt).values())
-    name = next(iter(state))
-    for wrong in (
-        {k: v for k, v in state.items() if k != name},
-        {**state, "other": torch.zeros(1)},
-    ):
-        with pytest.raises(InputError, match="sft.pt does not fit its own settings"):
-            load_trained(Path("sft.pt"), gpt, wrong)
-
-
 # ---- the scripts ----
 
 SCRIPTS = {
@@ -354,11 +337,12 @@ TRAINED = {
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_unfinished_lora_checkpoint_holds_adapters_and_heads_only(unfinished, name):
-    """Beside them it holds the state of optimizer and scaler."""
+def test_unfinished_lora_checkpoint_holds_the_optimizers_state_of_adapters_and_heads(
+    unfinished, name
+):
     checkpoint = saved(unfinished[name] / f"{name}.pt")
     assert 0 < checkpoint["step"] < checkpoint["config"]["steps"]
-    assert checkpoint["model"].keys() == TRAINED[name]
+    assert checkpoint["model"].keys() > TRAINED[name]
     assert len(checkpoint["optimizer"]["state"]) == len(TRAINED[name]) and "scaler" in checkpoint
 
 

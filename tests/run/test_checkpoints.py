@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 from rlhf.model import GPT
@@ -14,10 +13,8 @@ from rlhf.run.checkpoints import (
     check_input,
     check_tokenizer,
     load_checkpoint,
-    load_trained,
     load_weights,
     merged,
-    trained_state,
 )
 from rlhf.run.errors import InputError
 from rlhf.run.files import digests
@@ -111,15 +108,14 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("load", [load_weights, load_trained])
 @pytest.mark.parametrize("name", BROKEN)
-def test_loading_weights_names_the_file_and_what_does_not_fit(load, name):
+def test_load_weights_names_the_file_and_what_does_not_fit(name):
     state = {name: tensor.clone() for name, tensor in GPT(SHAPE).state_dict().items()}
-    load(Path("x.pt"), GPT(SHAPE), state)
+    load_weights(Path("x.pt"), GPT(SHAPE), state)
     change, message = BROKEN[name]
     change(state)
     with pytest.raises(InputError, match=f"(?s)x.pt.*{message}.*train it again"):
-        load(Path("x.pt"), GPT(SHAPE), state)
+        load_weights(Path("x.pt"), GPT(SHAPE), state)
 
 
 @pytest.mark.parametrize("change", [{"c.B": None}, {"c.A": f64([1, 2, 3])}])
@@ -135,25 +131,6 @@ def test_load_weights_rejects_adapters_that_fit_no_layer(change):
     state = {name: tensor for name, tensor in {**state, **change}.items() if tensor is not None}
     with pytest.raises(InputError, match="x.pt does not fit its own settings"):
         load_weights(Path("x.pt"), GPT(SHAPE), state)
-
-
-def test_load_trained_needs_only_the_trained_parameters():
-    gpt = GPT(SHAPE)
-    gpt.wte.requires_grad_(False)
-    load_trained(Path("x.pt"), gpt, trained_state(gpt))
-    assert "wte.weight" not in trained_state(gpt)
-    with pytest.raises(InputError, match="wte.weight"):
-        load_weights(Path("x.pt"), gpt, trained_state(gpt))
-
-
-def test_load_trained_leaves_the_others_as_they_are():
-    """Also if they are infinite, such as the buffer of an attention mask."""
-    model = nn.Linear(1, 1)
-    model.weight.requires_grad_(False)
-    model.weight.fill_(7.0)
-    model.register_buffer("causal", torch.tensor(-torch.inf))
-    load_trained(Path("x.pt"), model, {"bias": torch.tensor([3.0])})
-    assert (model.weight.item(), model.bias.item()) == (7.0, 3.0)
 
 
 def test_merged_folds_an_adapter_into_its_matrix():

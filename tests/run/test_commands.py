@@ -62,7 +62,7 @@ def test_rlhf_refuses_a_program_that_it_does_not_know(monkeypatch, capsys):
         main()
     shown = capsys.readouterr().err
     assert stop.value.code == 2 and shown.count("\n") == 1
-    assert shown.startswith("error: unknown program smaple; did you mean sample? (rlhf NAME")
+    assert shown.startswith("error: unknown program smaple (rlhf NAME")
 
 
 # ---- how another program is started ----

@@ -42,20 +42,20 @@ def judge_of(score, **functions):
         ),
     ],
 )
-def test_load_judge_rejects_scores_that_are_none(tmp_path, text, message):
+def test_gold_scores_rejects_scores_that_are_none(tmp_path, text, message):
     (tmp_path / "judge.py").write_text(text)
     with pytest.raises(InputError, match=message):
-        load_judge(str(tmp_path))
+        gold_scores(load_judge(str(tmp_path)), ["?"] * 2, ["a", "b"])
 
 
 @pytest.mark.parametrize(
     ("text", "error"),
     [("1/0", ZeroDivisionError), ("def score(prompts, responses): return prompts[9]", IndexError)],
 )
-def test_load_judge_keeps_the_traceback_of_an_error_inside_the_judge(tmp_path, text, error):
+def test_an_error_inside_the_judge_keeps_its_traceback(tmp_path, text, error):
     (tmp_path / "judge.py").write_text(text)
     with pytest.raises(error):
-        load_judge(str(tmp_path))
+        gold_scores(load_judge(str(tmp_path)), ["?"] * 2, ["a", "b"])
 
 
 def test_load_judge_of_a_folder_without_judge_is_none(tmp_path):

@@ -35,7 +35,7 @@ def test_a_cell_is_messages_only_if_it_looks_like_them():
         (json.dumps([{"role": "user", "content": 3}]), "not {role, content}"),
         (json.dumps([{**HI, "name": "x"}]), "not {role, content}"),
         ('[{"role": "user", "content": "x"}, 3]', "not {role, content}"),
-        (json.dumps([{"role": "tool", "content": "x"}]), "another role"),
+        (json.dumps([{"role": "tool", "content": "x"}]), "not {role, content}: system, user"),
         (json.dumps([HI, HELLO]), "must end with a message of the user"),
     ],
 )
@@ -53,4 +53,4 @@ def test_the_last_turn_is_shown():
     assert last_turn("Human: Hi!\n\nAssistant:") == "Hi!"
     assert last_turn("Question: why?\n\nAnswer:") == "Question: why?\n\nAnswer:"
     assert in_one_line([HI, HELLO, MORE]) == "Human: Tell me more."
-    assert in_one_line("one " * 100, 20) == "one one ... ne one one"
+    assert in_one_line("one " * 100, 9) == "one one o ..."

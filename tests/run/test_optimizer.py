@@ -36,8 +36,12 @@ def test_linear_schedule_matches_hand_computation():
 
 
 @pytest.mark.parametrize("schedule", [cosine_schedule, linear_schedule])
-def test_schedule_may_be_warm_up_only(schedule):
-    assert [schedule(s, 2, 2) for s in range(2)] == [0.5, 1]
+def test_warm_up_takes_at_most_two_thirds_of_the_steps(schedule):
+    """So the rate reaches its peak: in step 4 of 6, whatever the warm-up. One step has none."""
+    for warmup in (4, 6, 20):
+        factors = [schedule(step, 6, warmup) for step in range(6)]
+        assert factors[:4] == [0.25, 0.5, 0.75, 1] and factors[5] < 1
+    assert schedule(0, 1, 20) == 1
 
 
 def test_make_optimizer_decays_only_matrices():

@@ -119,16 +119,16 @@ def test_read_csv_names_the_row_that_it_rejects(tmp_path, rows, message):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("Question,Response", r"no column 'Prompt' \(found: Question, Response; needed: Prompt"),
-        ("\ufeff\ufeffPrompt,Response", r"no column 'Prompt' \(found: '\\ufeffPrompt'; "),
-        ("\u200bPrompt,Response", r"no column 'Prompt' \(found: '\\u200bPrompt'; "),
-        ("Prompt\xa0,Response", r"no column 'Prompt' \(found: 'Prompt\\xa0'; "),
-        ("Prompt, Response", r"no column 'Response' \(found: ' Response'; "),
-        ("id,prompt,Response", r"no column 'Prompt' \(found: 'prompt'; needed: Prompt, Response"),
-        ("Prompt,Response,answer", r"no column 'Answer' \(found: 'answer'; "),
-        ("Prompt,Response,Prompt", r"two columns 'Prompt' \(found: 'Prompt', 'Prompt'; "),
+        ("Question,Response", r"no column 'Prompt' \(found: 'Question', 'Response'\); with"),
+        ("\ufeff\ufeffPrompt,Response", r"no column 'Prompt' \(found: '\\ufeffPrompt'\); with"),
+        ("\u200bPrompt,Response", r"no column 'Prompt' \(found: '\\u200bPrompt'\); with"),
+        ("Prompt\xa0,Response", r"no column 'Prompt' \(found: 'Prompt\\xa0'\); with"),
+        ("Prompt, Response", r"no column 'Response' \(found: ' Response'\); with"),
+        ("id,prompt,Response", r"no column 'Prompt' \(found: 'prompt'\); with"),
+        ("Prompt,Response,answer", r"no column 'Answer' \(found: 'answer'\); with"),
+        ("Prompt,Response,Prompt", r"two columns 'Prompt' \(found: 'Prompt', 'Prompt'\); with"),
         ("Prompt;Response", "other columns or separators: `python -m rlhf.tools.prepare FILE"),
-        ("Prompt\tResponse", r"found: Prompt\\tResponse; .* other columns or separators"),
+        ("Prompt\tResponse", r"found: 'Prompt\\tResponse'\); with other columns or separators"),
     ],
 )
 def test_read_csv_shows_what_is_wrong_with_a_header(tmp_path, header, message):

@@ -22,6 +22,7 @@ from tests.helpers import rows
 from tests.run.small_run import (
     INPUTS,
     TOKENS,
+    InitConfig,
     PPOConfig,
     RewardConfig,
     saved,
@@ -66,15 +67,10 @@ def test_finished_checkpoint_holds_no_optimizer_state(run):
     assert run.path.stat().st_size < unfinished / 2  # AdamW keeps two numbers for each weight
 
 
-def test_unfinished_checkpoint_holds_only_trained_parameters(run):
+@pytest.mark.parametrize("step", [8, 9])
+def test_checkpoint_holds_the_whole_state_dict(run, step):
     run.model.wte.requires_grad_(False)
-    names = dict(run.model.named_parameters()).keys() - {"wte.weight"}
-    assert torch.load(saved(run, 8), weights_only=True)["model"].keys() == names
-
-
-def test_finished_checkpoint_holds_the_whole_state_dict(run):
-    run.model.wte.requires_grad_(False)
-    weights = torch.load(saved(run, 9), weights_only=True)["model"]
+    weights = torch.load(saved(run, step), weights_only=True)["model"]
     assert_close(weights, dict(run.model.state_dict()), atol=0, rtol=0)
 
 
@@ -100,6 +96,7 @@ def test_settings_are_written_beside_the_checkpoint_when_it_is_saved(run):
     assert not path.exists()
     config = load_checkpoint(saved(run, 7), "sft", unfinished=True)["config"]
     assert config.pop("resume") is config.pop("overwrite") is False
+    assert config.pop("config") == ""
     assert json.loads(path.read_text()) == config
 
 
@@ -142,7 +139,7 @@ def test_close_prints_the_warnings_and_then_what_comes_next(run, capsys, monkeyp
 def test_new_run_begins_at_step_0(tmp_path):
     run = small_run(tmp_path)
     assert run.state == {"step": 0, "metrics": []}
-    assert (run.step, run.rows, run.old_results) == (0, [], [])
+    assert (run.step, run.rows) == (0, [])
     assert not list(tmp_path.iterdir())
 
 
@@ -153,21 +150,6 @@ def test_new_run_refuses_to_replace_another(tmp_path, name):
     message = f"{name} is of another run; give --resume .*, --overwrite .* another --out"
     with pytest.raises(InputError, match=message):
         small_run(tmp_path)
-
-
-def test_overwrite_finds_what_goes_when_the_run_is_first_saved(tmp_path):
-    """Not the checkpoint, which is renamed over the old one."""
-    for name in ("ppo.pt", "ppo.csv", "evaluation.csv", "sft.csv"):
-        (tmp_path / name).write_text("old")
-    run = small_run(tmp_path, cls=PPOConfig, overwrite=True)
-    assert run.state == {"step": 0, "metrics": []}
-    assert run.old_results == [tmp_path / "ppo.csv", tmp_path / "evaluation.csv"]
-
-
-def test_overwrite_without_the_old_checkpoint_finds_what_it_left(tmp_path):
-    (tmp_path / "sft.csv").write_text("old")
-    run = small_run(tmp_path, overwrite=True)
-    assert run.old_results == [tmp_path / "sft.csv"]
 
 
 def test_overwrite_leaves_the_results_of_the_old_run_until_its_own_are_saved(tmp_path):
@@ -181,10 +163,8 @@ def test_overwrite_leaves_the_results_of_the_old_run_until_its_own_are_saved(tmp
     run.save(1)
     assert load_checkpoint(checkpoint, "reward", unfinished=True)["step"] == 1
     assert [row["loss"] for row in rows(csv)] == ["0.5"] and not evaluation.exists()
-    evaluation.write_text("of the new run")
     run.log(2, {"loss": 0.25}, ())
-    run.save(2)
-    assert [row["loss"] for row in rows(csv)] == ["0.5", "0.25"] and evaluation.exists()
+    assert [row["loss"] for row in rows(csv)] == ["0.5", "0.25"]
 
 
 def test_overwrite_writes_metrics_at_once_if_none_are_there(tmp_path):
@@ -194,6 +174,14 @@ def test_overwrite_writes_metrics_at_once_if_none_are_there(tmp_path):
     run.log(1, {"loss": 0.5}, ())
     assert [row["loss"] for row in rows(tmp_path / "reward.csv")] == ["0.5"]
     assert (tmp_path / "reward_evaluation.csv").read_text() == "old"
+
+
+def test_run_of_no_steps_removes_the_metrics_of_the_old_run(tmp_path):
+    """It has none of its own."""
+    (tmp_path / "sft.csv").write_text("old")
+    run = small_run(tmp_path, steps=0, init="gpt2", cls=InitConfig, overwrite=True)
+    run.save(0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sft.json", "sft.pt"]
 
 
 # ---- resume ----
@@ -282,8 +270,8 @@ WRONG_STATES = {
     "a transposed shape": lambda state: state.update(exp_avg_sq=torch.zeros(8, 11)),
     "a single number in memory": lambda state: state.update(exp_avg=torch.zeros(1).expand(11, 8)),
     "a step per number": lambda state: state.update(step=torch.zeros(11, 8)),
+    "no step": lambda state: state.update(step=torch.zeros(0)),
     "a missing moment": lambda state: state.pop("exp_avg_sq"),
-    "one moment more": lambda state: state.update(max_exp_avg_sq=torch.zeros(11, 8)),
 }
 
 
@@ -294,9 +282,15 @@ def test_resume_rejects_an_optimizer_state_of_other_parameters(run, tmp_path, na
     assert content["optimizer"]["state"][0]["exp_avg"].shape == (11, 8)
     WRONG_STATES[name](content["optimizer"]["state"][0])
     torch.save(content, run.path)
-    with pytest.raises(
-        InputError, match="sft.pt does not fit .*optimizer's state has other shapes"
-    ):
+    with pytest.raises(InputError, match="sft.pt does not fit its own settings"):
+        small_run(tmp_path, resume=True)
+
+
+def test_resume_rejects_weights_that_do_not_fit(run, tmp_path):
+    content = torch.load(saved(run, 7), weights_only=True)
+    del content["model"]["wte.weight"]
+    torch.save(content, run.path)
+    with pytest.raises(InputError, match='(?s)sft.pt does not fit .*Missing key.*"wte.weight"'):
         small_run(tmp_path, resume=True)
 
 
@@ -306,9 +300,7 @@ def test_resume_rejects_an_optimizer_state_in_another_order(run, tmp_path):
     numbers = content["optimizer"]["param_groups"][0]["params"]
     numbers[0], numbers[1] = numbers[1], numbers[0]
     torch.save(content, run.path)
-    with pytest.raises(
-        InputError, match="sft.pt does not fit .*optimizer's state has other shapes"
-    ):
+    with pytest.raises(InputError, match="sft.pt does not fit .*exp_avg has another shape"):
         small_run(tmp_path, resume=True)
 
 
@@ -361,6 +353,16 @@ def test_log_shows_only_the_metrics_of_show_and_writes_all(tmp_path, clock, caps
             "seconds": "10",
         }
     ]
+
+
+def test_log_prints_the_lines_that_are_due_and_writes_every_row(tmp_path, capsys):
+    """With --log-every 3: the first step, every third one, and the last."""
+    run = small_run(tmp_path, steps=7, eval_every=7, log_every=3)
+    for number in range(1, 8):
+        run.log(number, {"loss": 0.5}, ("loss",))
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["step", "1/7", "3/7", "6/7", "7/7"]
+    assert [row["step"] for row in rows(tmp_path / "sft.csv")] == list("1234567")
 
 
 def test_log_after_resume_keeps_the_rows_of_the_checkpoint(tmp_path):
@@ -491,11 +493,7 @@ def test_evaluations_are_due_every_eval_every_steps_and_at_the_end(tmp_path):
 
 
 def test_lines_are_due_at_the_first_step_every_log_every_and_at_evaluations(tmp_path):
-    @dataclasses.dataclass(frozen=True)
-    class Logged(PPOConfig):
-        log_every: int = 3
-
-    run = small_run(tmp_path, cls=Logged, steps=10, eval_every=4)
+    run = small_run(tmp_path, steps=10, eval_every=4, log_every=3)
     assert [step for step in range(1, 11) if run.logs(step)] == [1, 3, 4, 6, 8, 9, 10]
 
 

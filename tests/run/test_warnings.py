@@ -30,8 +30,8 @@ def test_count_epochs_warns_above_ten(capsys, steps, warns):
 # ---- PPO: equal scores ----
 
 
-def rollouts(*stds, score=0.1, eos_rate=1.0):
-    return [{"score": score, "score_std": std, "eos_rate": eos_rate} for std in stds]
+def rollouts(*stds, score=0.1):
+    return [{"score": score, "score_std": std} for std in stds]
 
 
 @pytest.mark.parametrize(
@@ -54,12 +54,6 @@ def test_equal_scores_looks_at_the_last_three_steps(rows, steps, warns):
 def test_equal_scores_of_one_response_are_no_warning():
     cfg = PPOConfig(batch_size=1, minibatch_size=1)
     assert warnings.equal_scores(rollouts(0, 0, 0), cfg) == ""
-
-
-def test_equal_scores_says_so_if_no_response_ends():
-    none_ends = rollouts(0, 0, 0, score=-3.0, eos_rate=0.0)
-    assert "raise --max-new-tokens" in warnings.equal_scores(none_ends, PPOConfig())
-    assert "or the reward model" in warnings.equal_scores(rollouts(0, 0, 0), PPOConfig())
 
 
 # ---- at the end ----
@@ -151,20 +145,18 @@ def test_policy_evaluated_on_few_prompts_is_said_to_be():
 
 
 def test_of_step_warns_if_an_end_scores_less_than_a_cut():
-    """Half of the responses end. The mean -6 of scores of which half are -3: those that end have
-    -9."""
-    row = {"score": -6.0, "eos_rate": 0.5, "score_std": 1.0}
+    """Those that are cut off have -3. The mean of all is -6, so those that end have less."""
+    row = {"score": -6.0, "score_std": 1.0}
     cfg = PPOConfig()
     text = of_step([row], cfg)
-    assert "responses that end score -9.00 on average, and those that are cut off -3" in text
+    assert "responses score -6.00 on average, and those that are cut off -3" in text
     assert of_step([row], PPOConfig(missing_eos_score=None)) == ""
-    assert of_step([row], PPOConfig(missing_eos_score=-9.5)) == ""
-    assert of_step([{**row, "eos_rate": 0.0}], cfg) == ""
+    assert of_step([row], PPOConfig(missing_eos_score=-6.5)) == ""
     assert of_step([{**row, "score": -3.0}], cfg) == ""  # -3 each
 
 
 def test_of_step_warns_of_an_odd_scale_of_functions_only():
-    row = {"score": 10.0, "eos_rate": 1.0, "score_std": 20.0}
+    row = {"score": 10.0, "score_std": 20.0}
     text = of_step([row], PPOConfig(reward=("x.py",)))
     assert "deviate by 20 at first" in text and "--reward-weights by 0.05" in text
     assert of_step([row], PPOConfig()) == ""
