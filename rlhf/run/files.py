@@ -179,13 +179,13 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             f"folder that holds it"
         )
     ranks = {}
-    try:
-        for line in path.read_bytes().splitlines():
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
-    except ValueError:
-        message = f"{path} is no tokenizer file: each line must be `base64-token rank`"
-        raise InputError(message) from None
+        except ValueError:
+            message = f"{path}, line {number}: expected `base64-token rank`"
+            raise InputError(message) from None
     in_order = sorted(ranks.values()) == list(range(len(ranks)))
     single_bytes = {bytes([value]) for value in range(256)}
     if not in_order or single_bytes - ranks.keys():

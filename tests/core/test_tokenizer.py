@@ -63,8 +63,8 @@ def test_load_tokenizer_reads_a_changed_file_again(tmp_path, bundled):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("IQ== zero\n", "each line must be"),
-        ("no base64! 0\n", "each line must be"),
+        ("IQ== zero\n", "expected `base64-token rank`"),
+        ("no base64! 0\n", "expected `base64-token rank`"),
         ("IQ== 0\n", "256 single"),
         ("", "256 single"),
     ],

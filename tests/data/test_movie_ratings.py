@@ -496,11 +496,10 @@ def test_judge_scores_prompt_and_response_as_one_text(judge, monkeypatch):
 
 
 def test_judge_without_weights_says_what_to_run(tmp_path):
-    """It is an OSError, which a program prints as one line."""
     shutil.copy(FOLDER / "judge.py", tmp_path)
     message = "weights.csv does not exist: run `python data/movie_ratings/prepare.py`"
     with pytest.raises(FileNotFoundError, match=message):
-        load_judge(str(tmp_path))
+        load_judge(str(tmp_path)).score(["Review:"], ["good."])
 
 
 # ---- how far people agree ----

@@ -208,7 +208,7 @@ def test_tokenizer_of_quotes_nothing_of_a_file_that_only_the_checkpoint_names(tm
     secret = tmp_path / "secret"
     secret.write_text("password: hunter2\n")
     checkpoint = {"tokenizer": "abc", "tokenizer_name": str(secret), "model_config": {}}
-    with pytest.raises(InputError, match="secret is no tokenizer file: each line") as raised:
+    with pytest.raises(InputError, match="secret, line 1: expected `base64-token rank`$") as raised:
         tokenizer_of(tmp_path / "sft.pt", checkpoint, str(small_data))
     assert "hunter2" not in str(raised.value) and raised.value.__suppress_context__
 
