@@ -259,6 +259,8 @@ def add_flag(group, field: dataclasses.Field, value_type: type, about: dict) -> 
     else:
         choices = about["choices"]
         metavar = None if choices else {float: "X", int: "N"}.get(value_type, "S")
+        if not about["flag"]:
+            options["nargs"] = "?"  # the default stands for it
         group.add_argument(name, type=value_type, choices=choices, metavar=metavar, **options)
 
 
