@@ -22,7 +22,7 @@ from rlhf.run.micro_batches import chunks
 from rlhf.run.optimizer import make_optimizer
 from rlhf.tokenizer import Tokenizer
 
-LONGEST = 300  # tokens
+LONGEST = 200  # tokens
 Columns = dict[str, Tensor]  # {name: (B, T-1)}
 
 
@@ -94,5 +94,5 @@ def by_token(rollout: Rollout, row: int, columns: Columns, tokenizer: Tokenizer)
 
 
 def rounded(x: Tensor) -> list[float]:
-    """To four decimals."""
-    return x.double().round(decimals=4).tolist()
+    """To five decimals."""
+    return x.double().round(decimals=5).tolist()

@@ -17,6 +17,7 @@ PROGRAMS = {
     "ppo": "train_ppo",
     "prepare": "rlhf.tools.prepare",
     "optimality": "rlhf.tools.optimality",
+    "report": "rlhf.tools.report",
     "sample": "rlhf.tools.sample",
     "label": "rlhf.tools.label",
     "export": "rlhf.tools.export",
@@ -65,6 +66,8 @@ def next_command(cfg, name: str) -> str:
     if "." in PROGRAMS[name]:
         words = ["--checkpoint", str(cfg.checkpoint(cfg.kind))]
         shared = ["data", "reward"]
+    if name == "report":
+        words = [cfg.out]
     if name == "sample":
         shared.append("reward_weights")
     for flag, value in vars(cfg).items():

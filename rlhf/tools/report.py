@@ -37,7 +37,7 @@ TEXTS = ("Prompt", "last_turn", "Before", "After")  # columns of ppo_samples.csv
 # What the page holds at most, so that it stays below 500 KB:
 POINTS = 300  # of a curve
 FIRST, WORST = 20, 5  # prompts with responses: the first, and those with the least gold
-LONGEST = 1_000  # characters of a prompt or response
+LONGEST = 600  # characters of a prompt or response
 PAIRS = 2_000  # comparisons
 ROLLOUT, SHOWN = 32, 6  # responses of a PPO step, and how many of them are shown
 
@@ -81,7 +81,8 @@ def read_table(path: Path) -> dict | None:
     such file."""
     if not path.is_file():
         return None
-    frame = pandas.read_csv(path, converters=dict.fromkeys(TEXTS, str))
+    types = dict.fromkeys(TEXTS, str)
+    frame = pandas.read_csv(path, dtype=types, keep_default_na=False, na_values="")
     if "step" in frame:
         groups = frame.index // math.ceil(len(frame) / POINTS)
         frame = frame.groupby(groups).first()  # of each column, the first that is not empty
@@ -94,7 +95,7 @@ def leave_out_texts(frame: pandas.DataFrame) -> None:
     """Keep the texts of the FIRST rows of ppo_samples.csv, and of the WORST by gold, else score."""
     worst = frame.sort_values(["gold_after", "score_after"]).index[:WORST]
     shown = frame.index.isin([*range(FIRST), *worst])
-    for name in TEXTS:
+    for name in frame.columns.intersection(TEXTS):
         frame[name] = frame[name].where(shown, "").str[:LONGEST]
 
 
@@ -160,12 +161,12 @@ def follow_responses(run: Run, compute: Compute) -> list[dict]:
 def make_page(contents: dict) -> str:
     """The template with the contents as JSON.
 
-    JSON escapes all that is not ASCII. <, > and & are escaped as well, so that no text of the run
-    ends the element that the JSON stands in.
+    What HTML or JavaScript could take for their own is escaped, so that no text of the run ends the
+    element that the JSON stands in.
     """
-    text = json.dumps(contents, allow_nan=False)
-    for letter, escape in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
-        text = text.replace(letter, escape)
+    text = json.dumps(contents, ensure_ascii=False, allow_nan=False)
+    for letter in "<>&\u2028\u2029":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
     return TEMPLATE.read_text(encoding="utf-8").replace("CONTENTS", text)
 
 
