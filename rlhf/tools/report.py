@@ -12,7 +12,6 @@ import importlib
 import json
 import math
 import platform
-import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def main(cfg: ReportConfig) -> None:
         "tables": tables,
         "stages": {kind: read_stage(folder, kind) for kind in STAGES},
         "machine": f"{platform.platform()}, {torch.get_num_threads()} threads",
-        "commit": find_commit(),
+        "commit": find_commit(TEMPLATE.parents[2]),
     }
     try:
         ask_models(contents, RunConfig(str(folder / "ppo.pt"), "", cfg.reward, cfg.data))
@@ -115,10 +114,11 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def find_commit() -> str:
-    """The clone's, which is the run's if the page is made right after it."""
-    git = ["git", "-C", str(TEMPLATE.parent), "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+def find_commit(root: Path) -> str:
+    """The commit of the clone in this folder, which is the run's if the page is made right after
+    it; "" if it is no clone."""
+    lines = read_text(root / ".git" / "logs" / "HEAD").splitlines()  # old commit, new commit, ...
+    return lines[-1].split()[1] if lines else ""
 
 
 # ---- what the models say ----

@@ -71,6 +71,19 @@ def test_page_holds_the_tables_settings_and_warnings_of_the_folder(tmp_path):
     assert "responses" not in contents and "ppo.pt does not exist" in contents["missing"]
 
 
+def test_commit_is_the_latest_of_the_clone(tmp_path):
+    assert report.find_commit(tmp_path) == ""
+    (tmp_path / ".git" / "logs").mkdir(parents=True)
+    log = "000 aaa A <a@b.c> 1 +0\tclone\naaa bbb A <a@b.c> 2 +0\tcommit: second\n"
+    (tmp_path / ".git" / "logs" / "HEAD").write_text(log)
+    assert report.find_commit(tmp_path) == "bbb"
+
+
+def test_folder_of_the_run_needs_no_flag():
+    assert parse_cli(ReportConfig, []).folder == "runs"
+    assert parse_cli(ReportConfig, ["a b", "--data", "d"]).folder == "a b"
+
+
 def test_folder_without_a_run_is_refused_and_no_page_written(tmp_path):
     with pytest.raises(InputError, match="holds no sft.csv, reward.csv or ppo.csv"):
         main(ReportConfig(folder=str(tmp_path)))
