@@ -257,7 +257,8 @@ class Training:
         print(f"\nevaluation.csv and {samples}, beside the checkpoint:\n")
         print_table(rows)
         texts = of_policy(self.cfg.kind.upper(), before, after)
-        self.close(texts, "optimality", "report", "sample")
+        pages = ["report"] if self.cfg.kind == "ppo" else []  # it shows no other policy
+        self.close(texts, "optimality", *pages, "sample")
 
     def close(self, texts: list[str], *programs: str) -> None:
         """Print what was written, all warnings, last these, and the commands that come next.
