@@ -1,5 +1,5 @@
-# make run       the three stages in order and how close PPO came to the optimum, into runs/,
-#                replacing what is there
+# make run       the three stages in order, how close PPO came to the optimum, and a page about it,
+#                runs/report.html; replaces what is in runs/
 # make test      the tests, except the slow ones
 # make test-all  all tests
 # make lint      ruff: the format, and common mistakes
@@ -15,8 +15,8 @@ run: .venv/installed
 	$(PYTHON) train_sft.py --overwrite
 	$(PYTHON) train_reward.py --overwrite
 	$(PYTHON) train_ppo.py --overwrite
-	@if $(PYTHON) -c "import matplotlib" 2> /dev/null; then $(PYTHON) -m docs.experiments.plot runs; fi
 	$(PYTHON) -m rlhf.tools.optimality
+	$(PYTHON) -m rlhf.tools.report runs
 
 test: .venv/installed
 	$(PYTHON) -m pytest -m "not slow"

@@ -13,25 +13,21 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlhf.advantages import gae
-from rlhf.data import Prompt, pad_prompts
+from rlhf.data import Prompt
 from rlhf.evaluate import Response, describe
 from rlhf.losses import policy_loss, value_loss
-from rlhf.masked import masked_whiten, token_logprobs
-from rlhf.model import PolicyWithValue
-from rlhf.ppo import Experience, make_experience
-from rlhf.rewards import kl_k1, shape_rewards
-from rlhf.rollout import Rollout, collect
+from rlhf.methods.look import take_step
+from rlhf.rewards import kl_k1
+from rlhf.rollout import Rollout
 from rlhf.run import program
-from rlhf.run.checkpoints import load_weights
-from rlhf.run.device import make_generator
+from rlhf.run.device import setup
 from rlhf.run.errors import InputError, printable
 from rlhf.run.flags import arg
-from rlhf.run.optimizer import make_optimizer
 from rlhf.tokenizer import Tokenizer
-from rlhf.tools.optimality import Run, RunConfig, load_run
+from rlhf.tools.optimality import RunConfig, load_run
+from rlhf.tools.report import with_values
 
 BATCH = 32  # responses in the rollout
 SUMMED = ("kl cost", "reward")  # columns that have a sum
@@ -48,47 +44,24 @@ class WalkConfig(RunConfig):
 def main(cfg: WalkConfig) -> None:
     run = load_run(cfg)
     policy = with_values(run)
-    config = run.checkpoint["config"]
+    config = {**run.checkpoint["config"], "seed": cfg.seed}
     kl_coef = run.checkpoint["kl_coef"]
     tokenizer = run.frozen.tokenizer
     batch = choose_prompts(run.prompts, cfg.prompt)
-    device = next(policy.parameters()).device
-    tokens, prompt_lens = pad_prompts(batch, tokenizer.pad_id, device)  # (B, P), (B,)
-    generator = make_generator(device, cfg.seed, "walk")
-    rollout = collect(policy, run.frozen, tokens, prompt_lens, generator, batch)
+    compute = setup(cfg.device, config["amp"])
+    rollout, columns = take_step(policy, run.frozen, batch, kl_coef, config, compute)
 
     print_response(describe(batch, rollout, tokenizer, run.judge)[0], kl_coef, config)
     slots, texts = slots_and_tokens(rollout, 0, tokenizer)
-    experience, before = walk(rollout, 0, kl_coef, config["gamma"], config["lam"])
+    numbers = {name: x[0, slots] for name, x in columns.items()}
+    before = before_step(numbers, kl_coef, config["gamma"])
     print_columns(slots, texts, before)
     print_sums(texts, before)
     print(
         f"\nafter one gradient step on all {BATCH} responses (AdamW, learning rate "
         f"{config['lr']:g}, clip range {config['clip_eps']:g}):\n"
     )
-    gradient_step(policy, experience, config)
-    print_columns(slots, texts, after_step(policy, experience, 0, config))
-
-
-def with_values(run: Run) -> PolicyWithValue:
-    """The policy with its value network, or with the value head on its own network.
-
-    A separate value network has the sizes of the reward model or, without one, of the policy.
-    Raises InputError if there is neither.
-    """
-    weights = run.checkpoint["model"]
-    if "value_head.weight" not in weights:  # another --advantage than gae, or DPO
-        raise InputError(
-            f"{run.path} has no value network to follow: give a ppo.pt of --advantage gae"
-        )
-    value_gpt = None
-    if any(name.startswith("value_gpt.") for name in weights):
-        reward_model = run.frozen.reward_model
-        config = reward_model.gpt.config if reward_model else run.gpt.config
-        value_gpt = type(run.gpt)(config)
-    policy = PolicyWithValue(run.gpt, value_gpt)
-    load_weights(run.path, policy, weights)
-    return policy.to(next(run.gpt.parameters()).device)
+    print_columns(slots, texts, after_step(numbers, config))
 
 
 def choose_prompts(prompts: list[Prompt], first: int) -> list[Prompt]:
@@ -102,92 +75,57 @@ def choose_prompts(prompts: list[Prompt], first: int) -> list[Prompt]:
 # ---- the numbers ----
 
 
-def walk(
-    rollout: Rollout, row: int, kl_coef: float, gamma: float, lam: float
-) -> tuple[Experience, dict[str, Tensor]]:
-    """Parts 3 and 4.
+def before_step(numbers: dict[str, Tensor], kl_coef: float, gamma: float) -> dict[str, Tensor]:
+    """What parts 1 to 4 give to each token of a response.
 
-    Returns: what the update learns from, of all rows, with whitened advantages; {name: (slots of
-        the row's response,)}.
+    Args: numbers: of rlhf.methods.look.take_step, (slots,) each.
     """
-    mask = rollout.mask
-    rewards = shape_rewards(
-        rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef
-    )  # (B, T-1)
-    advantages, returns = gae(rewards, rollout.values, mask, gamma, lam)
-    deltas, _ = gae(rewards, rollout.values, mask, gamma, 0.0)  # lambda = 0: the TD error
-    whitened = masked_whiten(advantages, mask)
-    columns = {
-        "logprob": rollout.logprobs,
-        "ref": rollout.ref_logprobs,
-        "kl cost": kl_coef * kl_k1(rollout.logprobs, rollout.ref_logprobs),
-        "reward": rewards,
-        "value": rollout.values,
-        "delta": deltas,
-        "advantage": advantages,
-        "whitened": whitened,
-        "return": returns,
+    kl_costs = kl_coef * kl_k1(numbers["logprob"], numbers["ref"])
+    values = numbers["value"]
+    next_values = torch.cat([values[1:], torch.zeros_like(values[:1])])  # 0 after the last action
+    return {
+        "logprob": numbers["logprob"],
+        "ref": numbers["ref"],
+        "kl cost": kl_costs,
+        "reward": numbers["reward"],
+        "value": values,
+        "delta": numbers["reward"] + gamma * next_values - values,  # the TD error
+        "advantage": numbers["advantage"],
+        "whitened": numbers["whitened"],
+        "return": numbers["return"],
     }
-    experience = make_experience(rollout, whitened, returns)
-    return experience, {name: x[row][mask[row]] for name, x in columns.items()}
 
 
-def gradient_step(policy: PolicyWithValue, experience: Experience, config: dict) -> None:
-    """Parts 5 and 6: one gradient step on all rows. config: of train_ppo.py."""
-    optimizer = make_optimizer(policy, config["lr"], weight_decay=0.0, eps=1e-5)
-    logprobs, values = forward(policy, experience)  # (B, T-1), (B, T-1)
-    pg_loss, _, v_loss = losses(logprobs, values, experience, experience.mask, config)
-    (pg_loss + config["value_coef"] * v_loss).backward()
-    nn.utils.clip_grad_norm_(policy.parameters(), config["max_grad_norm"])
-    optimizer.step()
+def after_step(numbers: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    """The ratio and the losses of each token by itself, after the gradient step.
 
-
-@torch.no_grad()
-def after_step(
-    policy: PolicyWithValue, experience: Experience, row: int, config: dict
-) -> dict[str, Tensor]:
-    """The losses of each slot by itself, with the policy as it is now: {name: (slots of the row's
-    response,)}."""
-    one = experience.take(torch.tensor([row]))  # (1, t), (1, t-1)
-    logprobs, values = forward(policy, one)  # (1, t-1), (1, t-1)
+    Args: numbers: as for before_step; config: of train_ppo.py.
+    """
+    rows = {name: x.unsqueeze(0) for name, x in numbers.items()}  # (1, slots) each
     pg_losses = []
     clipped = []
     v_losses = []
-    for slot in one.mask[0].nonzero().flatten():
-        only = torch.zeros_like(one.mask)
+    value_clip_eps = config["value_clip_eps"] or math.inf
+    for slot in range(rows["logprob"].size(1)):
+        only = torch.zeros_like(rows["logprob"], dtype=torch.bool)
         only[0, slot] = True  # a mean over a mask that holds no other slot
-        pg_loss, clip_fraction, v_loss = losses(logprobs, values, one, only, config)
+        pg_loss, clip_fraction = policy_loss(
+            rows["new_logprob"], rows["logprob"], rows["whitened"], only, config["clip_eps"]
+        )
+        v_loss, _ = value_loss(
+            rows["new_value"], rows["value"], rows["return"], only, value_clip_eps
+        )
         pg_losses.append(pg_loss)
         clipped.append(clip_fraction)
         v_losses.append(v_loss)
     return {
-        "new logprob": logprobs[one.mask],
-        "ratio": (logprobs - one.old_logprobs)[one.mask].exp(),
+        "new logprob": numbers["new_logprob"],
+        "ratio": (numbers["new_logprob"] - numbers["logprob"]).exp(),
         "clipped": torch.stack(clipped),
         "policy loss": torch.stack(pg_losses),
-        "new value": values[one.mask],
+        "new value": numbers["new_value"],
         "value loss": torch.stack(v_losses),
     }
-
-
-def forward(policy: PolicyWithValue, experience: Experience) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the actions and values, (B, T-1) each."""
-    logits, values = policy(experience.tokens)  # (B, T, V), (B, T)
-    logprobs = token_logprobs(logits, experience.tokens, experience.mask)  # (B, T-1)
-    return logprobs, values[:, :-1]
-
-
-def losses(
-    logprobs: Tensor, values: Tensor, experience: Experience, mask: Tensor, config: dict
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The policy loss, the share of clipped actions and the value loss over the slots of the mask,
-    all scalars. logprobs, values, mask: (B, T-1)."""
-    pg_loss, clip_fraction = policy_loss(
-        logprobs, experience.old_logprobs, experience.advantages, mask, config["clip_eps"]
-    )
-    value_clip_eps = config["value_clip_eps"] or math.inf
-    v_loss, _ = value_loss(values, experience.old_values, experience.returns, mask, value_clip_eps)
-    return pg_loss, clip_fraction, v_loss
 
 
 # ---- printing ----

@@ -17,6 +17,7 @@ PROGRAMS = {
     "ppo": "train_ppo",
     "prepare": "rlhf.tools.prepare",
     "optimality": "rlhf.tools.optimality",
+    "report": "rlhf.tools.report",
     "sample": "rlhf.tools.sample",
     "label": "rlhf.tools.label",
     "export": "rlhf.tools.export",
@@ -66,6 +67,8 @@ def next_command(cfg, name: str) -> str:
     if "." in PROGRAMS[name]:
         words = ["--checkpoint", str(cfg.checkpoint(cfg.kind))]
         shared = ["data", "reward", "reward_weights" if name == "sample" else "sft"]
+    if name == "report":
+        words = [cfg.out]
     for flag, value in vars(cfg).items():
         # An empty --sft or --reward means the file beside the checkpoint.
         if flag in shared and value and value != getattr(TrainConfig, flag, None):

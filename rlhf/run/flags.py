@@ -213,6 +213,8 @@ def add_flag(group, field: dataclasses.Field, value_type: type, about: dict) -> 
         options["nargs"] = "+" if about["flag"] else "*"
         # Files of a flag that comes twice add up; of numbers, the last count.
         options["action"] = "extend" if one_type is str else "store"
+    elif not about["flag"]:
+        options["nargs"] = "?"  # the default stands for it
     choices = about["choices"]
     group.add_argument(name, choices=choices, metavar=None if choices else metavar, **options)
 

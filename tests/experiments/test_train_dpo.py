@@ -38,7 +38,8 @@ def finished(trained, tmp_path_factory):
 
 def test_train_dpo_writes_its_files(finished):
     files = sorted(path.name for path in finished.iterdir())
-    assert files == ["dpo.csv", "dpo.json", "dpo.pt", "dpo_samples.csv", "evaluation.csv"]
+    own = ["dpo.csv", "dpo.json", "dpo.pt", "dpo_samples.csv", "dpo_warnings.txt"]
+    assert files == [*own, "evaluation.csv"]
     assert [row["policy"] for row in rows(finished / "evaluation.csv")] == ["sft", "dpo"]
     assert len(rows(finished / "dpo_samples.csv")) == 10
 

@@ -121,6 +121,12 @@ def test_command_of_a_stage_names_a_file_of_the_clone(started, name):
             "sample",
             "python -m rlhf.tools.sample --checkpoint x/ppo.pt --data d",
         ),
+        (PPOConfig(), "report", "python -m rlhf.tools.report runs"),
+        (
+            PPOConfig(data="d", out="x", reward=("f.py",), reward_weights=(2.0,)),
+            "report",
+            "python -m rlhf.tools.report x --data d --reward f.py",
+        ),
         (
             PPOConfig(out="x", sft="s.pt", reward=("a b.pt", "f.py:g"), reward_weights=(1, 0.2)),
             "optimality",

@@ -43,13 +43,16 @@ def test_three_stages_write_their_files(trained):
         "ppo.json",
         "ppo.pt",
         "ppo_samples.csv",
+        "ppo_warnings.txt",
         "reward.csv",
         "reward.json",
         "reward.pt",
         "reward_evaluation.csv",
+        "reward_warnings.txt",
         "sft.csv",
         "sft.json",
         "sft.pt",
+        "sft_warnings.txt",
     ]
     assert [len(rows(out / f"{name}.csv")) for name in TINY] == [8, 6, 4]
     table = rows(out / "evaluation.csv")
@@ -70,12 +73,13 @@ def test_three_stages_write_their_files(trained):
 
 def test_each_stage_ends_with_the_next_command(trained):
     data, out, printed = trained
-    last_lines = {name: text.splitlines()[-2:] for name, text in printed.items()}
-    assert last_lines["sft"][1] == f"next: python train_reward.py --data {data} --out {out}"
-    assert last_lines["reward"][1] == f"next: python train_ppo.py --data {data} --out {out}"
+    last_lines = {name: text.splitlines()[-3:] for name, text in printed.items()}
+    assert last_lines["sft"][2] == f"next: python train_reward.py --data {data} --out {out}"
+    assert last_lines["reward"][2] == f"next: python train_ppo.py --data {data} --out {out}"
     assert last_lines["ppo"] == [
-        f"next: python -m rlhf.tools.{tool} --checkpoint {out}/ppo.pt --data {data}"
-        for tool in ("optimality", "sample")
+        f"next: python -m rlhf.tools.optimality --checkpoint {out}/ppo.pt --data {data}",
+        f"next: python -m rlhf.tools.report {out} --data {data}",
+        f"next: python -m rlhf.tools.sample --checkpoint {out}/ppo.pt --data {data}",
     ]
 
 
@@ -439,7 +443,7 @@ def test_ppo_says_if_all_scores_are_equal(trained, tmp_path, flags):
     assert printed.count("warning: nothing to learn: the scores that are compared are equal") == 2
     assert "none ends, so each gets --missing-eos-score" in printed
     assert [float(row["score_std"]) for row in rows(tmp_path / "ppo.csv")] == [0] * 4
-    assert "PPO did not raise the score: +0.000" in printed.splitlines()[-3]
+    assert "PPO did not raise the score: +0.000" in printed.splitlines()[-4]
 
 
 def test_ppo_says_if_the_reward_model_gives_everything_the_same_score(trained, tmp_path):
@@ -516,7 +520,7 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_a_checkpoint(
         patch.setattr(Training, "save", stop)
         script(name, *flags)
     assert {path: path.read_bytes() for path in results} == before
-    assert len(before) == {"sft": 3, "reward": 4, "ppo": 5}[name]
+    assert len(before) == {"sft": 4, "reward": 5, "ppo": 6}[name]
     with stopped_by_its_first_checkpoint():
         script(name, *flags)
     left = [path for path in results if path.exists()]

@@ -64,9 +64,9 @@ def test_three_stages_run_from_the_wheel_in_an_empty_folder(wheel, tmp_path):
 
 def test_wheel_holds_the_code_and_the_bundled_data_set(wheel):
     expected = [*ROOT.glob("*.py"), *ROOT.glob("rlhf/**/*.py"), *ROOT.glob("data/*.py")]
-    expected.append(ROOT / "data/label.html")
-    for pattern in ("*.csv", "*.tiktoken", "judge.py"):
-        found = list(ROOT.glob(f"data/tiny_assistant/{pattern}"))
+    bundled = [f"data/tiny_assistant/{name}" for name in ("*.csv", "*.tiktoken", "judge.py")]
+    for pattern in (*bundled, "data/*.html", "rlhf/tools/*.html"):
+        found = list(ROOT.glob(pattern))
         assert found
         expected += found
     for path in expected:
