@@ -31,7 +31,6 @@ def text(path):
 FIVE = {"torch", "numpy", "tiktoken", "pandas", "pytest", "filelock"}  # torch brings filelock
 OWN = {"rlhf", "train_sft", "train_reward", "train_ppo", "tests", "docs", "data", "judge"}
 OPTIONAL = {
-    "docs/experiments/study.py": {"matplotlib"},
     "docs/experiments/trl.py": {"transformers", "trl"},
     "rlhf/networks/gpt2.py": {"safetensors"},
     "rlhf/networks/export.py": {"safetensors"},

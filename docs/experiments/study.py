@@ -13,7 +13,7 @@ writes to --out:
                 kl_ref, score, gold
     fits.csv    Gao et al.'s curves fitted to gold, with d = sqrt(KL):
                 best-of-n  d (a - b d),  PPO  d (a - b log d)
-    study.png   both scores against d, if matplotlib is installed
+    study.png   score and gold against the KL, if a kl_coef is 0; needs matplotlib
 
 kl_coef = 0 is run with every size; the other kl_coefs with the largest. The points of PPO are the
 steps of one run, as in Gao et al.: score, gold and KL of the responses that it was trained on at
@@ -35,7 +35,7 @@ import torch
 from pandas import DataFrame, concat, read_csv
 from torch import Tensor
 
-from docs.experiments.plot import load_pyplot
+from docs.experiments.plot import draw_study, save
 from rlhf import evaluate
 from rlhf.data import Prompt, load_comparisons, load_prompts
 from rlhf.masked import check_same_shape
@@ -262,28 +262,6 @@ def spread(table: DataFrame) -> DataFrame:
     return table.groupby(["method", "comparisons"]).agg(["mean", "std"])
 
 
-# ---- the figure ----
-
-# method: the column of its panels, their title, the style of its curves
-LOOKS = {"ppo": (0, "PPO, kl_coef = 0", "."), "best_of_n": (1, "best-of-n", ".-")}
-SCORES = {"score": "reward model's score", "gold": "gold"}  # column: label
-
-
-def plot(points: DataFrame, path: Path) -> None:
-    figure, axes = load_pyplot().subplots(2, 2, figsize=(11, 7), sharex="col", layout="tight")
-    sizes = sorted(set(points["comparisons"]))
-    for (method, _, size), curve in curves(points):
-        column, title, style = LOOKS[method]
-        colour = f"C{sizes.index(size)}"
-        for ax, (name, label) in zip(axes[:, column], SCORES.items()):
-            ax.plot(curve["d"], curve[name], style, color=colour, markersize=4)
-            ax.set(title=title, xlabel="sqrt(KL to the reference), nats per response", ylabel=label)
-            ax.grid(visible=True, alpha=0.3)
-    axes[0][0].legend([f"{size:,} comparisons" for size in sizes])
-    figure.savefig(path, dpi=110)
-    print(f"wrote {path}")
-
-
 # ---- the program ----
 
 
@@ -332,7 +310,8 @@ def main(cfg: StudyConfig) -> None:
     print("\nover the seeds:")
     print(spread(table).round(2).to_string())
     print(f"wrote {out / 'study.csv'} and {out / 'fits.csv'}")
-    plot(points, out / "study.png")
+    if (points["kl_coef"] == 0).any():
+        save(draw_study(points), out / "study.png")
 
 
 if __name__ == "__main__":

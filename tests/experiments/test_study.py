@@ -164,13 +164,6 @@ def test_points_are_the_steps_of_ppo_and_best_of_n(tmp_path, monkeypatch):
     ]
 
 
-def test_plot_has_a_panel_for_each_method_and_score(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    points = read_csv(ROOT / "docs" / "results" / "study" / "study.csv")
-    study.plot(points, tmp_path / "study.png")
-    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize(
     "flag",
     [
