@@ -1,8 +1,8 @@
 """Stage two: a reward model. The fine-tuned GPT, with a score head, learns which of two responses
 people prefer.
 
-    python train_reward.py      # reads runs/sft.pt; writes runs/reward.pt, reward.csv and
-                                # reward_evaluation.csv
+    python train_reward.py      # reads runs/sft.pt; writes runs/reward.pt, reward.csv,
+                                # reward_evaluation.csv and reward_margins.csv
     python train_reward.py --init MODEL    # on another model than the policy's (docs/models.md)
 
 One to two minutes on two cores; held-out accuracy ends near 0.87, where the judge's own is 0.88
@@ -257,8 +257,9 @@ def fix_scale(model: RewardModel, rows: list, scoring: Scoring) -> str:
 
 
 def in_words(accuracies: dict[str, float | None]) -> str:
-    known = {name: value for name, value in accuracies.items() if value is not None}
-    return " | ".join(f"{name} {value:.3f}" for name, value in known.items())
+    return " | ".join(
+        f"{name} {value:.3f}" for name, value in accuracies.items() if value is not None
+    )
 
 
 def write_evaluation(
@@ -269,18 +270,25 @@ def write_evaluation(
     seed: int,
     scoring: Scoring,
 ) -> dict[str, float | None]:
-    """reward_evaluation.csv beside the checkpoint at path: accuracies on held-out comparisons.
+    """Beside the checkpoint at path: reward_evaluation.csv, accuracies on held-out comparisons, and
+    reward_margins.csv, how sure the model is of each vote.
 
     swapped_accuracy is None if there is no other prompt.
     """
+    margins, _ = margins_and_scores(model, rows, scoring)
     swapped = swap_prompts(rows, seed, model.gpt.config.block_size)
     accuracies = {
-        "accuracy": accuracy(model, rows, scoring),
+        "accuracy": share_positive(margins),
         **judged,
         "swapped_accuracy": accuracy(model, swapped, scoring) if swapped else None,
     }
     result = {**accuracies, "comparisons": len(rows)}
     write_csv(path.with_name("reward_evaluation.csv"), [result])
+    write_csv(
+        path.with_name("reward_margins.csv"),
+        # As in training: a score is divided by the scale.
+        [{"margin": model.scale.item() * margin} for margin in margins.tolist()],
+    )
     print(f"held out: {in_words(accuracies)}")
     if swapped:
         print("          (swapped_accuracy: the same model shown the prompt of another row)")

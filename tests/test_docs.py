@@ -16,12 +16,12 @@ from rlhf.run.reward_functions import load_function
 from tests.helpers import ROOT, rows, script
 
 
-def test_metrics_page_lists_the_columns_of_the_three_csvs(trained):
+def test_metrics_page_lists_the_columns_of_the_csvs(trained):
     """docs/metrics.md has a table per CSV: the first cells of its rows are the CSV's columns, in
     the same order."""
     _, out, _ = trained
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    for name in ("sft.csv", "reward.csv", "ppo.csv"):
+    for name in ("sft.csv", "reward.csv", "reward_margins.csv", "ppo.csv"):
         section = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
         documented = re.findall(r"^\| `(\w+)` \|", section, flags=re.M)
         assert documented == list(rows(out / name)[0]), (

@@ -298,11 +298,12 @@ def test_closing_table_compares_the_policy_with_its_reference(seen):
 
 def test_reward_model_is_evaluated_on_held_out_comparisons(trained):
     """Accuracy, each side on its own; and what a judge in its place would reach, with sigmoid(2.5
-    (a - b)) for its votes."""
+    (a - b)) for its votes. The margins are in the unit of the loss, in which a score is divided by
+    the scale."""
     data, out, _ = trained
     model, _ = load_reward_model(out / "reward.pt")
     tokenizer, judge = find_tokenizer(str(data)), load_judge(str(data))
-    expected = {}
+    expected, margins = {}, {"_heldout": [], "": []}
     for suffix in ("_heldout", ""):
         right, votes = [], []
         for row in rows(data / f"comparisons{suffix}.csv"):
@@ -313,6 +314,7 @@ def test_reward_model_is_evaluated_on_held_out_comparisons(trained):
                 with torch.no_grad():
                     scores.append(model(ids, torch.tensor([ids.size(1)])).item())
             right.append(scores[0] > scores[1])
+            margins[suffix].append((scores[0] - scores[1]) * model.scale.item())
             gold = judge.score([row["Prompt"]] * 2, [row["Chosen"], row["Rejected"]])
             votes.append(1 / (1 + math.exp(-2.5 * abs(gold[0] - gold[1]))))
         expected[suffix] = sum(right) / 40, sum(votes) / 40
@@ -320,6 +322,8 @@ def test_reward_model_is_evaluated_on_held_out_comparisons(trained):
     got = float(result["accuracy"]), float(result["bayes_accuracy"])
     assert got == pytest.approx(expected["_heldout"], abs=1e-5)
     assert got != pytest.approx(expected[""], abs=1e-3)
+    written = sorted(float(row["margin"]) for row in rows(out / "reward_margins.csv"))
+    assert written == pytest.approx(sorted(margins["_heldout"]), abs=1e-4)
 
 
 def test_reward_model_starts_from_sft_and_learns_from_comparisons(trained, tmp_path, monkeypatch):
