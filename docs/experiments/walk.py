@@ -18,16 +18,14 @@ from torch import Tensor
 from rlhf.data import Prompt
 from rlhf.evaluate import Response, describe
 from rlhf.losses import policy_loss, value_loss
-from rlhf.methods.look import take_step
 from rlhf.rewards import kl_k1
 from rlhf.rollout import Rollout
 from rlhf.run import program
-from rlhf.run.device import setup
 from rlhf.run.errors import InputError, printable
 from rlhf.run.flags import arg
 from rlhf.tokenizer import Tokenizer
 from rlhf.tools.optimality import RunConfig, load_run
-from rlhf.tools.report import with_values
+from rlhf.tools.report import take_step
 
 BATCH = 32  # responses in the rollout
 SUMMED = ("kl cost", "reward")  # columns that have a sum
@@ -43,13 +41,11 @@ class WalkConfig(RunConfig):
 
 def main(cfg: WalkConfig) -> None:
     run = load_run(cfg)
-    policy = with_values(run)
-    config = {**run.checkpoint["config"], "seed": cfg.seed}
+    config = run.checkpoint["config"]
     kl_coef = run.checkpoint["kl_coef"]
     tokenizer = run.frozen.tokenizer
     batch = choose_prompts(run.prompts, cfg.prompt)
-    compute = setup(cfg.device, config["amp"])
-    rollout, columns = take_step(policy, run.frozen, batch, kl_coef, config, compute)
+    rollout, columns = take_step(run, batch, cfg.seed)
 
     print_response(describe(batch, rollout, tokenizer, run.judge)[0], kl_coef, config)
     slots, texts = slots_and_tokens(rollout, 0, tokenizer)
@@ -78,7 +74,7 @@ def choose_prompts(prompts: list[Prompt], first: int) -> list[Prompt]:
 def before_step(numbers: dict[str, Tensor], kl_coef: float, gamma: float) -> dict[str, Tensor]:
     """What parts 1 to 4 give to each token of a response.
 
-    Args: numbers: of rlhf.methods.look.take_step, (slots,) each.
+    Args: numbers: of rlhf.tools.report.take_step, (slots,) each.
     """
     kl_costs = kl_coef * kl_k1(numbers["logprob"], numbers["ref"])
     values = numbers["value"]

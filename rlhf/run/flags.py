@@ -157,8 +157,11 @@ def parse_words(cls: type, words: list[str] | None, source: str = "") -> dict:
 
 
 def to_json(cfg) -> dict:
-    """{name: value} of a config, as `read_config` reads them."""
-    return {name: value for name, value in vars(cfg).items() if name not in NOT_IN_FILE}
+    """{name: value} of a config, as `read_config` reads them, and under "changed" the names of
+    those that differ from the defaults."""
+    settings = {name: value for name, value in vars(cfg).items() if name not in NOT_IN_FILE}
+    changed = [name for name in settings if settings[name] != getattr(type(cfg), name)]
+    return {"changed": changed, **settings}
 
 
 def read_config(path: str) -> list[str]:
@@ -168,6 +171,8 @@ def read_config(path: str) -> list[str]:
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
         for name, value in settings.items():
+            if name == "changed":
+                continue
             if isinstance(value, bool):
                 words.append(flag_name(name if value else f"no_{name}"))
             elif not isinstance(value, list):

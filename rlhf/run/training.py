@@ -38,17 +38,16 @@ from rlhf.tokenizer import Tokenizer
 # What lies beside the checkpoint of each kind: its metrics, its settings, and what the finished
 # policy gives.
 RESULTS = {
-    "sft": ("sft.csv", "sft.json", "sft_warnings.txt"),
-    "reward": ("reward.csv", "reward.json", "reward_warnings.txt", "reward_evaluation.csv"),
-    "ppo": (
-        "ppo.csv",
-        "ppo.json",
-        "ppo_warnings.txt",
-        "evaluation.csv",
-        "ppo_samples.csv",
-        "learning_curve.png",
+    "sft": ("sft.csv", "sft.json", "sft.warnings.txt"),
+    "reward": (
+        "reward.csv",
+        "reward.json",
+        "reward.warnings.txt",
+        "reward_evaluation.csv",
+        "reward_margins.csv",
     ),
-    "dpo": ("dpo.csv", "dpo.json", "dpo_warnings.txt", "evaluation.csv", "dpo_samples.csv"),
+    "ppo": ("ppo.csv", "ppo.json", "ppo.warnings.txt", "evaluation.csv", "ppo_samples.csv"),
+    "dpo": ("dpo.csv", "dpo.json", "dpo.warnings.txt", "evaluation.csv", "dpo_samples.csv"),
 }
 # Settings that may change on --resume: they change no training step, or name files whose contents
 # are compared.
@@ -249,19 +248,17 @@ class Training:
         print(f"\nevaluation.csv and {samples}, beside the checkpoint:\n")
         print_table(rows)
         texts = of_policy(self.cfg.kind.upper(), before, after)
-        pages = ["report"] if self.cfg.kind == "ppo" else []  # it shows no other policy
-        self.close(texts, "optimality", *pages, "sample")
+        self.close(texts, "optimality", "report", "sample")
 
     def close(self, texts: list[str], *programs: str) -> None:
         """Print what was written, all warnings, last these, and the commands that come next.
 
-        The warnings are also in KIND_warnings.txt, a line each.
+        The warnings are also in KIND.warnings.txt, a line each.
         """
         print(f"wrote {self.path}")
         self.warnings.close(texts)
-        path = self.path.with_name(f"{self.cfg.kind}_warnings.txt")
-        with replacing(path, encoding="utf-8") as file:
-            file.writelines(f"{text}\n" for text in self.warnings.texts + texts)
+        with replacing(self.path.with_suffix(".warnings.txt"), encoding="utf-8") as file:
+            print(*self.warnings.texts, *texts, sep="\n", file=file)
         for name in programs:
             print(f"next: {next_command(self.cfg, name)}")
 

@@ -70,6 +70,7 @@ class Run(NamedTuple):
     frozen: Frozen
     judge: ModuleType | None
     prompts: list[Prompt]  # held out
+    compute: Compute
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def load_run(cfg: RunConfig) -> Run:
     limit = frozen.context - frozen.max_new_tokens
     prompts = load_prompts(data, tokenizer, limit, True, config.get("heldout", HELDOUT_SHARE))
     prompts = prompts[: config["eval_prompts"]]
-    return Run(path, checkpoint, gpt.to(compute.device), frozen, judge, prompts)
+    return Run(path, checkpoint, gpt.to(compute.device), frozen, judge, prompts, compute)
 
 
 def load_frozen(cfg: RunConfig, checkpoint: dict, tokenizer: Tokenizer, compute: Compute) -> Frozen:

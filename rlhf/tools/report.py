@@ -8,39 +8,43 @@ while the run still lasts; a stage without its files is left out. The numbers st
 JSON, and its script draws them (report.html, beside this file). Text of data and models stays text.
 """
 
-import importlib
 import json
-import math
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 import torch
+from torch import Tensor
 
-from rlhf.data import load_comparisons
+from rlhf.advantages import gae
+from rlhf.data import Prompt, pad_prompts
 from rlhf.evaluate import describe
-from rlhf.methods.look import by_token, take_step, vote_margins
+from rlhf.masked import masked_whiten
 from rlhf.model import PolicyWithValue
+from rlhf.ppo import make_experience, update
+from rlhf.rewards import shape_rewards
+from rlhf.rollout import Rollout, collect, score_rows
 from rlhf.run.checkpoints import load_weights
 from rlhf.run.commands import PROGRAMS, command
-from rlhf.run.device import Compute, setup
+from rlhf.run.device import make_generator
 from rlhf.run.errors import InputError
 from rlhf.run.files import replacing
-from rlhf.run.flags import arg, to_json
+from rlhf.run.flags import arg
+from rlhf.run.optimizer import make_optimizer
 from rlhf.run.program import run
+from rlhf.run.training import RESULTS
 from rlhf.tools.optimality import Run, RunConfig, load_run
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-STAGES = {"sft": "SFTConfig", "reward": "RewardConfig", "ppo": "PPOConfig"}
-TABLES = (*STAGES, "reward_evaluation", "evaluation", "ppo_samples")
 TEXTS = ("Prompt", "last_turn", "Before", "After")  # columns of ppo_samples.csv
 # What the page holds at most, so that it stays below 500 KB:
-POINTS = 300  # of a curve
-FIRST, WORST = 20, 5  # prompts with responses: the first, and those with the least gold
-LONGEST = 600  # characters of a prompt or response
-PAIRS = 2_000  # comparisons
-ROLLOUT, SHOWN = 32, 6  # responses of a PPO step, and how many of them are shown
+NUMBERS = 5_000  # of a table
+FIRST, WORST = 20, 5  # rows with responses: the first, and those with the least gold
+CHARACTERS = 600  # of a prompt or response
+RESPONSES = 12  # of a PPO step
+TOKENS = 1_200  # of all these responses
 
 
 @dataclass(frozen=True)
@@ -48,24 +52,24 @@ class ReportConfig:
     """Write report.html, a page about a run."""
 
     folder: str = arg("runs", "folder of the run", flag=False)
+    sft: str = arg("", "the policy's reference (empty: sft.pt in the folder)")
+    reward: tuple[str, ...] = arg((), "its rewards (empty: reward.pt in the folder)")
     data: str = arg("", "data set folder (empty: the one it was trained on)")
-    reward: tuple[str, ...] = arg((), "PPO's rewards (empty: the reward model)")
 
 
 def main(cfg: ReportConfig) -> None:
     folder = Path(cfg.folder)
-    tables = {name: read_table(folder / f"{name}.csv") for name in TABLES}
-    if not any(tables.values()):
+    files = read_files(folder)
+    if not files:
         raise InputError(f"{folder} holds no sft.csv, reward.csv or ppo.csv; name a run's folder")
     contents = {
         "folder": cfg.folder,
-        "tables": tables,
-        "stages": {kind: read_stage(folder, kind) for kind in STAGES},
-        "machine": f"{platform.platform()}, {torch.get_num_threads()} threads",
-        "commit": find_commit(TEMPLATE.parents[2]),
+        "files": files,
+        "commands": {name: command(name) for name in PROGRAMS},
+        "machine": platform.platform(),
     }
     try:
-        ask_models(contents, RunConfig(str(folder / "ppo.pt"), "", cfg.reward, cfg.data))
+        contents |= ask_models(RunConfig(str(folder / "ppo.pt"), cfg.sft, cfg.reward, cfg.data))
     except InputError as error:
         contents["missing"] = str(error)
     path = folder / "report.html"
@@ -77,72 +81,105 @@ def main(cfg: ReportConfig) -> None:
 # ---- what lies in the folder ----
 
 
-def read_table(path: Path) -> dict | None:
-    """{"columns": names, "data": rows} of a CSV, not more than the page shows; None if there is no
-    such file."""
-    if not path.is_file():
-        return None
-    types = dict.fromkeys(TEXTS, str)
-    frame = pandas.read_csv(path, dtype=types, keep_default_na=False, na_values="")
-    if "step" in frame:
-        groups = frame.index // math.ceil(len(frame) / POINTS)
-        frame = frame.groupby(groups).first()  # of each column, the first that is not empty
-    if "Before" in frame:
-        leave_out_texts(frame)
-    return json.loads(frame.to_json(orient="split", index=False, double_precision=6))
+def read_files(folder: Path) -> dict[str, dict | str]:
+    """{name: contents} of the results that are there: a CSV's by read_table, or the text."""
+    files = {}
+    for names in RESULTS.values():
+        for path in map(folder.joinpath, names):
+            if path.is_file():
+                is_table = path.suffix == ".csv"
+                files[path.name] = read_table(path) if is_table else path.read_text("utf-8")
+    return files
 
 
-def leave_out_texts(frame: pandas.DataFrame) -> None:
-    """Keep the texts of the FIRST rows of ppo_samples.csv, and of the WORST by gold, else score."""
+def read_table(path: Path) -> dict:
+    """`as_json` of a CSV, not more of it than the page shows."""
+    shorter = dict.fromkeys(TEXTS, cut)
+    frame = pandas.read_csv(path, converters=shorter, keep_default_na=False, na_values="")
+    step = 1 + frame.size // NUMBERS
+    if "Before" not in frame:
+        return as_json(frame.groupby(frame.index // step).first())  # the first that is not empty
+    frame = frame[::step].copy()
     worst = frame.sort_values(["gold_after", "score_after"]).index[:WORST]
-    shown = frame.index.isin([*range(FIRST), *worst])
-    for name in frame.columns.intersection(TEXTS):
-        frame[name] = frame[name].where(shown, "").str[:LONGEST]
+    others = frame.index.difference([*frame.index[:FIRST], *worst])
+    frame.loc[others, frame.columns.intersection(TEXTS)] = None
+    return as_json(frame)
 
 
-def read_stage(folder: Path, kind: str) -> dict:
-    """The settings and warnings of a stage as text, its default settings, and its command."""
-    script = importlib.import_module(PROGRAMS[kind])
-    config = getattr(script, STAGES[kind])
-    return {
-        "settings": read_text(folder / f"{kind}.json"),
-        "warnings": read_text(folder / f"{kind}_warnings.txt"),
-        "defaults": to_json(config()),
-        "command": command(kind),
-    }
+def cut(text: str) -> str:
+    return text[:CHARACTERS]
 
 
-def read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def find_commit(root: Path) -> str:
-    """The commit of the clone in this folder, which is the run's if the page is made right after
-    it; "" if it is no clone."""
-    lines = read_text(root / ".git" / "logs" / "HEAD").splitlines()  # old commit, new commit, ...
-    return lines[-1].split()[1] if lines else ""
+def as_json(frame: pandas.DataFrame) -> dict:
+    """{"columns": names, "data": rows}; None for an empty cell."""
+    return json.loads(frame.to_json(orient="split", index=False, double_precision=6))
 
 
 # ---- what the models say ----
 
 
-def ask_models(contents: dict, cfg: RunConfig) -> None:
-    """Add a PPO step, token by token, and the reward model's opinion of the votes.
+def ask_models(cfg: RunConfig) -> dict:
+    """Some responses, and the numbers of a PPO step on each of their tokens, in one table.
 
     Raises InputError if a file is missing, or if code is needed that the user has not named.
     """
     run = load_run(cfg)
-    config = run.checkpoint["config"]
+    prompts = run.prompts[:RESPONSES]
+    rollout, columns = take_step(run, prompts)
     tokenizer = run.frozen.tokenizer
-    max_gold = getattr(run.judge, "MAX_SCORE", None)
-    contents |= {"kl_coef": run.checkpoint["kl_coef"], "max_gold": max_gold}
-    if config.get("advantage") == "gae":
-        contents["responses"] = follow_responses(run, setup(cfg.device, config["amp"]))
-    if run.frozen.reward_model is not None:
-        data = cfg.data or config["data"]
-        pairs = load_comparisons(data, tokenizer, run.frozen.context, True, config["heldout"])
-        margins = vote_margins(run.frozen.reward_model, pairs[:PAIRS], tokenizer.pad_id)
-        contents["margins"] = margins
+    actions = rollout.tokens[:, 1:][rollout.mask].tolist()
+    tokens = {"token": [tokenizer.decode([action]) for action in actions]}
+    for name, x in columns.items():
+        tokens[name] = x[rollout.mask].tolist()
+    responses = describe(prompts, rollout, tokenizer, run.judge)
+    return {
+        "kl_coef": run.checkpoint["kl_coef"],
+        "max_gold": getattr(run.judge, "MAX_SCORE", None),
+        "responses": as_json(pandas.DataFrame(responses)),
+        "tokens": as_json(pandas.DataFrame(tokens)[:TOKENS]),
+    }
+
+
+def take_step(run: Run, prompts: list[Prompt], seed: int = 0) -> tuple[Rollout, dict[str, Tensor]]:
+    """Sample responses to the prompts, and take one gradient step on all of them.
+
+    It is a step of train_ppo.py with GAE and a new optimizer.
+
+    Returns: the rollout; {name: (B, T-1)}, where new_ means after the step.
+    """
+    config = run.checkpoint["config"]
+    compute = run.compute
+    policy = with_values(run)
+    # ---- 1 generate, 2 score ----
+    tokens, prompt_lens = pad_prompts(prompts, run.frozen.tokenizer.pad_id, compute.device)
+    generator = make_generator(compute.device, seed, "walk")
+    rollout = collect(policy, run.frozen, tokens, prompt_lens, generator, prompts)
+    mask = rollout.mask
+    # ---- 3 shape ----
+    kl_coef = run.checkpoint["kl_coef"]
+    rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef)
+    # ---- 4 credit ----
+    advantages, returns = gae(rewards, rollout.values, mask, config["gamma"], config["lam"])
+    whitened = masked_whiten(advantages, mask)
+    # ---- 5 losses, 6 update ----
+    experience = make_experience(rollout, whitened, returns)
+    optimizer = make_optimizer(policy, config["lr"], weight_decay=0.0, eps=1e-5)
+    one_minibatch = {"inner_epochs": 1, "minibatch_size": len(prompts)}
+    cfg = SimpleNamespace(**config | one_minibatch)
+    update(policy, optimizer, compute, experience, cfg, step=0)
+    with torch.no_grad():
+        after = score_rows(policy, run.frozen, rollout.tokens, mask, prompt_lens)
+    return rollout, {
+        "logprob": rollout.logprobs,
+        "ref": rollout.ref_logprobs,
+        "reward": rewards,
+        "value": rollout.values,
+        "advantage": advantages,
+        "whitened": whitened,
+        "return": returns,
+        "new_logprob": after.logprobs,
+        "new_value": after.values,
+    }
 
 
 def with_values(run: Run) -> PolicyWithValue:
@@ -162,23 +199,7 @@ def with_values(run: Run) -> PolicyWithValue:
         value_gpt = type(sized.gpt)(sized.gpt.config)
     policy = PolicyWithValue(run.gpt, value_gpt)
     load_weights(run.path, policy, run.checkpoint["model"])
-    return policy.to(next(run.gpt.parameters()).device)
-
-
-def follow_responses(run: Run, compute: Compute) -> list[dict]:
-    """The first SHOWN responses of a PPO step, with the numbers of each token."""
-    prompts = run.prompts[:ROLLOUT]
-    config = run.checkpoint["config"]
-    kl_coef = run.checkpoint["kl_coef"]
-    policy = with_values(run)
-    rollout, columns = take_step(policy, run.frozen, prompts, kl_coef, config, compute)
-    tokenizer = run.frozen.tokenizer
-    described = describe(prompts, rollout, tokenizer, run.judge)
-    responses = []
-    for row, response in enumerate(described[:SHOWN]):
-        numbers = by_token(rollout, row, columns, tokenizer)
-        responses.append({**asdict(response), "columns": numbers})
-    return responses
+    return policy.to(run.compute.device)
 
 
 # ---- the page ----
@@ -187,12 +208,9 @@ def follow_responses(run: Run, compute: Compute) -> list[dict]:
 def make_page(contents: dict) -> str:
     """The template with the contents as JSON.
 
-    What HTML or JavaScript could take for their own is escaped, so that no text of the run ends the
-    element that the JSON stands in.
+    No text of the run can end the element that the JSON stands in: that would take a "<".
     """
-    text = json.dumps(contents, ensure_ascii=False, allow_nan=False)
-    for letter in "<>&\u2028\u2029":
-        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    text = json.dumps(contents, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("CONTENTS", text)
 
 

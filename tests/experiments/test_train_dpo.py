@@ -38,7 +38,7 @@ def finished(trained, tmp_path_factory):
 
 def test_train_dpo_writes_its_files(finished):
     files = sorted(path.name for path in finished.iterdir())
-    own = ["dpo.csv", "dpo.json", "dpo.pt", "dpo_samples.csv", "dpo_warnings.txt"]
+    own = ["dpo.csv", "dpo.json", "dpo.pt", "dpo.warnings.txt", "dpo_samples.csv"]
     assert files == [*own, "evaluation.csv"]
     assert [row["policy"] for row in rows(finished / "evaluation.csv")] == ["sft", "dpo"]
     assert len(rows(finished / "dpo_samples.csv")) == 10

@@ -3,14 +3,10 @@
 import math
 
 import pytest
-import torch
 
 from docs.experiments.walk import WalkConfig, after_step, before_step, main
-from rlhf.run.checkpoints import load_checkpoint
 from rlhf.run.errors import InputError
-from rlhf.tools.optimality import load_run
-from rlhf.tools.report import with_values
-from tests.helpers import f64, script
+from tests.helpers import f64
 
 NUMBERS = {
     "logprob": [-1.0, -2.0, -0.5],
@@ -70,41 +66,3 @@ def test_walk_prints_a_line_for_each_token_of_the_response(trained, capsys):
     assert len(before) - 2 == len(after) - 1 <= 8  # a header, and the sums under the first
     with pytest.raises(InputError, match="held-out prompts, numbered from 0"):
         main(WalkConfig(checkpoint=str(out / "ppo.pt"), prompt=10, data=str(data)))
-
-
-# ---- the value network ----
-
-
-def loaded(out, data, sft, reward):
-    cfg = WalkConfig(
-        str(out / "ppo.pt"), sft=str(sft), reward=(str(reward),), data=str(data), device="cpu"
-    )
-    return with_values(load_run(cfg))
-
-
-@pytest.mark.parametrize("value_network", ["reward", "shared", "of a function"])
-def test_with_values_loads_all_weights_of_the_run(trained, tmp_path, value_network):
-    """The value network: the reward model's, the policy's own, or one that started from the
-    fine-tuned model, because a function is the only reward."""
-    data, out, _ = trained
-    sft, reward = out / "sft.pt", out / "reward.pt"
-    flags = ["--value-network", value_network]
-    if value_network == "of a function":
-        reward = tmp_path / "rules.py"
-        reward.write_text("def score(prompts, responses): return [len(x) for x in responses]")
-        flags = []
-    files = ["--data", data, "--sft", sft, "--reward", reward, "--out", tmp_path]
-    script("ppo", *files, *flags, "--steps", 1)
-    policy = loaded(tmp_path, data, sft, reward)
-    assert (policy.value_gpt is None) == (value_network == "shared")
-    expected = load_checkpoint(tmp_path / "ppo.pt", "ppo")["model"]
-    torch.testing.assert_close(dict(policy.state_dict()), expected, atol=0, rtol=0)
-
-
-def test_walk_needs_a_value_network(trained, tmp_path):
-    data, out, _ = trained
-    sft, reward = out / "sft.pt", out / "reward.pt"
-    files = ["--data", data, "--sft", sft, "--reward", reward, "--out", tmp_path]
-    script("ppo", *files, "--advantage", "rloo", "--group-size", 2, "--steps", 1)
-    with pytest.raises(InputError, match="ppo.pt has no value network to follow"):
-        loaded(tmp_path, data, sft, reward)

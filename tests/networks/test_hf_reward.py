@@ -16,6 +16,7 @@ from rlhf.run.errors import InputError
 from rlhf.run.files import write_csv
 from rlhf.run.flags import parse_cli
 from rlhf.run.loading import load_reward_model, tokenizer_of
+from rlhf.run.training import RESULTS
 from rlhf.tools import optimality, sample
 from tests.helpers import TINY, copy_some_rows, rows
 
@@ -264,7 +265,7 @@ def test_resume_refuses_another_reward_model(bases, data, tmp_path):
     words = [*shared, *TINY["ppo"].split()]
     call(train_ppo, train_ppo.PPOConfig, *words)
     path.unlink()
-    for file in ("reward.csv", "reward.json", "reward_evaluation.csv"):
+    for file in RESULTS["reward"]:
         (tmp_path / file).unlink()
     train(data, tmp_path, bases["bert"][0], "--seed", 1)
     with pytest.raises(InputError, match="was begun with another reward"):

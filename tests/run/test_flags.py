@@ -218,6 +218,13 @@ def test_to_json_is_standard_json():
     settings = json.loads(json.dumps(to_json(PPOConfig()), allow_nan=False))
     assert settings["missing_eos_score"] == -3.0 and settings["reward"] == []
     assert not {"config", "resume", "overwrite"} & settings.keys()
+    assert settings["changed"] == []
+
+
+def test_to_json_names_the_settings_that_differ_from_the_defaults():
+    """PPO's own default of --lr is no change; --resume is not in the file."""
+    cfg = PPOConfig(lr=4e-4, seed=3, max_new_tokens=(3, 9), resume=True)
+    assert to_json(cfg)["changed"] == ["seed", "max_new_tokens"]
 
 
 def test_flags_replace_the_settings_of_the_file(tmp_path):

@@ -97,7 +97,9 @@ def test_settings_are_written_beside_the_checkpoint_when_it_is_saved(run):
     config = load_checkpoint(saved(run, 7), "sft", unfinished=True)["config"]
     assert config.pop("resume") is config.pop("overwrite") is False
     assert config.pop("config") == ""
-    assert json.loads(path.read_text()) == config
+    written = json.loads(path.read_text())
+    assert written.pop("changed") == ["out"]
+    assert written == config
 
 
 def test_settings_of_a_run_that_goes_on_are_those_of_the_resumed_run(run, tmp_path):
@@ -131,6 +133,7 @@ def test_close_prints_the_warnings_and_then_what_comes_next(run, capsys, monkeyp
         f"next: python train_reward.py --out {run.path.parent}",
         f"next: python -m rlhf.tools.sample --checkpoint {run.path}",
     ]
+    assert run.path.with_name("sft.warnings.txt").read_text() == "early\nlate\n"
 
 
 # ---- begin ----

@@ -42,17 +42,18 @@ def test_three_stages_write_their_files(trained):
         "ppo.csv",
         "ppo.json",
         "ppo.pt",
+        "ppo.warnings.txt",
         "ppo_samples.csv",
-        "ppo_warnings.txt",
         "reward.csv",
         "reward.json",
         "reward.pt",
+        "reward.warnings.txt",
         "reward_evaluation.csv",
-        "reward_warnings.txt",
+        "reward_margins.csv",
         "sft.csv",
         "sft.json",
         "sft.pt",
-        "sft_warnings.txt",
+        "sft.warnings.txt",
     ]
     assert [len(rows(out / f"{name}.csv")) for name in TINY] == [8, 6, 4]
     table = rows(out / "evaluation.csv")
@@ -520,7 +521,7 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_has_a_checkpoint(
         patch.setattr(Training, "save", stop)
         script(name, *flags)
     assert {path: path.read_bytes() for path in results} == before
-    assert len(before) == {"sft": 4, "reward": 5, "ppo": 6}[name]
+    assert len(before) == {"sft": 4, "reward": 6, "ppo": 6}[name]
     with stopped_by_its_first_checkpoint():
         script(name, *flags)
     left = [path for path in results if path.exists()]

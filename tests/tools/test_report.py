@@ -1,31 +1,40 @@
 """rlhf.tools.report: what goes into the page, that text stays text, and the page in a browser."""
 
 import base64
+import copy
 import hashlib
 import json
+import math
 import re
 import shutil
+import statistics
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import pandas
 import pytest
+import torch
 
+from rlhf.data import Prompt
+from rlhf.rollout import Frozen, Rollout
+from rlhf.run.checkpoints import load_checkpoint
 from rlhf.run.errors import InputError
 from rlhf.run.flags import parse_cli
 from rlhf.tools import report
-from rlhf.tools.report import ReportConfig, main, make_page, read_table
-from tests.helpers import ROOT, rows
+from rlhf.tools.optimality import Run, RunConfig, load_run
+from rlhf.tools.report import ReportConfig, main, make_page, read_table, take_step, with_values
+from tests.helpers import CPU, ROOT, Digits, f64, noisy, script
 
 TEMPLATE = (ROOT / "rlhf" / "tools" / "report.html").read_text(encoding="utf-8")
 ATTACK = "</script><script>alert(1)</script> <img src=x onerror=alert(1)> & \u2028 \"q\" 'q'"
 
 
-def write(folder, **files):
-    """Files of a run, named with _ for the dot."""
+def write(folder, files):
+    """A folder with files of a run, {name: text}."""
     folder.mkdir(exist_ok=True)
     for name, text in files.items():
-        stem, _, suffix = name.rpartition("_")
-        (folder / f"{stem}.{suffix}").write_text(text, encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -48,35 +57,22 @@ PPO = "step,score,gold,kl_ref,objective,seconds\n1,-0.5,-1,0,-0.5,2\n2,0.5,1,2,0
 SAMPLES = "Prompt,last_turn,Before,After,score_before,score_after,gold_before,gold_after\n"
 
 
-def test_page_holds_the_tables_settings_and_warnings_of_the_folder(tmp_path):
-    folder = write(
-        tmp_path / "run",
-        sft_csv=SFT,
-        evaluation_csv=EVALUATION,
-        sft_json='{"steps": 2}',
-        sft_warnings_txt="few rows\noverfitting\n",
-    )
+def test_page_holds_the_files_of_the_folder(tmp_path):
+    """Tables by column and row, with None for an empty cell; the other files as text."""
+    texts = {"sft.json": '{"steps": 2}', "sft.warnings.txt": "few rows\noverfitting\n"}
+    tables = {"sft.csv": SFT, "evaluation.csv": EVALUATION}
+    folder = write(tmp_path / "run", {**texts, **tables, "other.csv": SFT})
     contents = contents_of(folder)
-    tables = contents["tables"]
-    assert tables["sft"] == {
+    files = contents["files"]
+    assert files["sft.csv"] == {
         "columns": ["step", "loss", "valid"],
         "data": [[1, 6.5, None], [2, 3.25, 0.75]],
     }
-    assert tables["evaluation"]["data"][1] == ["ppo", 1.5, 2, 4, 1.22, 0.9, 40, 0.875, 0.01]
-    assert tables["reward"] is tables["ppo"] is tables["ppo_samples"] is None
-    sft = contents["stages"]["sft"]
-    assert sft["settings"] == '{"steps": 2}' and sft["warnings"] == "few rows\noverfitting\n"
-    assert sft["defaults"]["steps"] == 600 and sft["command"].endswith("train_sft.py")
-    assert contents["stages"]["ppo"]["settings"] == ""
+    assert files["evaluation.csv"]["data"][1] == ["ppo", 1.5, 2, 4, 1.22, 0.9, 40, 0.875, 0.01]
+    assert files.keys() == texts.keys() | tables.keys()
+    assert {name: files[name] for name in texts} == texts
+    assert contents["commands"]["sft"].endswith("train_sft.py")
     assert "responses" not in contents and "ppo.pt does not exist" in contents["missing"]
-
-
-def test_commit_is_the_latest_of_the_clone(tmp_path):
-    assert report.find_commit(tmp_path) == ""
-    (tmp_path / ".git" / "logs").mkdir(parents=True)
-    log = "000 aaa A <a@b.c> 1 +0\tclone\naaa bbb A <a@b.c> 2 +0\tcommit: second\n"
-    (tmp_path / ".git" / "logs" / "HEAD").write_text(log)
-    assert report.find_commit(tmp_path) == "bbb"
 
 
 def test_folder_of_the_run_needs_no_flag():
@@ -90,20 +86,23 @@ def test_folder_without_a_run_is_refused_and_no_page_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_long_curve_is_thinned_out_and_rare_values_stay(tmp_path):
-    """601 rows: groups of three, from which each column's first value is taken."""
+def test_long_curve_is_thinned_out_and_rare_values_stay(tmp_path, monkeypatch):
+    """601 rows of 3 numbers, at most 902: groups of two, from which each column's first value is
+    taken."""
+    monkeypatch.setattr(report, "NUMBERS", 902)
     lines = [f"{step},{step / 2},{0.5 if step == 6 else ''}" for step in range(1, 602)]
     path = tmp_path / "sft.csv"
     path.write_text("\n".join(["step,loss,valid", *lines]) + "\n")
     data = read_table(path)["data"]
-    assert len(data) == 201
-    assert data[:2] == [[1, 0.5, None], [4, 2.0, 0.5]] and data[-1] == [601, 300.5, None]
+    assert len(data) == 301
+    assert data[2:4] == [[5, 2.5, 0.5], [7, 3.5, None]] and data[-1] == [601, 300.5, None]
 
 
 def sample_table(folder, gold):
     """Forty prompts; gold: of a row number after PPO."""
     lines = [f"p{i},t{i},b{i},NA,0.5,{i},-1,{gold(i)}" for i in range(40)]
-    return read_table(write(folder, ppo_samples_csv=SAMPLES + "\n".join(lines)) / "ppo_samples.csv")
+    files = {"ppo_samples.csv": SAMPLES + "\n".join(lines)}
+    return read_table(write(folder, files) / "ppo_samples.csv")
 
 
 @pytest.mark.parametrize(
@@ -119,27 +118,31 @@ def test_only_the_first_and_the_worst_responses_have_texts(tmp_path, gold, worst
     table = sample_table(tmp_path, gold)
     after = [row[3] for row in table["data"]]
     assert {i for i, text in enumerate(after) if text == "NA"} == worst | set(range(20))
-    assert set(after) <= {"NA", ""}
+    assert set(after) <= {"NA", None}
     assert [row[5] for row in table["data"]] == list(range(40))
 
 
 def test_texts_are_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "LONGEST", 2)
+    monkeypatch.setattr(report, "CHARACTERS", 2)
     table = sample_table(tmp_path, lambda i: 1)
     assert table["data"][12][:4] == ["p1", "t1", "b1", "NA"]
 
 
-def test_page_of_a_long_run_with_long_texts_stays_below_500_kb(tmp_path):
+def long_responses(cfg):
+    numbers = {name: [-0.123456] * report.TOKENS for name in "abcdefghi"}
+    return {"tokens": report.as_json(pandas.DataFrame(numbers))}
+
+
+def test_page_of_a_long_run_with_long_texts_stays_below_500_kb(tmp_path, monkeypatch):
     names = ["step", *"abcdefghijklmnopqrstu"]
     steps = [",".join([str(step), *["-0.123456"] * 21]) for step in range(20_000)]
     text = "word " * 4_000
     line = f"{text},{text},{text},{text},0.123456,0.123456,-1.5,2.5"
-    folder = write(
-        tmp_path / "run",
-        ppo_csv="\n".join([",".join(names), *steps]),
-        sft_csv="\n".join([",".join(names), *steps]),
-        ppo_samples_csv=SAMPLES + "\n".join([line] * 1_000),
-    )
+    curves = "\n".join([",".join(names), *steps])
+    files = {name: curves for name in ("sft.csv", "reward.csv", "reward_margins.csv", "ppo.csv")}
+    files["ppo_samples.csv"] = SAMPLES + "\n".join([line] * 1_000)
+    folder = write(tmp_path / "run", files)
+    monkeypatch.setattr(report, "ask_models", long_responses)
     contents_of(folder)
     assert (folder / "report.html").stat().st_size < 500_000
 
@@ -147,47 +150,174 @@ def test_page_of_a_long_run_with_long_texts_stays_below_500_kb(tmp_path):
 # ---- what the models say ----
 
 
+def by_response(contents):
+    """Each response with {column: numbers of its tokens}."""
+    table = contents["tokens"]
+    tokens = [dict(zip(table["columns"], row)) for row in table["data"]]
+    responses = contents["responses"]
+    for row in responses["data"]:
+        response = dict(zip(responses["columns"], row))
+        own, tokens = tokens[: response["length"]], tokens[response["length"] :]
+        yield response, {name: [token[name] for token in own] for name in table["columns"]}
+    assert not tokens
+
+
 def test_page_of_a_finished_run_has_its_models_numbers(trained, tmp_path):
-    """The tokens of a response are its text. Its rewards sum to the score minus the KL cost, and
-    the whitened advantages are in the order of the raw ones."""
+    """The tokens of a response are its text. Its rewards sum to the score minus the KL cost, and a
+    return is value plus advantage."""
     data, out, printed = trained
     folder = shutil.copytree(out, tmp_path / "run")
     contents = contents_of(folder, "--data", data)
     assert "missing" not in contents and contents["max_gold"] == 3.0
-    assert len(contents["responses"]) == 6
-    for response in contents["responses"]:
-        columns = response["columns"]
+    assert len(contents["responses"]["data"]) == 10  # prompts held out
+    for response, columns in by_response(contents):
         texts = [text for text in columns["token"] if text != "<|endoftext|>"]
         assert "".join(texts).strip() == response["text"]
-        assert len(columns["slot"]) == response["length"] == len(columns["reward"])
         paid = contents["kl_coef"] * response["kl_ref"]
         assert sum(columns["reward"]) == pytest.approx(response["score"] - paid, abs=2e-3)
         for value, advantage, target in zip(
             columns["value"], columns["advantage"], columns["return"]
         ):
             assert target == pytest.approx(value + advantage, abs=2e-4)
-    [quality] = rows(out / "reward_evaluation.csv")
-    assert len(contents["margins"]) == int(quality["comparisons"])
-    agreed = [1 if margin > 0 else 0.5 if margin == 0 else 0 for margin in contents["margins"]]
-    assert sum(agreed) / len(agreed) == pytest.approx(float(quality["accuracy"]), abs=1e-6)
     for stage, text in printed.items():
         warned = {line for line in text.splitlines() if line.startswith("warning: ")}
-        found = contents["stages"][stage]["warnings"].splitlines()
-        assert {f"warning: {line}" for line in found} == warned
-    assert any(contents["stages"][stage]["warnings"] for stage in printed)
+        found = contents["files"][f"{stage}.warnings.txt"].split("\n")
+        assert {f"warning: {line}" for line in found if line} == warned
+    assert all(f"{stage}.csv" in contents["files"] for stage in printed)
+
+
+def test_page_shows_no_more_tokens_than_it_may(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "TOKENS", 3)
+    data, out, _ = trained
+    contents = contents_of(shutil.copytree(out, tmp_path / "run"), "--data", data)
+    assert len(contents["tokens"]["data"]) == 3
 
 
 def test_models_that_cannot_be_asked_leave_a_sentence(tmp_path, monkeypatch):
     """As for a run with reward functions, which run only if the user names them."""
 
     def refuse(cfg):
-        assert (cfg.checkpoint, cfg.reward) == (str(folder / "ppo.pt"), ("brief.py",))
+        assert (cfg.checkpoint, cfg.sft) == (str(folder / "ppo.pt"), "a.pt")
+        assert (cfg.reward, cfg.data) == (("brief.py",), "d")
         raise InputError("give --reward brief.py")
 
-    folder = write(tmp_path / "run", ppo_csv=PPO)
+    folder = write(tmp_path / "run", {"ppo.csv": PPO})
     monkeypatch.setattr(report, "load_run", refuse)
-    contents = contents_of(folder, "--reward", "brief.py")
+    contents = contents_of(folder, "--sft", "a.pt", "--reward", "brief.py", "--data", "d")
     assert contents["missing"] == "give --reward brief.py" and "responses" not in contents
+
+
+# ---- a PPO step ----
+
+MASK = torch.tensor([[False, True, True, True], [True, True, False, False]])
+TOKENS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])
+LOGPROBS, REF, VALUES = [-1.0, -2.0, -0.5], [-1.5, -1.0, -0.25], [0.3, 0.6, 1.1]
+CONFIG = {"gamma": 0.9, "lam": 0.8, "lr": 0.05, "seed": 0, "micro_batch_size": 0}
+CONFIG |= {"clip_eps": 0.2, "value_clip_eps": 0.0, "value_coef": 0.5, "entropy_coef": 0.0}
+CONFIG |= {"max_grad_norm": 1.0, "inner_epochs": 7, "minibatch_size": 1}
+
+
+@pytest.fixture
+def step(policy, monkeypatch):
+    """A step on two responses, of 3 and 2 tokens; kl_coef 0.5."""
+    rollout = Rollout(
+        TOKENS,
+        MASK,
+        f64([0, *LOGPROBS], [-1, -1, 0, 0]),
+        f64([0, *REF], [-2, -1, 0, 0]),
+        f64([9, *VALUES], [0.5, -0.5, 9, 9]),
+        f64(2.0, -1.0),
+    )
+    monkeypatch.setattr(report, "collect", lambda *arguments: rollout)
+    monkeypatch.setattr(report, "with_values", lambda run: policy)
+    frozen = Frozen(copy.deepcopy(policy.gpt), None, Digits())
+    checkpoint = {"config": CONFIG, "kl_coef": 0.5}
+    run = Run(Path("ppo.pt"), checkpoint, policy.gpt, frozen, None, [], CPU)
+    return take_step(run, [Prompt("12", [1, 2]), Prompt("6", [6])])
+
+
+def test_numbers_before_the_step_recomputed_in_plain_arithmetic(step):
+    """The first row by hand, from its end: rewards -0.5 * (logprob - ref), plus the score 2 on the
+    last; gamma 0.9, lambda 0.8. The second row: rewards -0.5 and -1, deltas -0.5 + 0.9 * -0.5 - 0.5
+    and -1 + 0.5."""
+    _, columns = step
+    costs = [0.5 * (a - b) for a, b in zip(LOGPROBS, REF)]
+    rewards = [-costs[0], -costs[1], 2 - costs[2]]
+    deltas = [r + 0.9 * after - v for r, after, v in zip(rewards, [*VALUES[1:], 0.0], VALUES)]
+    third = deltas[2]
+    second = deltas[1] + 0.9 * 0.8 * third
+    advantages = [deltas[0] + 0.9 * 0.8 * second, second, third]
+    others = [-1.45 + 0.72 * -0.5, -0.5]
+    mean, std = statistics.fmean(advantages + others), statistics.pstdev(advantages + others)
+    expected = {
+        "logprob": LOGPROBS,
+        "ref": REF,
+        "reward": rewards,
+        "value": VALUES,
+        "advantage": advantages,
+        "whitened": [(a - mean) / math.sqrt(std**2 + 1e-8) for a in advantages],
+        "return": [a + v for a, v in zip(advantages, VALUES)],
+    }
+    assert [*columns] == [*expected, "new_logprob", "new_value"]
+    for name, numbers in expected.items():
+        assert columns[name][0, 1:].tolist() == pytest.approx(numbers, abs=1e-12), name
+
+
+def test_new_numbers_are_those_of_the_policy_after_one_gradient_step(step, policy):
+    """Its weights have moved by at most the learning rate of AdamW's first step. The config's
+    epochs and minibatches do not count."""
+    _, columns = step
+    with torch.no_grad():
+        logits, values = policy(TOKENS)
+    for row, slot in MASK.nonzero().tolist():
+        expected = logits[row, slot].log_softmax(0)[TOKENS[row, slot + 1]].item()
+        assert columns["new_logprob"][row, slot].item() == pytest.approx(expected, abs=1e-9)
+        assert columns["new_value"][row, slot].item() == values[row, slot].item()
+
+
+def test_step_is_one_gradient_step(policy, step, gpt):
+    """AdamW's first step moves no weight by more than the learning rate; seven epochs would."""
+    before = noisy(type(gpt)(gpt.config).double())  # as the fixture made it
+    moved = []
+    for old, new in zip(before.parameters(), policy.gpt.parameters()):
+        moved.append((new - old).abs().max().item())
+    assert 0.04 < max(moved) <= 0.05 + 1e-9
+
+
+# ---- the value network ----
+
+
+def loaded(out, data, sft, reward):
+    cfg = RunConfig(str(out / "ppo.pt"), str(sft), (str(reward),), str(data), "cpu")
+    return with_values(load_run(cfg))
+
+
+@pytest.mark.parametrize("value_network", ["reward", "shared", "of a function"])
+def test_with_values_loads_all_weights_of_the_run(trained, tmp_path, value_network):
+    """The value network: the reward model's, the policy's own, or one that started from the
+    fine-tuned model, because a function is the only reward."""
+    data, out, _ = trained
+    sft, reward = out / "sft.pt", out / "reward.pt"
+    flags = ["--value-network", value_network]
+    if value_network == "of a function":
+        reward = tmp_path / "rules.py"
+        reward.write_text("def score(prompts, responses): return [len(x) for x in responses]")
+        flags = []
+    files = ["--data", data, "--sft", sft, "--reward", reward, "--out", tmp_path]
+    script("ppo", *files, *flags, "--steps", 1)
+    policy = loaded(tmp_path, data, sft, reward)
+    assert (policy.value_gpt is None) == (value_network == "shared")
+    expected = load_checkpoint(tmp_path / "ppo.pt", "ppo")["model"]
+    torch.testing.assert_close(dict(policy.state_dict()), expected, atol=0, rtol=0)
+
+
+def test_step_needs_a_value_network(trained, tmp_path):
+    data, out, _ = trained
+    sft, reward = out / "sft.pt", out / "reward.pt"
+    files = ["--data", data, "--sft", sft, "--reward", reward, "--out", tmp_path]
+    script("ppo", *files, "--advantage", "rloo", "--group-size", 2, "--steps", 1)
+    with pytest.raises(InputError, match="ppo.pt has no value network to follow"):
+        loaded(tmp_path, data, sft, reward)
 
 
 # ---- the page ----
@@ -196,8 +326,7 @@ def test_models_that_cannot_be_asked_leave_a_sentence(tmp_path, monkeypatch):
 def test_text_of_a_run_cannot_end_its_element():
     page = make_page({"text": ATTACK})
     inside = re.search(r'id="contents">(.*?)</script>', page)[1]
-    assert json.loads(inside) == {"text": ATTACK}
-    assert not set("<>&\u2028") & set(inside)
+    assert json.loads(inside) == {"text": ATTACK} and "<" not in inside
 
 
 @pytest.mark.parametrize("tag", ["style", "script"])
@@ -302,14 +431,10 @@ def test_browser_shows_verdict_and_charts_and_runs_no_text(opened, tmp_path):
     """A response that holds a script is shown as text. The page asks for nothing but itself."""
     quoted = ATTACK.replace('"', '""')
     samples = SAMPLES + f'p,"{quoted}","{quoted}","{quoted}",0.5,1.5,-1,2\n' * 3
-    folder = write(
-        tmp_path / "run",
-        sft_csv=SFT,
-        ppo_csv=PPO,
-        evaluation_csv=EVALUATION,
-        ppo_samples_csv=samples,
-    )
-    (folder / "sft_warnings.txt").write_text(f"{ATTACK}\n", encoding="utf-8")
+    files = {"sft.csv": SFT, "ppo.csv": PPO, "evaluation.csv": EVALUATION}
+    files |= {"ppo_samples.csv": samples, "sft.warnings.txt": f"{ATTACK}\n"}
+    files |= {"sft.json": '{"changed": ["seed"], "data": "d", "seed": 7}'}
+    folder = write(tmp_path / "run", files)
     contents_of(folder)
     page = opened(folder / "report.html")
     verdict = page.inner_text("#verdict")
@@ -318,12 +443,14 @@ def test_browser_shows_verdict_and_charts_and_runs_no_text(opened, tmp_path):
     assert "on 90 % of the prompts" in verdict and "4 nats of KL" in verdict
     assert "Warning, SFT: </script><script>alert(1)</script>" in verdict
     assert page.inner_text("#responses .after p >> nth=0").startswith("</script><script>alert(1)")
-    assert page.locator("#ppo-charts figure").count() == 4
+    assert page.locator("#last-charts figure").count() == 4
+    assert "settings differ from the defaults:\n" in page.inner_text("#settings")
+    assert page.inner_text("#settings td >> nth=0") == "seed"
     assert "This folder has no reward.csv." in page.inner_text("#training")
     assert "Left out: " in page.inner_text("#tokens")
-    page.click("#ppo-charts details >> nth=0")
-    page.wait_for_selector("#ppo-charts td")
-    cells = page.locator("#ppo-charts figure >> nth=0").locator("td").all_inner_texts()
+    page.click("#last-charts details >> nth=0")
+    page.wait_for_selector("#last-charts td")
+    cells = page.locator("#last-charts figure >> nth=0").locator("td").all_inner_texts()
     assert cells == ["1", "−0.50", "2", "0.50"]
     assert page.locator("img").count() == 0 and page.faults == []
     assert set(Server.asked) == {"/report.html"}
@@ -335,8 +462,7 @@ def test_browser_shows_one_response_token_by_token(opened, trained, tmp_path, wi
     its numbers; the switch changes the number under each token."""
     data, out, _ = trained
     folder = shutil.copytree(out, tmp_path / "run")
-    response = contents_of(folder, "--data", data)["responses"][1]
-    columns = response["columns"]
+    _, (_, columns), *_ = by_response(contents_of(folder, "--data", data))
     page = opened(folder / "report.html", width, scheme)
     assert page.evaluate("document.documentElement.scrollWidth") == width
     page.select_option("#response", "1")
