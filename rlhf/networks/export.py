@@ -1,36 +1,145 @@
-"""A GPT as a folder in the format of GPT-2's published files, which transformers reads: the
-inverse of rlhf/networks/gpt2.py."""
+"""What was trained, as a model of Hugging Face's transformers or an adapter of PEFT: the inverse of
+rlhf/networks/gpt2.py and hf.py.
 
-import json
+The own GPT becomes a GPT-2, any other network a copy of the model that it was made from, with the
+trained weights. Adapters are merged, and 4-bit weights become the numbers that they stand for.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rlhf.model import GPT, GPTConfig
+from rlhf.model import GPT, GPTConfig, RewardModel
 from rlhf.networks.gpt2 import ARCHITECTURE, published_name
-from rlhf.run.files import replacing
+from rlhf.networks.hf import HF, HFConfig, quantised_loading
+from rlhf.networks.lora import LoRALinear
+from rlhf.networks.pretrained import from_pretrained, package
+
+POLICY = "AutoModelForCausalLM"  # what loads an exported policy, and a reward model
+REWARD_MODEL = "AutoModelForSequenceClassification"
+# tanh(x) is x for such a multiple of a hidden state, up to a relative error of 1e-6.
+SMALL = 1e-4
 
 
-def save_gpt2(gpt: GPT, folder: Path, eos_id: int) -> None:
-    """Write config.json and pytorch_model.bin; the inverse of load_gpt2."""
-    with replacing(folder / "pytorch_model.bin", "wb") as file:
-        torch.save(published_weights(gpt), file)
-    with replacing(folder / "config.json", encoding="utf-8") as file:
-        file.write(json.dumps(published_config(gpt.config, eos_id), indent=2) + "\n")
+# ---- models ----
 
 
-def published_config(config: GPTConfig, eos_id: int) -> dict:
+@torch.no_grad()
+def exported_policy(gpt: GPT):
+    """A causal language model of transformers with the logits of a policy, temperature included.
+
+    Of a cut vocabulary the kept tokens have the policy's rows, and the others the base's.
+    """
+    model = with_weights(gpt, POLICY)
+    if isinstance(gpt, HF):
+        output = model.get_output_embeddings()
+        if gpt.lm_head is not None:
+            copy_weights(gpt.lm_head, output, gpt.config.kept)
+        if gpt.temperature != 1:
+            model.config.tie_word_embeddings = False
+            output.weight = nn.Parameter(output.weight / gpt.temperature)
+            if output.bias is not None:
+                output.bias /= gpt.temperature
+    return model.eval()
+
+
+@torch.no_grad()
+def exported_reward_model(reward_model: RewardModel):
+    """A sequence classifier of transformers with one label, and what is added to it: the scores
+    are the classifier's plus this constant, which is 0 if the class has a place for it.
+
+    An encoder's class has a dense layer and a tanh before the head. They become a multiple of the
+    identity, so small that the tanh is linear.
+    """
+    model = with_weights(reward_model.gpt, REWARD_MODEL, num_labels=1, problem_type="regression")
+    *dense, head = head_layers(model)
+    weight = reward_model.head.weight / reward_model.scale
+    constant = (reward_model.head.bias - reward_model.mean) / reward_model.scale
+    for layer in dense:
+        nn.init.eye_(layer.weight).mul_(SMALL)
+        layer.bias.zero_()
+        weight = weight / SMALL
+    head.weight.copy_(weight)
+    if head.bias is not None:
+        head.bias.copy_(constant)
+        constant = torch.zeros(1)
+    return model.eval(), constant.item()
+
+
+def head_layers(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers that a classifier has behind the hidden states."""
+    layers = []
+    for name, layer in model.named_modules():
+        behind = not name.startswith(f"{model.base_model_prefix}.") or "pooler" in name
+        if behind and isinstance(layer, nn.Linear):
+            layers.append(layer)
+    return layers
+
+
+def with_weights(gpt: GPT, kind: str, **settings):
+    """A model of transformers of this kind with a network's weights; a score head stays as it is.
+
+    settings: of its configuration.
+    """
+    if isinstance(gpt, HF):
+        dtype = getattr(torch, gpt.config.base_dtype)
+        model = from_pretrained(kind, gpt.config.init, dtype=dtype, **settings)
+        for name, layer in model.base_model.named_modules():
+            copy_weights(gpt.trunk.get_submodule(name), layer, gpt.config.kept)
+        return model
+    transformers = package("transformers")
+    config = transformers.GPT2Config(**published_config(gpt.config), **settings)
+    model = getattr(transformers, kind).from_config(config)
+    model.base_model.load_state_dict(published_weights(gpt))
+    return model
+
+
+def model_ids(gpt: GPT, ids: Sequence[int]) -> list[int]:
+    """Ids of the whole vocabulary, which a network may have only a part of."""
+    kept = getattr(gpt.config, "kept", ())
+    return [kept[i] for i in ids] if kept else list(ids)
+
+
+def copy_weights(source: nn.Module, target: nn.Module, kept: tuple[int, ...]) -> None:
+    """Copy the weights of a network's layer to the same layer of transformers.
+
+    kept: the rows of the target that a source with fewer rows has.
+    """
+    weights = plain_weights(source)
+    for name, parameter in target.named_parameters(recurse=False):
+        weight = weights[name]
+        if type(target).__name__ == "Conv1D" and name == "weight":  # GPT-2's, (in, out)
+            weight = weight.t()
+        rows = ... if weight.shape == parameter.shape else list(kept)
+        parameter[rows] = weight.to(parameter.dtype)
+
+
+def plain_weights(layer: nn.Module) -> dict[str, Tensor]:
+    """{name: weight} of a layer, not in 4 bits, and with its adapter merged."""
+    linear = layer.linear if isinstance(layer, LoRALinear) else layer
+    weights = dict(linear.named_parameters(recurse=False))
+    state = getattr(weights.get("weight"), "quant_state", None)
+    if state is not None:
+        dequantize = package("bitsandbytes").functional.dequantize_4bit
+        weights["weight"] = dequantize(linear.weight.data, state)
+    if linear is not layer:
+        weights["weight"] = weights["weight"] + layer.scale * layer.B @ layer.A
+    return weights
+
+
+# ---- the own GPT as a GPT-2 ----
+
+
+def published_config(config: GPTConfig) -> dict:
     return {
         **ARCHITECTURE,
-        "architectures": ["GPT2LMHeadModel"],
         "vocab_size": config.vocab_size,
         "n_positions": config.block_size,
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_embd": config.n_embd,
-        "bos_token_id": eos_id,
-        "eos_token_id": eos_id,
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,
@@ -47,8 +156,43 @@ def published_weights(gpt: GPT) -> dict[str, Tensor]:
         if name.startswith("ln_f."):
             weight = weight / gpt.temperature
         other_name, transposed = published_name(name)
-        if transposed:
-            weight = weight.t()
-        published[f"transformer.{other_name}"] = weight.contiguous()
-    published["lm_head.weight"] = published["transformer.wte.weight"]
+        published[other_name] = weight.t().contiguous() if transposed else weight
     return published
+
+
+# ---- PEFT's adapters ----
+
+
+def adapter_of(gpt: HF) -> tuple[dict, dict[str, Tensor]]:
+    """The settings and the weights of a policy's adapters, as PEFT writes them."""
+    weights = {}
+    targets = set()
+    for name, layer in gpt.trunk.named_modules():
+        if isinstance(layer, LoRALinear):
+            full_name = f"base_model.model.{gpt.trunk.base_model_prefix}.{name}"
+            weights[f"{full_name}.lora_A.weight"] = layer.A.detach()
+            weights[f"{full_name}.lora_B.weight"] = layer.B.detach()
+            targets.add(name.rpartition(".")[2])
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": gpt.config.init,
+        "r": gpt.config.rank,
+        "lora_alpha": gpt.config.alpha,
+        "target_modules": sorted(targets),
+        "inference_mode": True,
+    }
+    return config, weights
+
+
+def base_options(config: HFConfig) -> dict:
+    """The arguments with which transformers loads a model as it was in training."""
+    dtype = getattr(torch, config.base_dtype)
+    options = quantised_loading(POLICY, config.init, dtype) if config.four_bit else {}
+    return {"dtype": dtype, **options}
+
+
+def load_adapter(folder: Path, config: HFConfig):
+    """A model of transformers, as it was in training, under the adapters in a folder of PEFT's."""
+    base = from_pretrained(POLICY, config.init, **base_options(config))
+    return package("peft").PeftModel.from_pretrained(base, folder)
