@@ -5,7 +5,7 @@ The own GPT becomes a GPT-2, any other network a copy of the model that it was m
 trained weights. Adapters are merged, and 4-bit weights become the numbers that they stand for.
 """
 
-from collections.abc import Sequence
+import json
 from pathlib import Path
 
 import torch
@@ -47,16 +47,16 @@ def exported_policy(gpt: GPT):
 
 @torch.no_grad()
 def exported_reward_model(reward_model: RewardModel):
-    """A sequence classifier of transformers with one label, and what is added to it: the scores
-    are the classifier's plus this constant, which is 0 if the class has a place for it.
+    """A sequence classifier of transformers with one label, and the number that its scores are
+    short of: 0, if its head has a bias.
 
     An encoder's class has a dense layer and a tanh before the head. They become a multiple of the
     identity, so small that the tanh is linear.
     """
     model = with_weights(reward_model.gpt, REWARD_MODEL, num_labels=1, problem_type="regression")
-    *dense, head = head_layers(model)
     weight = reward_model.head.weight / reward_model.scale
     constant = (reward_model.head.bias - reward_model.mean) / reward_model.scale
+    *dense, head = head_layers(model)
     for layer in dense:
         nn.init.eye_(layer.weight).mul_(SMALL)
         layer.bias.zero_()
@@ -64,16 +64,16 @@ def exported_reward_model(reward_model: RewardModel):
     head.weight.copy_(weight)
     if head.bias is not None:
         head.bias.copy_(constant)
-        constant = torch.zeros(1)
+        constant.zero_()
     return model.eval(), constant.item()
 
 
 def head_layers(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers that a classifier has behind the hidden states."""
+    """The linear layers of a classifier behind the hidden states."""
+    inside = set(model.base_model.modules())
     layers = []
     for name, layer in model.named_modules():
-        behind = not name.startswith(f"{model.base_model_prefix}.") or "pooler" in name
-        if behind and isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and (layer not in inside or "pooler" in name):
             layers.append(layer)
     return layers
 
@@ -94,12 +94,6 @@ def with_weights(gpt: GPT, kind: str, **settings):
     model = getattr(transformers, kind).from_config(config)
     model.base_model.load_state_dict(published_weights(gpt))
     return model
-
-
-def model_ids(gpt: GPT, ids: Sequence[int]) -> list[int]:
-    """Ids of the whole vocabulary, which a network may have only a part of."""
-    kept = getattr(gpt.config, "kept", ())
-    return [kept[i] for i in ids] if kept else list(ids)
 
 
 def copy_weights(source: nn.Module, target: nn.Module, kept: tuple[int, ...]) -> None:
@@ -135,6 +129,8 @@ def plain_weights(layer: nn.Module) -> dict[str, Tensor]:
 def published_config(config: GPTConfig) -> dict:
     return {
         **ARCHITECTURE,
+        "bos_token_id": None,
+        "eos_token_id": None,
         "vocab_size": config.vocab_size,
         "n_positions": config.block_size,
         "n_layer": config.n_layer,
@@ -163,36 +159,30 @@ def published_weights(gpt: GPT) -> dict[str, Tensor]:
 # ---- PEFT's adapters ----
 
 
-def adapter_of(gpt: HF) -> tuple[dict, dict[str, Tensor]]:
-    """The settings and the weights of a policy's adapters, as PEFT writes them."""
+def save_adapter(gpt: HF, folder: Path) -> None:
+    """Write a policy's adapters as PEFT does."""
     weights = {}
-    targets = set()
+    layers = set()
     for name, layer in gpt.trunk.named_modules():
         if isinstance(layer, LoRALinear):
             full_name = f"base_model.model.{gpt.trunk.base_model_prefix}.{name}"
             weights[f"{full_name}.lora_A.weight"] = layer.A.detach()
             weights[f"{full_name}.lora_B.weight"] = layer.B.detach()
-            targets.add(name.rpartition(".")[2])
+            layers.add(name.rpartition(".")[2])
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": gpt.config.init,
         "r": gpt.config.rank,
         "lora_alpha": gpt.config.alpha,
-        "target_modules": sorted(targets),
-        "inference_mode": True,
+        "target_modules": sorted(layers),
     }
-    return config, weights
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    package("safetensors.torch").save_file(weights, folder / "adapter_model.safetensors")
 
 
 def base_options(config: HFConfig) -> dict:
-    """The arguments with which transformers loads a model as it was in training."""
+    """The arguments with which transformers loads a base as it was in training."""
     dtype = getattr(torch, config.base_dtype)
     options = quantised_loading(POLICY, config.init, dtype) if config.four_bit else {}
     return {"dtype": dtype, **options}
-
-
-def load_adapter(folder: Path, config: HFConfig):
-    """A model of transformers, as it was in training, under the adapters in a folder of PEFT's."""
-    base = from_pretrained(POLICY, config.init, **base_options(config))
-    return package("peft").PeftModel.from_pretrained(base, folder)

@@ -58,24 +58,25 @@ def with_system(template: str, system: str) -> str:
     )
 
 
-def separate_pad(model: nn.Module, made, ends: list[int]) -> None:
-    """Give a classifier of the last token, which it finds by looking for pads, a pad that ends no
+def separate_pad(made, model: nn.Module, end: int) -> None:
+    """Let a classifier of the last token, which is the last that is no pad, read the end of a
     response."""
-    if made.pad_token_id is None or made.pad_token_id in ends:
+    if made.pad_token_id in (None, end):
         made.add_special_tokens({"pad_token": PAD})
     if len(made) > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(len(made), mean_resizing=False)
     model.config.pad_token_id = made.pad_token_id
 
 
-def with_end(template: str, end: str) -> str:
-    """A chat template whose text stops at the end of the response: a reward model's score is read
-    at the last token."""
-    end = json.dumps(end)
+def score_template(made, tokenizer: Tokenizer, end: int) -> str:
+    """A chat template whose text ends where a score is read, and not with a line feed."""
+    begin = getattr(tokenizer, "begin", [])
+    plain = "".join(made.convert_ids_to_tokens(begin)) + CHAT_TEMPLATE
+    last = json.dumps(made.convert_ids_to_tokens(end))
     return (
         "{% set text %}"
-        + template
-        + "{% endset %}{{ text.rstrip().removesuffix(END) + END }}".replace("END", end)
+        + (made.chat_template or plain)
+        + "{% endset %}{{ text.rstrip().removesuffix(END) + END }}".replace("END", last)
     )
 
 
