@@ -9,13 +9,14 @@ STAGES = {
     "ppo": "The policy after PPO (`train_ppo.py`).",
     "dpo": "The policy after DPO (`train_dpo.py`).",
 }
-# How it is loaded. FOLDER, BASE and OPTIONS are replaced.
+# How it is loaded. FOLDER and DTYPE are replaced.
 POLICY = """
     from transformers import pipeline
 
     generate = pipeline("text-generation", model="FOLDER")
     generate([{"role": "user", "content": "Hi!"}], max_new_tokens=100)
 """
+POLICY_OF_TEXT = POLICY.replace('[{"role": "user", "content": "Hi!"}]', '"Once"')
 REWARD_MODEL = """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -25,9 +26,23 @@ REWARD_MODEL = """
     score = model(**tokenizer.apply_chat_template(messages, return_tensors="pt")).logits
 """
 ADAPTER = """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="DTYPE")
+    tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+"""
+ADAPTER_ON_4_BITS = """
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    model = AutoModelForCausalLM.from_pretrained("FOLDER", OPTIONS)
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="DTYPE",
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        "FOLDER", dtype="DTYPE", quantization_config=four_bits
+    )
     tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 """
 CARD = """\

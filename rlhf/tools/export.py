@@ -195,14 +195,12 @@ def usage(cfg: ExportConfig, trained: Trained) -> str:
     """The lines of Python in the model card."""
     if isinstance(trained.network, RewardModel):
         return model_card.REWARD_MODEL
-    if not cfg.adapter:
-        return model_card.POLICY
-    options = base_options(trained.network.config)
-    words = [f"dtype={options['dtype']}"]
-    if "quantization_config" in options:
-        settings = options["quantization_config"].to_diff_dict()
-        words.append(f"quantization_config=BitsAndBytesConfig(**{settings})")
-    return model_card.ADAPTER.replace("OPTIONS", ", ".join(words))
+    if cfg.adapter:
+        four_bit = trained.setting("four_bit")
+        text = model_card.ADAPTER_ON_4_BITS if four_bit else model_card.ADAPTER
+        return text.replace("DTYPE", trained.setting("base_dtype"))
+    has_template = trained.setting("template") != "none"
+    return model_card.POLICY if has_template else model_card.POLICY_OF_TEXT
 
 
 def main(cfg: ExportConfig) -> None:
