@@ -12,11 +12,10 @@ import torch
 from torch.testing import assert_close
 
 from rlhf.model import GPT, GPTConfig
-from rlhf.networks.export import save_gpt2
 from rlhf.networks.gpt2 import PRETRAINED, init_from, is_gpt2, load_gpt2, published_name
 from rlhf.run.errors import InputError
 from rlhf.run.loading import start_from
-from tests.helpers import noisy
+from tests.helpers import noisy, save_gpt2
 
 CONFIG = GPTConfig(vocab_size=19, block_size=12, n_layer=2, n_head=2, n_embd=8)
 TOKENS = torch.randint(19, (3, 12), generator=torch.Generator().manual_seed(0))

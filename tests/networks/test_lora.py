@@ -15,7 +15,6 @@ import train_ppo
 import train_reward
 import train_sft
 from rlhf.model import GPT, GPTConfig, PolicyWithValue
-from rlhf.networks.export import save_gpt2
 from rlhf.networks.lora import ALPHA, LoRALinear, add_adapters
 from rlhf.run.checkpoints import load_trained, merged, trained_state
 from rlhf.run.errors import InputError
@@ -23,7 +22,7 @@ from rlhf.run.flags import parse_cli
 from rlhf.run.loading import frozen_copy, load_policy, load_reward_model, with_adapters
 from rlhf.run.training import Training
 from rlhf.sampling import generate
-from tests.helpers import TINY, lora, noisy, rows, stopped_by_its_first_checkpoint
+from tests.helpers import TINY, lora, noisy, rows, save_gpt2, stopped_by_its_first_checkpoint
 
 TOKENS = torch.randint(11, (3, 10), generator=torch.Generator().manual_seed(0))
 LENGTHS = torch.tensor([10, 10, 10])
