@@ -5,7 +5,9 @@ The own GPT becomes a GPT-2, any other network a copy of the model that it was m
 trained weights. Adapters are merged, and 4-bit weights become the numbers that they stand for.
 """
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -19,8 +21,17 @@ from rlhf.networks.pretrained import from_pretrained, package
 
 POLICY = "AutoModelForCausalLM"  # what loads an exported policy, and a reward model
 REWARD_MODEL = "AutoModelForSequenceClassification"
+HEAD = re.compile("score|classifier|pooler")  # the linear layers behind the hidden states
 # tanh(x) is x for such a multiple of a hidden state, up to a relative error of 1e-6.
 SMALL = 1e-4
+# Settings of GPT-2's that the own GPT does without.
+UNUSED = {
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+}
 
 
 # ---- models ----
@@ -56,7 +67,11 @@ def exported_reward_model(reward_model: RewardModel):
     model = with_weights(reward_model.gpt, REWARD_MODEL, num_labels=1, problem_type="regression")
     weight = reward_model.head.weight / reward_model.scale
     constant = (reward_model.head.bias - reward_model.mean) / reward_model.scale
-    *dense, head = head_layers(model)
+    layers = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and HEAD.search(name):
+            layers.append(layer)
+    *dense, head = layers
     for layer in dense:
         nn.init.eye_(layer.weight).mul_(SMALL)
         layer.bias.zero_()
@@ -66,16 +81,6 @@ def exported_reward_model(reward_model: RewardModel):
         head.bias.copy_(constant)
         constant.zero_()
     return model.eval(), constant.item()
-
-
-def head_layers(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers of a classifier behind the hidden states."""
-    inside = set(model.base_model.modules())
-    layers = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and (layer not in inside or "pooler" in name):
-            layers.append(layer)
-    return layers
 
 
 def with_weights(gpt: GPT, kind: str, **settings):
@@ -97,49 +102,32 @@ def with_weights(gpt: GPT, kind: str, **settings):
 
 
 def copy_weights(source: nn.Module, target: nn.Module, kept: tuple[int, ...]) -> None:
-    """Copy the weights of a network's layer to the same layer of transformers.
+    """Copy the weights of a network's layer to the same layer of transformers, out of 4 bits and
+    with its adapter merged.
 
     kept: the rows of the target that a source with fewer rows has.
     """
-    weights = plain_weights(source)
+    linear = source.linear if isinstance(source, LoRALinear) else source
     for name, parameter in target.named_parameters(recurse=False):
-        weight = weights[name]
-        if type(target).__name__ == "Conv1D" and name == "weight":  # GPT-2's, (in, out)
+        weight = getattr(linear, name)
+        if hasattr(weight, "quant_state"):
+            dequantize = package("bitsandbytes").functional.dequantize_4bit
+            weight = dequantize(weight.data, weight.quant_state)
+        if name == "weight" and linear is not source:
+            weight = weight + source.scale * source.B @ source.A
+        if name == "weight" and type(target).__name__ == "Conv1D":  # GPT-2's, (in, out)
             weight = weight.t()
         rows = ... if weight.shape == parameter.shape else list(kept)
         parameter[rows] = weight.to(parameter.dtype)
-
-
-def plain_weights(layer: nn.Module) -> dict[str, Tensor]:
-    """{name: weight} of a layer, not in 4 bits, and with its adapter merged."""
-    linear = layer.linear if isinstance(layer, LoRALinear) else layer
-    weights = dict(linear.named_parameters(recurse=False))
-    state = getattr(weights.get("weight"), "quant_state", None)
-    if state is not None:
-        dequantize = package("bitsandbytes").functional.dequantize_4bit
-        weights["weight"] = dequantize(linear.weight.data, state)
-    if linear is not layer:
-        weights["weight"] = weights["weight"] + layer.scale * layer.B @ layer.A
-    return weights
 
 
 # ---- the own GPT as a GPT-2 ----
 
 
 def published_config(config: GPTConfig) -> dict:
-    return {
-        **ARCHITECTURE,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-    }
+    sizes = dataclasses.asdict(config)
+    sizes["n_positions"] = sizes.pop("block_size")
+    return {**ARCHITECTURE, **UNUSED, **sizes}
 
 
 def published_weights(gpt: GPT) -> dict[str, Tensor]:

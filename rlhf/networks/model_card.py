@@ -1,6 +1,7 @@
 """The model card of an export: README.md, in the form of the Hugging Face hub."""
 
 import json
+import re
 from pathlib import Path
 
 STAGES = {
@@ -9,14 +10,13 @@ STAGES = {
     "ppo": "The policy after PPO (`train_ppo.py`).",
     "dpo": "The policy after DPO (`train_dpo.py`).",
 }
-# How it is loaded. FOLDER and DTYPE are replaced.
+# How it is loaded. The words in capitals are replaced.
 POLICY = """
     from transformers import pipeline
 
     generate = pipeline("text-generation", model="FOLDER")
-    generate([{"role": "user", "content": "Hi!"}], max_new_tokens=100)
+    generate(PROMPT, max_new_tokens=100)
 """
-POLICY_OF_TEXT = POLICY.replace('[{"role": "user", "content": "Hi!"}]', '"Once"')
 REWARD_MODEL = """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -48,7 +48,7 @@ ADAPTER_ON_4_BITS = """
 CARD = """\
 ---
 tags: [rlhf]
-{header}
+license: {licence}
 ---
 # {name}
 
@@ -56,52 +56,45 @@ tags: [rlhf]
 
 - Base: {base}.
 - Data: {data}.
-{notes}
+- {notes}
 
 ## How to load it
 {usage}
-## Flags
+## Flags and last metrics
 
 ```json
-{flags}
-```
-
-## Last metrics
-
-```json
-{metrics}
+{run}
 ```
 
 Written by `python -m rlhf.tools.export`.
 """
 
 
-def model_card(folder: str, checkpoint: dict, usage: str, notes: list[str]) -> str:
+def model_card(folder: Path, checkpoint: dict, usage: str, notes: list[str]) -> str:
     """README.md: what was trained from what, how to load it, and how it was trained.
 
     Args: folder: where it will lie; usage: one of the texts above; notes: sentences about it.
     """
-    config = checkpoint["config"]
-    base = checkpoint["model_config"].get("init") or config.get("init")
-    header = f"base_model: {base}\nlicense: {licence_of(base)}" if base else "license: unknown"
-    return CARD.format(
-        header=header,
-        name=Path(folder).name,
-        stage=STAGES[checkpoint["kind"]],
-        base=base or "a GPT of this project, trained from scratch",
-        data=config["data"],
-        notes="\n".join(f"- {note}" for note in notes),
-        usage=usage.replace("FOLDER", folder),
-        flags=json.dumps(config, indent=2),
-        metrics=json.dumps(checkpoint["metrics"][-1:], indent=2),
-    )
+    flags = checkpoint["config"]
+    base = checkpoint["model_config"].get("init") or flags.get("init")
+    run = {"flags": flags, "metrics": checkpoint["metrics"][-1:]}
+    values = {
+        "name": folder.name,
+        "stage": STAGES[checkpoint["kind"]],
+        "base": base or "none, trained from scratch",
+        "licence": licence_of(base),
+        "data": flags["data"],
+        "notes": "\n- ".join(notes),
+        "usage": usage.replace("FOLDER", str(folder)),
+        "run": json.dumps(run, indent=2),
+    }
+    return CARD.format(**values)
 
 
-def licence_of(base: str) -> str:
+def licence_of(base: str | None) -> str:
     """The licence in the model card of a base that lies in a folder, else "unknown"."""
-    card = Path(base) / "README.md"
-    if card.is_file():
-        for line in card.read_text(encoding="utf-8").splitlines():
-            if line.startswith("license:"):
-                return line.removeprefix("license:").strip()
-    return "unknown"
+    card = Path(base or "", "README.md")
+    if not base or not card.is_file():
+        return "unknown"
+    found = re.search("^license: *(.+)", card.read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else "unknown"

@@ -40,11 +40,12 @@ from rlhf.run.loading import load_policy, load_reward_model, tokenizer_of
 from rlhf.run.program import lock_of_run, run
 from rlhf.tokenizer import Tokenizer
 
-# What the folder is compared on: prompts, and responses to them.
+# What is compared: the last tokens of prompts and responses.
+LENGTH = 16
 EXAMPLES = (
-    ("What should I do about a sting?", "Cool it with water, and let it rest."),
-    ("Hi!", "Hello."),
-    ("Which of the two is larger: 12 or 34?", "34 is larger than 12."),
+    ("What should I do about a sting?", "Cool it with water, and let it rest for an hour."),
+    ("Which of the two is larger: 12 or 34?", "34 is larger than 12, and both are even."),
+    ("Please name some colours.", "Red, orange, yellow, green, blue and violet are colours."),
 )
 # The largest difference allowed, as a share of the largest logit or score.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
@@ -69,61 +70,97 @@ class ExportConfig:
         return lock_of_run(self.folder())
 
 
+# ---- what is exported ----
+
+
 @dataclass(frozen=True)
 class Trained:
-    """What is exported."""
+    """A checkpoint, loaded. settings: of its network; those of the own GPT are its sizes only."""
 
     network: GPT | RewardModel
+    settings: dict
     checkpoint: dict
     tokenizer: Tokenizer
 
-    def setting(self, name: str, default=None):
-        """One of those of the network; None if it has no such setting."""
-        return self.checkpoint["model_config"].get(name, default)
+    @property
+    def scores(self) -> bool:
+        return isinstance(self.network, RewardModel)
 
+    @property
     def kept(self) -> Tensor:
         """(V,): the whole vocabulary's id of each token."""
         return torch.tensor(getattr(self.tokenizer, "kept", range(self.tokenizer.vocab_size)))
 
-    def ends(self) -> list[int]:
-        """The whole vocabulary's ids of the tokens that end a response, the learned one first."""
-        return self.kept()[list(self.tokenizer.stop_ids)].tolist()
-
 
 def load(cfg: ExportConfig) -> Trained:
-    """Raises InputError if --adapter is given and there are none that PEFT can hold."""
+    """Raises InputError if --out is the base, or --adapter is given and PEFT cannot hold them."""
     path = Path(cfg.checkpoint)
     kind = load_checkpoint(path, "sft", "reward", "ppo")["kind"]
     network, checkpoint = load_reward_model(path) if kind == "reward" else load_policy(path, kind)
-    data = cfg.data or checkpoint["config"]["data"]
-    trained = Trained(network, checkpoint, tokenizer_of(path, checkpoint, data))
-    base = trained.setting("init", "")
+    tokenizer = tokenizer_of(path, checkpoint, cfg.data or checkpoint["config"]["data"])
+    settings = checkpoint["model_config"]
+    base = settings.get("init", "")
     if base and cfg.folder().resolve() == Path(base).resolve():
-        raise InputError(f"--out {cfg.folder()} holds the base; give another folder")
+        raise InputError(f"--out {base} holds the base; give another folder")
     if cfg.adapter:
         package("peft")
-        held = trained.setting("rank") and kind != "reward" and network.temperature == 1
-        if not held or base.endswith(".gguf"):
+        has_adapters = settings.get("rank") and not base.endswith(".gguf")
+        if not has_adapters or kind == "reward" or network.temperature != 1:
             raise InputError(
                 f"--adapter: {path} is no policy of --temperature 1 with adapters on a model of "
                 f"transformers that is no GGUF file; leave out --adapter"
             )
-    return trained
+    return Trained(network, settings, checkpoint, tokenizer)
 
 
-def write(folder: Path, cfg: ExportConfig, trained: Trained) -> float:
+def notes_on(trained: Trained, constant: float) -> list[str]:
+    """Sentences about merged weights, for the terminal and the model card."""
+    notes = []
+    if trained.settings.get("kept"):
+        notes.append(
+            f"{len(trained.kept)} tokens were trained (--cut-vocab). The others have the base's "
+            f"rows, and may be said again."
+        )
+    if trained.settings.get("four_bit"):
+        notes.append(
+            "It was trained on a base in 4 bits. Merged weights are what the 4 bits stand for. The "
+            "base in full precision gives other logits, also under the adapters."
+        )
+    if constant:
+        notes.append(f"The checkpoint's scores are these plus {constant:.6g}.")
+    return notes
+
+
+def usage(trained: Trained, adapter: bool) -> str:
+    """The lines of Python in the model card."""
+    if trained.scores:
+        return model_card.REWARD_MODEL
+    settings = trained.settings
+    if adapter:
+        text = model_card.ADAPTER_ON_4_BITS if settings["four_bit"] else model_card.ADAPTER
+        return text.replace("DTYPE", settings["base_dtype"])
+    prompt = '[{"role": "user", "content": "Hi!"}]'
+    if settings.get("template") == "none":
+        prompt = '"Once"'
+    return model_card.POLICY.replace("PROMPT", prompt)
+
+
+# ---- written, and loaded again ----
+
+
+def write(folder: Path, trained: Trained, adapter: bool) -> float:
     """Write weights, settings and tokenizer. Returns what the scores of a reward model are short
     of; 0 of a policy."""
     made = exported_tokenizer(trained.tokenizer)
-    ends = trained.ends()
+    ends = trained.kept[list(trained.tokenizer.stop_ids)].tolist()
     constant = 0.0
-    if isinstance(trained.network, RewardModel):
+    if trained.scores:
         model, constant = exported_reward_model(trained.network)
-        if trained.setting("pooled") != "first":
+        if trained.settings.get("pooled") != "first":
             separate_pad(made, model, ends[0])
         made.chat_template = score_template(made, trained.tokenizer, ends[0])
         model.save_pretrained(folder)
-    elif cfg.adapter:
+    elif adapter:
         save_adapter(trained.network, folder)
         generation_config(made, ends).save_pretrained(folder)
     else:
@@ -134,73 +171,52 @@ def write(folder: Path, cfg: ExportConfig, trained: Trained) -> float:
     return constant
 
 
+def load_again(folder: Path, trained: Trained, adapter: bool) -> nn.Module:
+    """The model in the folder, loaded as its user does."""
+    kind = REWARD_MODEL if trained.scores else POLICY
+    options = base_options(trained.network.config) if adapter else {}
+    return from_pretrained(kind, str(folder), **options).eval()
+
+
 @torch.no_grad()
-def largest_difference(trained: Trained, model: nn.Module, constant: float) -> tuple[float, float]:
-    """The largest difference between the checkpoint's logits or scores and an exported model's, and
-    the largest of the checkpoint's. constant: is added to the scores."""
-    kept = trained.kept()
-    gpt = getattr(trained.network, "gpt", trained.network)
-    difference = largest = 0.0
+def compare(trained: Trained, model: nn.Module, constant: float) -> str:
+    """A sentence about the largest difference between the checkpoint's logits or scores and an
+    exported model's. constant: is added to the scores.
+
+    Raises InputError if it is too large.
+    """
+    rows = []
     for prompt, response in EXAMPLES:
         ids = trained.tokenizer.prompt_ids(prompt) + trained.tokenizer.response_ids(response)
-        tokens = torch.tensor([ids[-gpt.config.block_size :]])  # (1, T)
-        theirs = model(kept[tokens]).logits + constant
-        if isinstance(trained.network, RewardModel):
-            ours = trained.network(tokens, torch.tensor([tokens.size(1)])).view(1, 1)
-        else:
-            ours = gpt(tokens)[..., : len(kept)]  # (1, T, V)
-            theirs = theirs[..., kept]
-        difference = max(difference, (ours - theirs).abs().max().item())
-        largest = max(largest, ours.abs().max().item())
-    return difference, largest
-
-
-def check(folder: Path, cfg: ExportConfig, trained: Trained, constant: float) -> str:
-    """Load the folder as its user does. Returns a sentence about the largest difference.
-
-    Raises InputError if that is too large.
-    """
-    kind = REWARD_MODEL if isinstance(trained.network, RewardModel) else POLICY
-    options = base_options(trained.network.config) if cfg.adapter else {}
-    model = from_pretrained(kind, str(folder), **options).eval()
-    difference, largest = largest_difference(trained, model, constant)
+        rows.append(ids[-LENGTH:])
+    tokens = torch.tensor(rows)  # (B, T)
+    theirs = model(trained.kept[tokens]).logits
+    if trained.scores:
+        ours = trained.network(tokens, torch.tensor([LENGTH] * len(rows)))  # (B,)
+        theirs = theirs[:, 0] + constant
+    else:
+        ours = trained.network(tokens)[..., : len(trained.kept)]  # (B, T, V)
+        theirs = theirs[..., trained.kept]
+    difference = (ours - theirs).abs().max().item()
+    largest = ours.abs().max().item()
     found = (
         f"Loaded again, its logits or scores differ from the checkpoint's by {difference:.2g} at "
         f"most; the largest is {largest:.2g}"
     )
-    if not difference <= TOLERANCE[trained.setting("base_dtype", "float32")] * max(largest, 1):
+    tolerance = TOLERANCE[trained.settings.get("base_dtype", "float32")]
+    if not difference <= tolerance * max(largest, 1):
         raise InputError(f"nothing was written. {found}, so {type(model).__name__} does not fit")
     return f"{found}."
 
 
-def notes_on(cfg: ExportConfig, trained: Trained, constant: float) -> list[str]:
-    """Sentences about the folder, for the terminal and the model card."""
-    notes = []
-    if trained.setting("kept"):
-        notes.append(
-            f"{len(trained.kept())} tokens were trained (--cut-vocab). The others have the base's "
-            f"rows, and may be said again."
-        )
-    if trained.setting("four_bit") and not cfg.adapter:
-        notes.append(
-            "It was trained on a base in 4 bits. The weights are what these stand for, adapters "
-            "merged; on the base in full precision the adapters give other logits."
-        )
-    if constant:
-        notes.append(f"The checkpoint's scores are these plus {constant:.6g}.")
-    return notes
-
-
-def usage(cfg: ExportConfig, trained: Trained) -> str:
-    """The lines of Python in the model card."""
-    if isinstance(trained.network, RewardModel):
-        return model_card.REWARD_MODEL
-    if cfg.adapter:
-        four_bit = trained.setting("four_bit")
-        text = model_card.ADAPTER_ON_4_BITS if four_bit else model_card.ADAPTER
-        return text.replace("DTYPE", trained.setting("base_dtype"))
-    has_template = trained.setting("template") != "none"
-    return model_card.POLICY if has_template else model_card.POLICY_OF_TEXT
+def replace_files(made: Path, folder: Path) -> None:
+    """Move files into a folder, in the place of an earlier export's."""
+    folder.mkdir(exist_ok=True)
+    for pattern in OLD:
+        for file in folder.glob(pattern):
+            file.unlink()
+    for file in made.iterdir():
+        os.replace(file, folder / file.name)
 
 
 def main(cfg: ExportConfig) -> None:
@@ -213,20 +229,14 @@ def main(cfg: ExportConfig) -> None:
     trained = load(cfg)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as name:
-        folder = Path(name)
-        constant = write(folder, cfg, trained)
-        notes = [*notes_on(cfg, trained, constant), check(folder, cfg, trained, constant)]
-        card = model_card.model_card(str(out), trained.checkpoint, usage(cfg, trained), notes)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        out.mkdir(exist_ok=True)
-        for pattern in OLD:
-            for file in out.glob(pattern):
-                file.unlink()
-        for file in folder.iterdir():
-            os.replace(file, out / file.name)
-    print(f"wrote {out}: {', '.join(sorted(os.listdir(out)))}")
-    for note in notes:
-        print(note)
+        made = Path(name)
+        constant = write(made, trained, cfg.adapter)
+        found = compare(trained, load_again(made, trained, cfg.adapter), constant)
+        notes = [*notes_on(trained, constant), found]
+        card = model_card.model_card(out, trained.checkpoint, usage(trained, cfg.adapter), notes)
+        (made / "README.md").write_text(card, encoding="utf-8")
+        replace_files(made, out)
+    print(f"wrote {out}: {', '.join(sorted(os.listdir(out)))}", *notes, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """docs.experiments.train_dpo: what it starts from and learns from, what it writes, and what reads
 that."""
 
+import importlib.util
 import math
 import re
 

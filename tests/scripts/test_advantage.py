@@ -1,6 +1,7 @@
 """train_ppo.py --advantage rloo, grpo and reinforce: what its main passes on, what it writes, and
 what reads that."""
 
+import importlib.util
 import math
 from types import SimpleNamespace
 

@@ -125,7 +125,7 @@ def test_card_says_what_it_is(trained, tmp_path):
     assert text.startswith("---\ntags: [rlhf]\nlicense: unknown\n---\n# my_model\n")
     for part in (
         "The policy after PPO",
-        "a GPT of this project, trained from scratch",
+        "Base: none, trained from scratch",
         f"Data: {trained[0]}",
         f'model="{tmp_path / "my_model"}"',
         '"batch_size": 8,',
