@@ -44,7 +44,18 @@ SUITES = {
     "ppo": ("rlhf/ppo.py", ["tests/core/test_ppo.py", TWO_PROCESSES]),
     "data": ("rlhf/data.py", ["tests/core/test_data.py", "-k", "not byte_for_byte"]),
     "gpt2": ("rlhf/networks/gpt2.py", ["tests/networks/test_gpt2.py"]),
-    "export": ("rlhf/networks/export.py", ["tests/networks/test_gpt2.py"]),
+    "export": (
+        "rlhf/networks/export.py",
+        ["tests/tools/test_export.py", "tests/networks/test_export.py"],
+    ),
+    "export_tokenizer": (
+        "rlhf/networks/export_tokenizer.py",
+        ["tests/tools/test_export.py", "tests/networks/test_export.py"],
+    ),
+    "tools_export": (
+        "rlhf/tools/export.py",
+        ["tests/tools/test_export.py", "tests/networks/test_export.py"],
+    ),
     "lora": ("rlhf/networks/lora.py", ["tests/networks/test_lora.py"]),
     "loading": ("rlhf/run/loading.py", ["tests/networks/test_lora.py"]),
     "hf": ("rlhf/networks/hf.py", ["tests/networks/test_hf.py"]),
@@ -88,7 +99,13 @@ SUITES = {
         [WIRING, REWARDS, "tests/scripts/test_advantage.py", "-k", "not tools_read"],
     ),
 }
-OPTIONAL = {"hf": "transformers"}  # a suite whose tests are skipped without this package
+# Suites whose tests are skipped without this package.
+OPTIONAL = {
+    "hf": "transformers",
+    "export": "peft",
+    "export_tokenizer": "transformers",
+    "tools_export": "transformers",
+}
 
 # ---- mutants: suite, mistake, text, what it becomes ----
 MUTANTS = [
@@ -262,6 +279,28 @@ MUTANTS = [
     ("gpt2", "an old pytorch_model.bin goes before model.safetensors", '("model.safetensors", "pytorch_model.bin")', '("pytorch_model.bin", "model.safetensors")'),
     ("gpt2", "only the first of several files is read", "for path in weight_files(folder):", "for path in weight_files(folder)[:1]:"),
     ("export", "the temperature is lost", "weight = weight / gpt.temperature", "pass"),
+    ("export", "the temperature of an output matrix is lost", "output.weight / gpt.temperature", "output.weight"),
+    ("export", "the temperature of a bias is lost", "output.bias /= gpt.temperature", "pass"),
+    ("export", "a divided output matrix is tied again", "model.config.tie_word_embeddings = False", "pass"),
+    ("export", "the output matrix stays the base's", "copy_weights(gpt.lm_head, output, gpt.config.kept)", "pass"),
+    ("export", "adapters are not merged", "weight + source.scale * source.B @ source.A", "weight"),
+    ("export", "adapters without alpha / rank", "source.scale * source.B", "source.B"),
+    ("export", "GPT-2's matrices are not transposed", "            weight = weight.t()\n        rows", "            pass\n        rows"),
+    ("export", "a cut vocabulary goes to the first rows", "else list(kept)", "else slice(len(weight))"),
+    ("export", "scores without the fixed scale", "reward_model.head.weight / reward_model.scale", "reward_model.head.weight"),
+    ("export", "the constant without the mean", "(reward_model.head.bias - reward_model.mean)", "reward_model.head.bias"),
+    ("export", "an encoder's tanh is not linear", "SMALL = 1e-4", "SMALL = 1.0"),
+    ("export", "PEFT gets another alpha", '"lora_alpha": gpt.config.alpha', '"lora_alpha": 16'),
+    ("export", "PEFT's base is in full precision", "if config.four_bit else {}", "if False else {}"),
+    ("export_tokenizer", "the system message is lost", "with_system(tokenizer.template, tokenizer.system)", "tokenizer.template"),
+    ("export_tokenizer", "the pad is an end", "if made.pad_token_id in (None, end):", "if made.pad_token_id is None:"),
+    ("export_tokenizer", "the line feed after the end is scored", "text.rstrip().removesuffix(END) + END", "text"),
+    ("export_tokenizer", "no begin-of-text before a score", '"".join(made.convert_ids_to_tokens(begin)) + CHAT_TEMPLATE', "CHAT_TEMPLATE"),
+    ("export_tokenizer", "only one end token", "eos_token_id=ends,", "eos_token_id=ends[:1],"),
+    ("export_tokenizer", "pieces are not those of the pattern", "pattern=encoding._pat_str, ", ""),
+    ("tools_export", "differences are not looked at", "if not difference <= ", "if False and not difference <= "),
+    ("tools_export", "weights of another format stay", "file.unlink()", "pass"),
+    ("tools_export", "the base is replaced", "if base and cfg.folder().resolve() == Path(base).resolve():", "if False:"),
     ("optimum", "weights without the price of KL", "return scores / kl_coef", "return scores"),
     ("optimum", "KL to nothing", "log_best = log_weights + math.log(scores.size(1)) + log_q", "log_best = log_weights"),
     ("optimum", "best-of-n takes the worst", "up_to**n - below**n", "(1 - below) ** n - (1 - up_to) ** n"),

@@ -1,5 +1,5 @@
 """GPT-2's weights, read without transformers: `train_sft.py --init`. (rlhf/networks/export.py
-writes them.)
+makes them of a GPT.)
 
     python train_sft.py --init gpt2 --tokenizer gpt2      # a published name, downloaded once
     python train_sft.py --init FOLDER                     # config.json, and model.safetensors or

@@ -12,7 +12,7 @@ def package(name: str):
         return importlib.import_module(name)
     except ImportError as error:
         raise InputError(
-            f"--init of this kind needs the package {name}: pip install .[hf] ({error})"
+            f"a model of transformers needs the package {name}: pip install .[hf] ({error})"
         ) from error
 
 

@@ -21,6 +21,12 @@ PROGRAMS = {
     "label": "rlhf.tools.label",
     "export": "rlhf.tools.export",
 }
+# The flags that a tool gets from the run that it goes on from.
+TOOL_FLAGS = {
+    "optimality": ("data", "reward"),
+    "sample": ("data", "reward", "reward_weights"),
+    "export": ("data",),
+}
 NOT_INSTALLED = {"dpo": "docs.experiments.train_dpo"}  # only in a clone
 INSTALLED = "rlhf "  # sys.argv[0] begins with it if `main` has started the program
 
@@ -64,9 +70,7 @@ def next_command(cfg, name: str) -> str:
         shared += ["lora_rank", "lora_alpha"]
     if "." in PROGRAMS[name]:
         words = ["--checkpoint", str(cfg.checkpoint(cfg.kind))]
-        shared = ["data", "reward"]
-    if name == "sample":
-        shared.append("reward_weights")
+        shared = TOOL_FLAGS[name]
     flags = {}
     for flag, value in vars(cfg).items():
         if flag in shared and value != getattr(type(cfg), flag):  # the default

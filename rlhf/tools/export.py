@@ -119,7 +119,7 @@ def notes_on(trained: Trained, constant: float) -> list[str]:
     if trained.settings.get("kept"):
         notes.append(
             f"{len(trained.kept)} tokens were trained (--cut-vocab). The others have the base's "
-            f"rows, and may be said again."
+            f"rows, and the model may say them."
         )
     if trained.settings.get("four_bit"):
         notes.append(

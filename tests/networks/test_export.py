@@ -185,8 +185,7 @@ def test_policy_is_the_checkpoints(base, data, tmp_path, capsys, monkeypatch, ki
 @needs_peft
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapter_on_its_base_is_the_checkpoints_policy(base, data, tmp_path, monkeypatch, kind):
-    import peft
-
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install .[hf]")
     monkeypatch.setattr(gpt2, "is_gpt2", lambda init: False)
     path = policy_file(base(kind), data, tmp_path, "--lora-rank", 2, "--lora-alpha", 3)
     out = exported(path, tmp_path / "out", "--adapter")

@@ -124,6 +124,16 @@ def test_command_of_a_stage_names_a_file_of_the_clone(started, name):
             "python -m rlhf.tools.sample --checkpoint x/ppo.pt --data d",
         ),
         (
+            PPOConfig(out="x", reward=("f.py",), reward_weights=(2.0,)),
+            "sample",
+            "python -m rlhf.tools.sample --checkpoint x/ppo.pt --reward f.py --reward-weights 2.0",
+        ),
+        (
+            PPOConfig(data="d", reward=("f.py",), reward_weights=(2.0,)),
+            "export",
+            "python -m rlhf.tools.export --checkpoint runs/ppo.pt --data d",
+        ),
+        (
             DPOConfig(),
             "optimality",
             "python -m rlhf.tools.optimality --checkpoint runs/dpo/dpo.pt",
