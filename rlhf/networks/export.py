@@ -91,6 +91,7 @@ def with_weights(gpt: GPT, kind: str, **settings):
     if isinstance(gpt, HF):
         dtype = getattr(torch, gpt.config.base_dtype)
         model = from_pretrained(kind, gpt.config.init, dtype=dtype, **settings)
+        model.hf_quantizer = None  # what reads a GGUF file would refuse to write another format
         for name, layer in model.base_model.named_modules():
             copy_weights(gpt.trunk.get_submodule(name), layer, gpt.config.kept)
         return model

@@ -18,7 +18,7 @@ from rlhf.run.flags import parse_cli
 from rlhf.run.loading import load_policy, load_reward_model, tokenizer_of
 from rlhf.tools import export
 from tests.helpers import copy_some_rows, rows
-from tests.networks import test_hf_reward
+from tests.networks import test_hf, test_hf_reward
 from tests.networks.test_chat import ZEPHYR
 from tests.networks.test_hf import SIZES, make_model, make_tokenizer
 
@@ -203,7 +203,9 @@ def test_temperature_is_part_of_the_weights(base, data, tmp_path, kind):
         checkpoint["config"]["temperature"] = 0.5
 
     path = policy_file(base(kind), data, tmp_path, change=change)
-    check_policy(path, exported(path, tmp_path / "out"))
+    out = exported(path, tmp_path / "out")
+    check_policy(path, out)
+    assert not transformers.AutoConfig.from_pretrained(out).tie_word_embeddings
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -229,14 +231,15 @@ def test_a_cut_vocabulary_goes_back_into_the_whole(base, data, tmp_path, capsys,
     assert torch.equal(rows_of(model), rows_of(original))
 
 
-@pytest.mark.parametrize("words", [(), ("--cut-vocab",)])
+@pytest.mark.parametrize(
+    "words", [("--lora-rank", 2), ("--lora-rank", 0), ("--lora-rank", 2, "--cut-vocab")]
+)
 def test_4_bits_become_the_numbers_that_they_stand_for(base, data, tmp_path, capsys, words):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install .[hf]")
-    flags = ["--load-in-4bit", "--lora-rank", 2, *words]
-    path = policy_file(base("wide"), data, tmp_path, *flags)
+    path = policy_file(base("wide"), data, tmp_path, "--load-in-4bit", *words)
     out = exported(path, tmp_path / "out")
     assert "trained on a base in 4 bits" in capsys.readouterr().out
-    if not words:
+    if "--cut-vocab" not in words:
         check_policy(path, out)
 
 
@@ -249,6 +252,23 @@ def test_adapter_trained_on_4_bits_is_loaded_on_4_bits(base, data, tmp_path):
     names = {}
     exec(textwrap.dedent(code), names)  # as a reader of the card does
     check_policy(path, out, names["model"].eval())
+
+
+@pytest.mark.parametrize("words", [(), ("--load-in-4bit",)])
+def test_a_gguf_file_becomes_a_folder(base, data, tmp_path, words):
+    if words:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base("wide"))
+    file = tmp_path / "tiny.gguf"
+    test_hf.write_gguf(test_hf.Base(base("wide"), model), file)
+    path = policy_file(file, data, tmp_path, "--lora-rank", 2, *words)
+    with pytest.raises(InputError, match="GGUF file; leave out --adapter"):
+        exported(path, tmp_path / "adapter", "--adapter")
+    gpt, checkpoint = load_policy(path, "sft")
+    ids = torch.tensor([ids_of(tokenizer_of(path, checkpoint, ""))])
+    again = transformers.AutoModelForCausalLM.from_pretrained(exported(path, tmp_path / "out"))
+    with torch.no_grad():
+        assert_close(again(ids).logits, gpt(ids), atol=1e-4, rtol=0)
 
 
 def test_bfloat16_is_kept(base, data, tmp_path):

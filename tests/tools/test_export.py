@@ -31,11 +31,13 @@ def exported(path, *words):
 
 
 def noisy_copy(path, folder):
-    """The checkpoint with noise on its weights, so that no head is 0."""
+    """The checkpoint with noise on its weights, so that no head is 0. PPO's temperature is 1/2."""
     checkpoint = torch.load(path, weights_only=True)
     generator = torch.Generator().manual_seed(0)
     for tensor in checkpoint["model"].values():
         tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
+    if path.name == "ppo.pt":
+        checkpoint["config"]["temperature"] = 0.5
     torch.save(checkpoint, folder / path.name)
     return folder / path.name
 
