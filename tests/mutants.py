@@ -298,6 +298,7 @@ MUTANTS = [
     ("export_tokenizer", "no begin-of-text before a score", '"".join(made.convert_ids_to_tokens(begin)) + CHAT_TEMPLATE', "CHAT_TEMPLATE"),
     ("export_tokenizer", "only one end token", "eos_token_id=ends,", "eos_token_id=ends[:1],"),
     ("export_tokenizer", "pieces are not those of the pattern", "pattern=encoding._pat_str, ", ""),
+    ("export", "the settings of a GGUF file are written", "quantizer.remove_quantization_config(model)", "model.hf_quantizer = None"),
     ("tools_export", "differences are not looked at", "if not difference <= ", "if False and not difference <= "),
     ("tools_export", "weights of another format stay", "file.unlink()", "pass"),
     ("tools_export", "the base is replaced", "if base and cfg.folder().resolve() == Path(base).resolve():", "if False:"),

@@ -91,7 +91,9 @@ def with_weights(gpt: GPT, kind: str, **settings):
     if isinstance(gpt, HF):
         dtype = getattr(torch, gpt.config.base_dtype)
         model = from_pretrained(kind, gpt.config.init, dtype=dtype, **settings)
-        model.hf_quantizer = None  # what reads a GGUF file would refuse to write another format
+        quantizer = getattr(model, "hf_quantizer", None)
+        if quantizer is not None:  # it has read a GGUF file, and its settings would be written
+            quantizer.remove_quantization_config(model)
         for name, layer in model.base_model.named_modules():
             copy_weights(gpt.trunk.get_submodule(name), layer, gpt.config.kept)
         return model

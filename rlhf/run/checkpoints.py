@@ -28,7 +28,7 @@ def load_checkpoint(path: Path, *kinds: str, unfinished: bool = False) -> dict:
     Raises: InputError if it is missing, garbled, of another kind or unfinished.
     """
     programs = " or ".join(f"`{command(kind)}`" for kind in kinds)
-    other = ", or give --reward a function, FILE.py" if "reward" in kinds else ""
+    other = ", or give --reward a function, FILE.py" if kinds == ("reward",) else ""
     check_file(path, f"run {programs} first, with the same --out{other}")
     try:
         checkpoint = read_checkpoint(path)

@@ -2,6 +2,7 @@
 scores are the checkpoint's."""
 
 import importlib.util
+import json
 import textwrap
 
 import pytest
@@ -78,7 +79,9 @@ def base(texts, tmp_path_factory):
         if (kind, template) not in made:
             folder = tmp_path_factory.mktemp(kind)
             new_model(kind).save_pretrained(folder)
-            tokenizer = make_tokenizer(texts, begin=kind != "qwen2")
+            tokenizer = make_tokenizer(
+                texts, kind != "qwen2", pad="<eos>" if kind == "neox" else "<pad>"
+            )
             tokenizer.chat_template = template
             tokenizer.save_pretrained(folder)
             made[kind, template] = folder
@@ -266,7 +269,9 @@ def test_a_gguf_file_becomes_a_folder(base, data, tmp_path, words):
         exported(path, tmp_path / "adapter", "--adapter")
     gpt, checkpoint = load_policy(path, "sft")
     ids = torch.tensor([ids_of(tokenizer_of(path, checkpoint, ""))])
-    again = transformers.AutoModelForCausalLM.from_pretrained(exported(path, tmp_path / "out"))
+    out = exported(path, tmp_path / "out")
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    again = transformers.AutoModelForCausalLM.from_pretrained(out)
     with torch.no_grad():
         assert_close(again(ids).logits, gpt(ids), atol=1e-4, rtol=0)
 
