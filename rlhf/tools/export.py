@@ -103,13 +103,13 @@ def load(cfg: ExportConfig) -> Trained:
     if base and cfg.folder().resolve() == Path(base).resolve():
         raise InputError(f"--out {base} holds the base; give another folder")
     if cfg.adapter:
-        package("peft")
         has_adapters = settings.get("rank") and not base.endswith(".gguf")
         if not has_adapters or kind == "reward" or network.temperature != 1:
             raise InputError(
                 f"--adapter: {path} is no policy of --temperature 1 with adapters on a model of "
                 f"transformers that is no GGUF file; leave out --adapter"
             )
+        package("peft")  # which loads it again
     return Trained(network, settings, checkpoint, tokenizer)
 
 

@@ -394,7 +394,6 @@ def test_reward_model_without_a_class_that_fits_is_refused(family, data, tmp_pat
 
 
 def test_adapter_is_refused_where_there_is_none(base, data, tmp_path):
-    pytest.importorskip("peft", reason="peft is not installed: pip install .[hf]")
     path = policy_file(base("llama"), data, tmp_path)
     with pytest.raises(InputError, match=r"--adapter: .*sft.pt is no policy of --temperature 1"):
         exported(path, tmp_path / "out", "--adapter")

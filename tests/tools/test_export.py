@@ -162,6 +162,5 @@ def test_export_takes_the_lock_of_a_folder_that_a_run_has_written_to(tmp_path):
 
 
 def test_adapters_of_the_own_gpt_are_merged_already(trained, tmp_path):
-    pytest.importorskip("peft", reason="peft is not installed: pip install .[hf]")
     with pytest.raises(InputError, match="--adapter: .* is no policy of --temperature 1 with adap"):
         exported(trained[1] / "sft.pt", "--out", tmp_path / "out", "--adapter")
