@@ -3,6 +3,7 @@ people prefer.
 
     python train_reward.py      # reads runs/sft.pt; writes runs/reward.pt, reward.csv and
                                 # reward_evaluation.csv
+    python train_reward.py --init MODEL    # on another model than the policy's (docs/models.md)
 
 One to two minutes on two cores; held-out accuracy ends near 0.87, where the judge's own is 0.88
 (docs/results.md).

@@ -271,7 +271,7 @@ MUTANTS = [
     ("hf_reward", "always the first token", 'if self.gpt.config.pooled == "last":', "if False:"),
     ("hf_reward", "always the last token", 'if self.gpt.config.pooled == "last":', "if True:"),
     ("hf_reward", "scores without the fixed scale", "(self.head(first) - self.mean) / self.scale", "self.head(first)"),
-    ("hf_reward", "a long text loses its end", "ids[:begin] + ids[begin + too_many :]", "ids[: len(ids) - too_many]"),
+    ("hf_reward", "a long text loses its end", "excess.unsqueeze(1) * (columns > 0)", "0 * columns"),
     ("hf_reward", "an encoder counts as a decoder", '"last" if torch.allclose(first[0], first[1]) else "first"', '"last"'),
     ("hf_tokenizer", "BERT's end-of-text is forgotten", "end_of_text = self.original.sep_token_id", "end_of_text = self.original.bos_token_id"),
     ("hf_tokenizer", "BERT's first token is forgotten", "(self.original.bos_token_id, self.original.cls_token_id)", "(self.original.bos_token_id,)"),

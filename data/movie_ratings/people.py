@@ -34,7 +34,7 @@ from rlhf.networks import hf
 from rlhf.run.files import check_file, csv_path
 from rlhf.run.flags import arg
 from rlhf.run.judge import share_positive
-from rlhf.run.loading import load_reward_model
+from rlhf.run.loading import load_reward_model, tokenizer_of
 from rlhf.run.program import run
 from rlhf.run.progress import ticker
 from rlhf.run.tables import read_csv
@@ -142,13 +142,12 @@ class People:
 
     def read(self, table: pandas.DataFrame, side: str, what: str) -> Tensor:
         """The features of the responses in the column `side`, (N, 2C)."""
-        tokenizer = self.tokenizer
-        rows = encode(table, side, tokenizer)
+        rows = encode(table, side, self.tokenizer)
 
         def read_batch(tokens: Tensor, lengths: Tensor) -> Tensor:
             return features(self.gpt, tokens, lengths)
 
-        return in_batches(read_batch, rows, tokenizer.pad_id, what)
+        return in_batches(read_batch, rows, self.tokenizer.pad_id, what)
 
     def fit(self, train: pandas.DataFrame) -> None:
         ratings = torch.tensor(numbers(train["Gold"]), dtype=torch.float64)  # (N,)
@@ -163,10 +162,10 @@ def numbers(column: pandas.Series) -> list[float]:
     return column.astype(float).tolist()
 
 
-def score_with(reward: Path, table: pandas.DataFrame) -> Tensor:
-    """The reward model's scores of the responses, (N,)."""
-    model, _ = load_reward_model(reward)
-    tokenizer = model.tokenizer
+def score_with(reward: Path, table: pandas.DataFrame, data: str) -> Tensor:
+    """The reward model's scores of the responses, (N,). data: its data set folder."""
+    model, checkpoint = load_reward_model(reward)
+    tokenizer = tokenizer_of(reward, checkpoint, data)
     rows = encode(table, "Response", tokenizer)
     return in_batches(model, rows, tokenizer.pad_id, "reward model")
 
@@ -210,7 +209,7 @@ def main(cfg: PeopleConfig) -> None:
 
     scores = {"people.py": people.score(heldout, "Response", "held-out sentences")}
     if cfg.reward:
-        scores["reward model"] = score_with(Path(cfg.reward), heldout)
+        scores["reward model"] = score_with(Path(cfg.reward), heldout, cfg.data)
     print(
         f"{len(train):,} training sentences. Held out: correlation with people's mean "
         f"({len(heldout):,}), share of the clear pairs in its order ({len(pairs):,})"

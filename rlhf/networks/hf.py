@@ -3,7 +3,7 @@
 
     pip install .[hf]     # transformers, and what it needs for GGUF files and 4 bits
     python train_sft.py --init FOLDER_OR_NAME_OR_GGUF --lora-rank 16
-                          # then the other two scripts, with the same rank
+                          # then the other two scripts, which find rank and model in sft.pt
 
 HF has the interface of GPT (hidden, logits, make_cache, config, temperature), so everything else
 works on it unchanged. With --lora-rank a checkpoint holds adapters and heads, and names the model
@@ -257,24 +257,27 @@ def replace_conv1d(model: nn.Module) -> None:
 def check_usable(init: str, model: nn.Module) -> None:
     """Raise InputError if HF cannot use a model of transformers.
 
-    It can if all layers are attention, the weights were not quantised before, the context is known,
-    and the logits are the output matrix times the last hidden state.
+    It can if all layers are attention, the weights were not quantised before, and the logits are
+    the output matrix times the last hidden state.
     """
     config = model.base_model.config
     layers = set(getattr(config, "layer_types", None) or ())
-    context = getattr(config, "max_position_embeddings", None)
     plain = layers <= ATTENTION and not is_quantised_file(init, model)
-    if not (plain and context and has_plain_logits(model)):
+    if not (plain and has_plain_logits(model)):
         raise InputError(
             f"--init {init}: cannot use this {type(model).__name__}; needed: only attention, "
-            f"weights not quantised, max_position_embeddings, and logits = a matrix times the "
-            f"hidden states"
+            f"weights not quantised, and logits = a matrix times the hidden states"
         )
 
 
 def longest_text(trunk: nn.Module) -> int:
-    """The most tokens that a model reads."""
-    context = trunk.config.max_position_embeddings
+    """The most tokens that a model reads. Raises InputError if it does not say so."""
+    context = getattr(trunk.config, "max_position_embeddings", 0)
+    if context < 1 or trunk.config.is_encoder_decoder:
+        raise InputError(
+            f"--init {trunk.name_or_path}: cannot use this {type(trunk).__name__}; needed: a "
+            f"decoder or an encoder that says how many tokens it reads (max_position_embeddings)"
+        )
     embedding = getattr(getattr(trunk, "embeddings", None), "position_embeddings", None)
     before = getattr(embedding, "padding_idx", None)  # RoBERTa's positions begin after this row
     return context if before is None else context - before - 1

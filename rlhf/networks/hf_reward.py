@@ -8,18 +8,19 @@ function, and the value network starts from the fine-tuned model.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from rlhf.data import pad_rows
 from rlhf.model import RewardModel
-from rlhf.networks.hf import HF, HFConfig, load_base, local_files
+from rlhf.networks.hf import HF, HFConfig, load_base, local_files, longest_text
 from rlhf.networks.hf_tokenizer import HFTokenizer
-from rlhf.run.errors import InputError
 from rlhf.run.files import digests
 
 ROWS = 32  # texts that are scored at once
+ANY_LENGTH = 10**9  # tokens
 
 
 class HFReward(RewardModel):
@@ -28,15 +29,28 @@ class HFReward(RewardModel):
         score = (head(hidden at one token) - mean) / scale
 
     That is the last real token of a decoder and the first of an encoder, whose first token reads
-    the whole text (Devlin et al. 2019).
+    the whole text (Devlin et al. 2019). A text that is too long loses tokens after its first one.
     """
+
+    def __init__(self, gpt: HF):
+        super().__init__(gpt)
+        self.longest = gpt.config.block_size
+        gpt.config = replace(gpt.config, block_size=ANY_LENGTH)
+
+    def shorten(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens (B, T), lengths (B,) -> the same, of rows of at most `longest` tokens."""
+        excess = (lengths - self.longest).clamp(min=0)  # (B,)
+        columns = torch.arange(min(self.longest, tokens.size(1)), device=tokens.device)  # (t,)
+        skipped = excess.unsqueeze(1) * (columns > 0)  # (B, t)
+        return tokens.gather(1, columns + skipped), lengths - excess
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """tokens (B, T), lengths (B,) in tokens, prompt and response together -> scores (B,)."""
+        tokens, lengths = self.shorten(tokens, lengths)  # (B, t), (B,)
         if self.gpt.config.pooled == "last":
             return super().forward(tokens, lengths)
-        columns = torch.arange(tokens.size(1), device=tokens.device)  # (T,)
-        real = columns < lengths.unsqueeze(1)  # (B, T): an encoder would read the pads
+        columns = torch.arange(tokens.size(1), device=tokens.device)  # (t,)
+        real = columns < lengths.unsqueeze(1)  # (B, t): an encoder would read the pads
         output = self.gpt.trunk(tokens, attention_mask=real.int())
         first = output.last_hidden_state[:, 0]  # (B, C)
         return (self.head(first) - self.mean) / self.scale  # (B,)
@@ -65,18 +79,12 @@ def which_token(cfg) -> str:
     """The token whose hidden state has read the whole text: the "first", if it changes with the
     last token, else the "last".
 
-    Raises InputError if the model needs more than tokens.
+    Raises InputError if it is neither a decoder nor an encoder.
     """
     trunk = load_base(cfg.init, (), cfg.load_in_4bit, cfg.base_dtype, trunk_only=True)
-    tokens = torch.arange(5, 13).repeat(2, 1)  # (2, 8): any will do
-    tokens[1, -1] = 5
-    try:
-        first = trunk(tokens).last_hidden_state[:, 0]  # (2, C)
-    except Exception as error:  # a model of encoder and decoder, of images, ...
-        raise InputError(
-            f"--init {cfg.init}: cannot score text with this {type(trunk).__name__}: {error}; give "
-            f"a decoder or an encoder of text"
-        ) from error
+    longest_text(trunk)  # refuses other models
+    tokens = torch.tensor([[5, 6, 7], [5, 6, 8]])  # (2, 3): any will do
+    first = trunk(tokens).last_hidden_state[:, 0]  # (2, C)
     return "last" if torch.allclose(first[0], first[1]) else "first"
 
 
@@ -84,15 +92,11 @@ def which_token(cfg) -> str:
 def score_texts(
     model: HFReward, tokenizer: HFTokenizer, prompts: Sequence, responses: list[str]
 ) -> list[float]:
-    """A score for each response. prompts: text or messages; one that is too long loses its
-    beginning."""
+    """A score for each response. prompts: text or messages."""
     device = next(model.parameters()).device
     rows = []
     for prompt, response in zip(prompts, responses):
-        ids = tokenizer.prompt_ids(prompt) + tokenizer.response_ids(response)
-        begin = len(tokenizer.begin)
-        too_many = max(0, len(ids) - model.gpt.config.block_size)
-        rows.append(ids[:begin] + ids[begin + too_many :])
+        rows.append(tokenizer.prompt_ids(prompt) + tokenizer.response_ids(response))
     scores = []
     for at in range(0, len(rows), ROWS):
         tokens, lengths = pad_rows(rows[at : at + ROWS], tokenizer.pad_id, device)  # (n, T), (n,)

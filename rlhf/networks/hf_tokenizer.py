@@ -10,6 +10,7 @@ from rlhf.networks.pretrained import from_pretrained
 from rlhf.run.errors import InputError
 from rlhf.run.files import check_file
 from rlhf.run.messages import TextOrMessages, as_text
+from rlhf.run.tables import read_text
 from rlhf.tokenizer import Tokenizer
 
 # What a chat template is tried with: a turn of each speaker.
@@ -204,7 +205,7 @@ def find_template(template: str, original) -> str:
     if template == "auto":
         return original.get_chat_template() if original.chat_template else ""
     if template.endswith(".jinja"):
-        return check_file(Path(template)).read_text(encoding="utf-8")
+        return read_text(check_file(Path(template), "give --template auto, none or FILE.jinja"))
     return template
 
 

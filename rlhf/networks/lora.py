@@ -58,14 +58,14 @@ def add_adapters(
     leave it as it is.
 
     A network of rlhf/networks/hf.py that has adapters already keeps them.
-    Raises InputError if their rank or alpha is another one.
+    Raises InputError if the rank, or an alpha that is not the default, is another one than theirs.
     """
     if any(isinstance(module, LoRALinear) for module in gpt.modules()):
         config = gpt.config
-        if (config.rank, config.alpha) != (rank, alpha):
+        if rank != config.rank or alpha not in (ALPHA, config.alpha):
             raise InputError(
                 f"--lora-rank {rank} --lora-alpha {alpha:g}, and sft.pt has adapters of rank "
-                f"{config.rank} and alpha {config.alpha:g}; give those"
+                f"{config.rank} and alpha {config.alpha:g}; leave the flags out"
             )
         return gpt
     if rank == 0:

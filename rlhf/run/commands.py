@@ -59,27 +59,22 @@ def command(name: str) -> str:
 def next_command(cfg, name: str) -> str:
     """The command of a program that goes on from the run of this config.
 
-    A stage gets the run's flags about data, folders and adapters, and what else `prepare` has
-    chosen for it; a tool gets the checkpoint.
+    A stage gets the run's flags about data and folders, and those that `prepare` has chosen for it;
+    a tool gets the checkpoint. A model in 4 bits without adapters can only be sampled.
     """
+    if getattr(cfg, "load_in_4bit", False) and not cfg.lora_rank:
+        name = "sample"
     if name == "reward" and not csv_path(cfg.data, "comparisons").is_file():
         return f"{next_command(cfg, 'ppo')} --reward FILE.py"
     words = []
     shared = ["data", "heldout", "out", "sft"]
-    if not (cfg.kind == "reward" and cfg.init):  # it has adapters of its own
-        shared += ["lora_rank", "lora_alpha"]
     if "." in PROGRAMS[name]:
         words = ["--checkpoint", str(cfg.checkpoint(cfg.kind))]
         shared = TOOL_FLAGS[name]
-    flags = {}
     for flag, value in vars(cfg).items():
         if flag in shared and value != getattr(type(cfg), flag):  # the default
-            flags[flag_name(flag)] = value if isinstance(value, tuple) else [value]
-    prepared = prepared_flags(cfg.data, name)
-    for flag, value in zip(prepared[::2], prepared[1::2]):
-        flags.setdefault(flag, [value])
-    for flag, values in flags.items():
-        words += [flag, *map(str, values)]
+            words += [flag_name(flag), *map(str, value if isinstance(value, tuple) else [value])]
+    words += prepared_flags(cfg.data, name)
     return printable(f"{command(name)} {shlex.join(words)}".rstrip())
 
 

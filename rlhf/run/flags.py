@@ -130,7 +130,7 @@ class InitConfig(TrainConfig):
         if self.lora_rank:
             return
         if self.load_in_4bit and self.steps:
-            raise ValueError("--load-in-4bit needs --lora-rank, or --steps 0")
+            raise ValueError("--load-in-4bit needs --lora-rank to train anything")
         if self.base_dtype != "float32" and not self.load_in_4bit:
             raise ValueError(f"--base-dtype {self.base_dtype} needs --lora-rank or --load-in-4bit")
 

@@ -69,7 +69,7 @@ def with_adapters(gpt: GPT, cfg, generator: torch.Generator) -> GPT:
             "nothing to train: the model is in 4 bits and has no adapters; run train_sft.py with "
             "--lora-rank"
         )
-    if cfg.lora_rank == 0 and not getattr(gpt.config, "rank", 0):
+    if cfg.lora_rank == 0:  # a network of rlhf/networks/hf.py keeps the adapters of sft.pt
         return gpt
     from rlhf.networks.lora import add_adapters
 
@@ -120,8 +120,8 @@ def load_reward_model(path: Path) -> tuple[RewardModel, dict]:
 
 
 def reads_text(checkpoint: dict) -> bool:
-    """Whether a reward model is of a family of its own (train_reward.py --init), with its own
-    tokenizer, and not made from sft.pt."""
+    """Whether a reward model was made by train_reward.py --init: it has another tokenizer than the
+    policy, and no sft.pt under it."""
     return bool(checkpoint["model_config"].get("pooled"))
 
 

@@ -67,10 +67,12 @@ def count_parameters(model: nn.Module) -> str:
 
 def print_adapters(model: nn.Module) -> None:
     """With adapters (LoRA), print how many numbers are trained, and the names of their layers."""
-    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    if any(name.endswith(".A") for name in trained):
-        layers = {name.split(".")[-2] for name in trained}
-        print(f"LoRA trains {sum(trained.values()):,} numbers, in {', '.join(sorted(layers))}")
+    layers = {name.split(".")[-2] for name, _ in model.named_parameters() if name.endswith(".A")}
+    if layers:
+        count = sum(
+            parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+        )
+        print(f"LoRA trains {count:,} numbers, with adapters in {', '.join(sorted(layers))}")
 
 
 def print_training_row(tokens: list[int], prompt_len: int, tokenizer: Tokenizer) -> None:

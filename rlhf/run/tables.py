@@ -61,7 +61,7 @@ def read_text(path: Path, cut: bool = False) -> str:
         return decoder.decode(data, final=not cut)
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} is not a CSV file in UTF-8, but in UTF-16, Latin-1 or another encoding "
+            f"{path} is not text in UTF-8, but in UTF-16, Latin-1 or another encoding "
             f"({error}); save it as UTF-8"
         ) from None
 
@@ -188,5 +188,5 @@ def check_lengths(
     """
     room = f"tokens and there is room for {limit}"
     faults = [f"takes {length} {room}" if length > limit else "" for length in lengths]
-    fix = f"shorten or remove them, {fix}or give SFT a larger --block-size"
+    fix = f"shorten or remove them, {fix}give SFT a larger --block-size or `prepare` a smaller one"
     check_rows(path, what, faults, fix, index)

@@ -97,7 +97,7 @@ def test_answer_file_survives_an_editor(tmp_path, capsys):
     )
     for line in ('1,p,12" nail,b,first', '1,p,"12" nail",b,first', "1,p,a\rb,c,first"):
         expected[line] = "line 2: the quotation marks do not match, or a lone CR"
-    expected["1,p,\udce9,b,first"] = "not a CSV file in UTF-8"
+    expected["1,p,\udce9,b,first"] = "not text in UTF-8"
     for line, message in expected.items():
         content = f"{header}\n{line}\n2,p,a,b,first\n".encode(errors="surrogateescape")
         path.write_bytes(content)

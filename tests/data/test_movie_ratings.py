@@ -17,6 +17,7 @@ import tarfile
 import zipfile
 from types import SimpleNamespace
 
+import pandas
 import pytest
 import torch
 
@@ -25,7 +26,7 @@ from rlhf.methods.rankings import load_rankings
 from rlhf.run.errors import InputError
 from rlhf.run.flags import parse_cli
 from rlhf.run.judge import load_judge
-from rlhf.run.loading import find_tokenizer
+from rlhf.run.loading import find_tokenizer, load_reward_model
 from tests.helpers import ROOT, real_data
 from tests.helpers import rows as rows_of
 
@@ -899,3 +900,21 @@ def test_batches_come_back_in_the_order_of_the_rows(people):
     rows = [[7] * length for length in (3, 1, 2) * 50]
     lengths = people.in_batches(lambda tokens, lengths: lengths, rows, 0, "rows")
     assert lengths.tolist() == [len(row) for row in rows]
+
+
+@torch.no_grad()
+def test_reward_model_of_a_run_scores_a_table(people, trained):
+    """Each row by itself and without pads gives the same score."""
+    data, out, _ = trained
+    prompts = ["\n\nHuman: Hi!\n\nAssistant:", "A"]
+    responses = ["b", "c d"]
+    model, _ = load_reward_model(out / "reward.pt")
+    tokenizer = find_tokenizer(str(data))
+    expected = []
+    for prompt, response in zip(prompts, responses):
+        row = [*tokenizer.encode(prompt), *tokenizer.encode(f" {response}"), tokenizer.eos_id]
+        expected.append(model(torch.tensor([row]), torch.tensor([len(row)])).item())
+    assert abs(expected[0] - expected[1]) > 1e-3
+    table = pandas.DataFrame({"Prompt": prompts, "Response": responses})
+    got = people.score_with(out / "reward.pt", table, str(data))
+    assert got.tolist() == pytest.approx(expected, abs=1e-5)

@@ -719,7 +719,7 @@ def test_a_chat_model_in_4_bits_with_an_encoder_as_reward_model(folders, tmp_pat
     run(train_sft.main, train_sft.SFTConfig, init)
     encoder = f"--init {tmp_path / 'encoder'} --steps 3 --batch-size 8 --lr 0.01"
     run(train_reward.main, train_reward.RewardConfig, encoder)
-    ppo = f"{TINY['ppo']} {adapters} --value-network shared --missing-eos-score none"
+    ppo = f"{TINY['ppo']} --value-network shared --missing-eos-score none"  # adapters: sft.pt's
     run(train_ppo.main, train_ppo.PPOConfig, ppo)
 
     table = rows(tmp_path / "ppo.csv")

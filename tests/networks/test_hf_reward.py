@@ -1,6 +1,7 @@
 """Reward models of another family: tiny encoders and a decoder of transformers, random weights."""
 
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import train_sft
 from rlhf.networks import hf, hf_tokenizer
 from rlhf.networks.hf_reward import score_texts
 from rlhf.run.errors import InputError
+from rlhf.run.files import write_csv
 from rlhf.run.flags import parse_cli
 from rlhf.run.loading import load_reward_model, tokenizer_of
 from rlhf.tools import optimality, sample
@@ -34,6 +36,7 @@ SIZES = dict(
     max_position_embeddings=LONGEST,
 )
 PROMPTS = ["\n\nHuman: A tent?\n\nAssistant:", [{"role": "user", "content": "Hi!"}]]
+SIDES = ("layers", "attention_heads", "ffn_dim")
 RESPONSES = ["Put it up, and let it dry.", "Hello."]
 
 
@@ -184,7 +187,7 @@ def test_tokens_are_the_models_own(trained):
     assert ids == expected and ids[-1] == end
     config = checkpoint["model_config"]
     assert config["pooled"] == ("last" if trained.kind in ("llama", "gpt2") else "first")
-    assert (config["block_size"], config["n_embd"]) == (LONGEST, 16)
+    assert config["n_embd"] == 16
 
 
 def test_first_loss_is_ln_2_and_the_model_learns(trained):
@@ -199,8 +202,15 @@ def test_first_loss_is_ln_2_and_the_model_learns(trained):
 
 
 def test_a_long_prompt_loses_its_beginning(bases, data, tmp_path):
-    path = train(data, tmp_path, bases["roberta"][0])
+    """In training, too."""
+    long_data = tmp_path / "data"
+    shutil.copytree(data, long_data)
+    table = rows(data / "comparisons.csv")
+    table[0]["Prompt"] = "\n\nHuman: " + "zebra " * 99 + "\n\nAssistant:"
+    write_csv(long_data / "comparisons.csv", table)
+    path = train(long_data, tmp_path, bases["roberta"][0])
     model, checkpoint = load_reward_model(path)
+    assert model.longest == LONGEST
     tokenizer = tokenizer_of(path, checkpoint, "")
     long = "\n\nHuman: " + "zebra xylophone " * 99 + "A tent?\n\nAssistant:"
     ids = tokenizer.prompt_ids(long) + tokenizer.response_ids("Dry.")
@@ -273,7 +283,24 @@ def test_a_model_of_encoder_and_decoder_is_refused(bases, data, tmp_path):
     )
     transformers.T5Model(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    with pytest.raises(InputError, match="cannot score text with this T5Model"):
+    with pytest.raises(InputError, match="cannot use this T5Model; needed: a decoder"):
+        train(data, tmp_path / "out", folder)
+
+
+@pytest.mark.parametrize("kind", ["bart", "bloom"])
+def test_a_model_of_another_kind_is_refused(bases, data, tmp_path, kind):
+    """One of encoder and decoder, and one that does not say how many tokens it reads."""
+    tokenizer = bases["roberta"][2]
+    folder = tmp_path / kind
+    if kind == "bart":
+        sizes = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in SIDES}
+        config = transformers.BartConfig(vocab_size=len(tokenizer), d_model=16, **sizes)
+        transformers.BartModel(config).save_pretrained(folder)
+    else:
+        config = transformers.BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_head=2)
+        transformers.BloomModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match="needed: a decoder or an encoder that says how many"):
         train(data, tmp_path / "out", folder)
 
 

@@ -490,7 +490,7 @@ def test_full_training_from_lora_sft_trains_every_weight(trained, tmp_path):
         (["--template", "none"], "--template needs --init"),
         (["--system", "Be kind."], "--system needs --init"),
         (["--base-dtype", "bfloat16"], "--base-dtype needs --init"),
-        (["--init", "gpt2", "--load-in-4bit"], "--load-in-4bit needs --lora-rank, or --steps 0"),
+        (["--init", "gpt2", "--load-in-4bit"], "--load-in-4bit needs --lora-rank to train"),
         (["--init", "gpt2", "--n-layer", "12"], "come with --init"),
     ],
 )

@@ -102,12 +102,10 @@ def test_command_of_a_stage_names_a_file_of_the_clone(started, name):
         (SFTConfig(steps=5, seed=1, device="cpu"), "reward", "python train_reward.py"),
         (RewardConfig(out="x"), "ppo", "python train_ppo.py --out x"),
         (
-            SFTConfig(init="m", lora_rank=4, lora_alpha=8.0),
+            SFTConfig(init="m", load_in_4bit=True, steps=0),
             "reward",
-            "python train_reward.py --lora-rank 4 --lora-alpha 8.0",
+            "python -m rlhf.tools.sample --checkpoint runs/sft.pt",
         ),
-        (RewardConfig(lora_rank=4), "ppo", "python train_ppo.py --lora-rank 4"),
-        (RewardConfig(init="m", lora_rank=4), "ppo", "python train_ppo.py"),
         (
             RewardConfig(data="d", heldout=0.2, out="a b", sft="s.pt"),
             "ppo",
@@ -172,7 +170,7 @@ def test_next_command_pastes_no_second_command_of_a_data_set(started, tmp_path):
     started("train_sft.py")
     cfg = prepared(tmp_path, {"flags": {"reward": "--steps 7; rm x \x1b[2J"}})
     shown = next_command(cfg, "reward")
-    assert shown.endswith("--steps '7;' rm x")
+    assert shown.endswith("--steps '7;' rm x '\\x1b[2J'")
 
 
 @pytest.mark.parametrize(

@@ -140,13 +140,13 @@ def test_read_csv_shows_what_is_wrong_with_a_header(tmp_path, header, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("Prompt,Response\na,b\n".encode("utf-16"), "not a CSV file in UTF-8, but in UTF-16"),
+        ("Prompt,Response\na,b\n".encode("utf-16"), "not text in UTF-8, but in UTF-16"),
         (
             "Prompt,Response\na,b\n".encode("utf-16-be"),
             r"no column 'Prompt' \(found: '\\x00P\\x00r",
         ),
-        ("Prompt,Response\na,né\n".encode("latin-1"), "not a CSV file in UTF-8, .*byte 0xe9"),
-        ("Prompt,Response\na,né\n".encode()[:-2], "not a CSV file in UTF-8"),
+        ("Prompt,Response\na,né\n".encode("latin-1"), "not text in UTF-8, .*byte 0xe9"),
+        ("Prompt,Response\na,né\n".encode()[:-2], "not text in UTF-8"),
         (b"", "is empty; its first line must name the columns"),
         (b"\r\n\n", "is empty; its first line must name the columns"),
     ],
