@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf.model import GPT, GPTConfig
+from rlhf.networks.pretrained import local_files, package
 from rlhf.run.errors import InputError
 from rlhf.run.files import digests
 from rlhf.tokenizer import Tokenizer
@@ -108,18 +109,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     weights = {}
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
-            weights |= read_safetensors(path)
+            weights |= package("safetensors.torch").load_file(path)
         else:
             weights |= torch.load(path, map_location="cpu", weights_only=True)
     return weights
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise InputError(f"{path} needs the package: pip install safetensors") from error
-    return load_file(path)
 
 
 def fetch_weights(name: str) -> dict[str, Tensor]:
@@ -187,13 +180,4 @@ def init_from(name_or_path: str, tokenizer: Tokenizer) -> tuple[GPT, Tokenizer, 
             f"--init {name_or_path} knows {gpt.config.vocab_size} tokens and the tokenizer "
             f"{tokenizer.vocab_size}; give --tokenizer gpt2, or the file it was trained with"
         )
-    return gpt, tokenizer, folder_digests(Path(name_or_path))
-
-
-def folder_digests(folder: Path) -> dict[str, str]:
-    if not folder.is_dir():
-        return {}
-    files = {"init config": folder / "config.json"}
-    for number, path in enumerate(weight_files(folder)):
-        files[f"init {number}" if number else "init"] = path
-    return digests(**files)
+    return gpt, tokenizer, digests(**local_files(name_or_path))

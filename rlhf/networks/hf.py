@@ -20,7 +20,6 @@ import inspect
 import itertools
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 from rlhf.networks.hf_tokenizer import HFTokenizer
 from rlhf.networks.lora import ALPHA, add_adapters
-from rlhf.networks.pretrained import from_pretrained, package
+from rlhf.networks.pretrained import from_pretrained, local_files, package
 from rlhf.run.errors import InputError
 from rlhf.run.files import csv_path, digests
 from rlhf.run.messages import read_prompt
@@ -322,28 +321,25 @@ def init_from(cfg) -> tuple[HF, HFTokenizer, dict[str, str]]:
             f"--init {cfg.init} brings its own tokenizer; leave out --tokenizer {cfg.tokenizer}"
         )
     tokenizer = HFTokenizer(cfg.init, cfg.template, cfg.system)
-    template = tokenizer.template or "none"
-    kept = ()
+    config = config_of(cfg, tokenizer)
     if cfg.cut_vocab:
-        kept = used_ids(tokenizer, cfg.data)
-        tokenizer = HFTokenizer(cfg.init, template, cfg.system, kept)
-    config = HFConfig(
-        init=cfg.init,
-        rank=cfg.lora_rank,
-        four_bit=cfg.load_in_4bit,
-        kept=kept,
-        alpha=cfg.lora_alpha,
-        template=template,
-        system=cfg.system,
-        base_dtype=cfg.base_dtype,
-    )
+        config = replace(config, kept=used_ids(tokenizer, cfg.data))
+        tokenizer = HFTokenizer(cfg.init, config.template, cfg.system, config.kept)
     return HF(config), tokenizer, digests(**local_files(cfg.init))
 
 
-def local_files(init: str) -> dict[str, Path]:
-    """{"init NAME": path} of the files of a model that lies in a folder or in a file."""
-    files = [Path(init), *sorted(Path(init).glob("*.[bjs]*"))]
-    return {f"init {file.name}": file for file in files if file.is_file()}
+def config_of(cfg, tokenizer: HFTokenizer) -> HFConfig:
+    """The HFConfig of a script's flags."""
+    return HFConfig(
+        init=cfg.init,
+        rank=cfg.lora_rank,
+        four_bit=cfg.load_in_4bit,
+        kept=(),
+        alpha=cfg.lora_alpha,
+        template=tokenizer.template or "none",
+        system=cfg.system,
+        base_dtype=cfg.base_dtype,
+    )
 
 
 def used_ids(tokenizer: HFTokenizer, data: str) -> tuple[int, ...]:

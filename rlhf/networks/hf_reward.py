@@ -15,8 +15,9 @@ from torch import Tensor
 
 from rlhf.data import pad_rows
 from rlhf.model import RewardModel
-from rlhf.networks.hf import HF, HFConfig, load_base, local_files, longest_text
+from rlhf.networks.hf import HF, config_of, load_base, longest_text
 from rlhf.networks.hf_tokenizer import HFTokenizer
+from rlhf.networks.pretrained import local_files
 from rlhf.run.files import digests
 
 ROWS = 32  # texts that are scored at once
@@ -60,17 +61,7 @@ def init_from(cfg) -> tuple[HFReward, HFTokenizer, dict[str, str]]:
     """What `train_reward.py --init` starts from: the reward model, its tokenizer, and the digests
     of a local model's files."""
     tokenizer = HFTokenizer(cfg.init, cfg.template, cfg.system)
-    config = HFConfig(
-        init=cfg.init,
-        rank=cfg.lora_rank,
-        four_bit=cfg.load_in_4bit,
-        kept=(),
-        alpha=cfg.lora_alpha,
-        template=tokenizer.template or "none",
-        system=cfg.system,
-        base_dtype=cfg.base_dtype,
-        pooled=which_token(cfg),
-    )
+    config = replace(config_of(cfg, tokenizer), pooled=which_token(cfg))
     return HFReward(HF(config)), tokenizer, digests(**local_files(cfg.init))
 
 

@@ -11,9 +11,7 @@ def package(name: str):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(
-            f"a model of transformers needs the package {name}: pip install .[hf] ({error})"
-        ) from error
+        raise InputError(f"this needs the package {name}: pip install .[hf] ({error})") from error
 
 
 def from_pretrained(kind: str, init: str, **options):
@@ -38,3 +36,9 @@ def from_pretrained(kind: str, init: str, **options):
             f"--init {init} cannot be loaded: {type(error).__name__}: {error}; give a model's "
             f"folder, a GGUF file, or a name on the Hugging Face hub and an internet connection"
         ) from error
+
+
+def local_files(init: str) -> dict[str, Path]:
+    """{"init NAME": path} of the files of a model that lies in a folder or in a file."""
+    files = [Path(init), *sorted(Path(init).glob("*.[bjs]*"))]
+    return {f"init {file.name}": file for file in files if file.is_file()}

@@ -8,7 +8,9 @@ model card, README.md, which says how to load it. It is loaded again before it g
 its logits or scores are compared with the checkpoint's.
 """
 
+import json
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.model import GPT, RewardModel
-from rlhf.networks import model_card
 from rlhf.networks.export import (
     POLICY,
     REWARD_MODEL,
@@ -37,7 +38,7 @@ from rlhf.run.checkpoints import load_checkpoint
 from rlhf.run.errors import InputError
 from rlhf.run.flags import arg
 from rlhf.run.loading import load_policy, load_reward_model, tokenizer_of
-from rlhf.run.program import lock_of_run, run
+from rlhf.run.program import run
 from rlhf.tokenizer import Tokenizer
 
 # What is compared: the last tokens of prompts and responses.
@@ -49,8 +50,39 @@ EXAMPLES = (
 )
 # The largest difference allowed, as a share of the largest logit or score.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
-# Files of an earlier export that would be read along with the new ones.
-OLD = ("*.safetensors*", "adapter_config.json", "chat_template.jinja")
+CARD = """\
+---
+tags: [rlhf]
+---
+# {folder}
+
+- Made by `train_{kind}.py`, and written by `python -m rlhf.tools.export`.
+- Trained from: {base}. If that is a pretrained model, its licence holds here too.
+- Data: {data}.
+- {notes}
+
+## How to load it
+
+    from transformers import {loader}, AutoTokenizer
+
+    model = {loader}.from_pretrained("{folder}")
+    tokenizer = AutoTokenizer.from_pretrained("{folder}")
+
+## Flags and last metrics
+
+```json
+{run}
+```
+"""
+ADAPTERS_ON_4_BITS = (
+    "The base was in 4 bits. Load it with quantization_config=BitsAndBytesConfig("
+    "load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True): on other "
+    "weights, the adapters give other logits."
+)
+MERGED_INTO_4_BITS = (
+    "The base was in 4 bits. These weights are the numbers that the 4 bits stand for, with the "
+    "adapters merged."
+)
 
 
 @dataclass(frozen=True)
@@ -58,16 +90,10 @@ class ExportConfig:
     """Write a checkpoint for transformers or PEFT."""
 
     checkpoint: str = arg("runs/ppo.pt", "sft.pt, reward.pt, ppo.pt or dpo.pt")
-    out: str = arg("", "folder to write to (empty: CHECKPOINT without .pt)")
+    out: str = arg("runs/exported", "folder to write to")
     data: str = arg("", "data set folder (empty: the one it was trained on)")
     adapter: bool = arg(False, "write the adapters only, for PEFT")
     overwrite: bool = arg(False, "replace an earlier export in --out")
-
-    def folder(self) -> Path:
-        return Path(self.out or Path(self.checkpoint).with_suffix(""))
-
-    def lock_file(self) -> Path | None:
-        return lock_of_run(self.folder())
 
 
 # ---- what is exported ----
@@ -83,8 +109,9 @@ class Trained:
     tokenizer: Tokenizer
 
     @property
-    def scores(self) -> bool:
-        return isinstance(self.network, RewardModel)
+    def loader(self) -> str:
+        """The class of transformers that loads it."""
+        return REWARD_MODEL if isinstance(self.network, RewardModel) else POLICY
 
     @property
     def kept(self) -> Tensor:
@@ -100,8 +127,8 @@ def load(cfg: ExportConfig) -> Trained:
     tokenizer = tokenizer_of(path, checkpoint, cfg.data or checkpoint["config"]["data"])
     settings = checkpoint["model_config"]
     base = settings.get("init", "")
-    if base and cfg.folder().resolve() == Path(base).resolve():
-        raise InputError(f"--out {base} holds the base; give another folder")
+    if base and Path(cfg.out).resolve() == Path(base).resolve():
+        raise InputError(f"--out {cfg.out} holds the base; give another folder")
     if cfg.adapter:
         has_adapters = settings.get("rank") and not base.endswith(".gguf")
         if not has_adapters or kind == "reward" or network.temperature != 1:
@@ -113,38 +140,6 @@ def load(cfg: ExportConfig) -> Trained:
     return Trained(network, settings, checkpoint, tokenizer)
 
 
-def notes_on(trained: Trained, constant: float) -> list[str]:
-    """Sentences about merged weights, for the terminal and the model card."""
-    notes = []
-    if trained.settings.get("kept"):
-        notes.append(
-            f"{len(trained.kept)} tokens were trained (--cut-vocab). The others have the base's "
-            f"rows, and the model may say them."
-        )
-    if trained.settings.get("four_bit"):
-        notes.append(
-            "It was trained on a base in 4 bits. Merged weights are what the 4 bits stand for. The "
-            "base in full precision gives other logits, also under the adapters."
-        )
-    if constant:
-        notes.append(f"The checkpoint's scores are these plus {constant:.6g}.")
-    return notes
-
-
-def usage(trained: Trained, adapter: bool) -> str:
-    """The lines of Python in the model card."""
-    if trained.scores:
-        return model_card.REWARD_MODEL
-    settings = trained.settings
-    if adapter:
-        text = model_card.ADAPTER_ON_4_BITS if settings["four_bit"] else model_card.ADAPTER
-        return text.replace("DTYPE", settings["base_dtype"])
-    prompt = '[{"role": "user", "content": "Hi!"}]'
-    if settings.get("template") == "none":
-        prompt = '"Once"'
-    return model_card.POLICY.replace("PROMPT", prompt)
-
-
 # ---- written, and loaded again ----
 
 
@@ -154,7 +149,7 @@ def write(folder: Path, trained: Trained, adapter: bool) -> float:
     made = exported_tokenizer(trained.tokenizer)
     ends = trained.kept[list(trained.tokenizer.stop_ids)].tolist()
     constant = 0.0
-    if trained.scores:
+    if trained.loader == REWARD_MODEL:
         model, constant = exported_reward_model(trained.network)
         if trained.settings.get("pooled") != "first":
             separate_pad(made, model, ends[0])
@@ -173,9 +168,8 @@ def write(folder: Path, trained: Trained, adapter: bool) -> float:
 
 def load_again(folder: Path, trained: Trained, adapter: bool) -> nn.Module:
     """The model in the folder, loaded as its user does."""
-    kind = REWARD_MODEL if trained.scores else POLICY
     options = base_options(trained.network.config) if adapter else {}
-    return from_pretrained(kind, str(folder), **options).eval()
+    return from_pretrained(trained.loader, str(folder), **options).eval()
 
 
 @torch.no_grad()
@@ -191,7 +185,7 @@ def compare(trained: Trained, model: nn.Module, constant: float) -> str:
         rows.append(ids[-LENGTH:])
     tokens = torch.tensor(rows)  # (B, T)
     theirs = model(trained.kept[tokens]).logits
-    if trained.scores:
+    if trained.loader == REWARD_MODEL:
         ours = trained.network(tokens, torch.tensor([LENGTH] * len(rows)))  # (B,)
         theirs = theirs[:, 0] + constant
     else:
@@ -209,33 +203,73 @@ def compare(trained: Trained, model: nn.Module, constant: float) -> str:
     return f"{found}."
 
 
-def replace_files(made: Path, folder: Path) -> None:
-    """Move files into a folder, in the place of an earlier export's."""
-    folder.mkdir(exist_ok=True)
-    for pattern in OLD:
-        for file in folder.glob(pattern):
-            file.unlink()
-    for file in made.iterdir():
-        os.replace(file, folder / file.name)
+# ---- the model card ----
+
+
+def notes_on(trained: Trained, adapter: bool, constant: float) -> list[str]:
+    """Sentences about the weights, for the terminal and the model card."""
+    notes = []
+    if trained.settings.get("kept"):
+        notes.append(
+            f"{len(trained.kept)} tokens were trained (--cut-vocab). The others have the base's "
+            f"rows, and the model may say them."
+        )
+    if trained.settings.get("four_bit"):
+        notes.append(ADAPTERS_ON_4_BITS if adapter else MERGED_INTO_4_BITS)
+    if constant:
+        notes.append(f"The checkpoint's scores are these plus {constant:.6g}.")
+    return notes
+
+
+def model_card(out: Path, trained: Trained, notes: list[str]) -> str:
+    """README.md: what was trained from what, how to load it, and how it was trained."""
+    checkpoint = trained.checkpoint
+    flags = checkpoint["config"]
+    run = json.dumps({"flags": flags, "metrics": checkpoint["metrics"][-1:]}, indent=2)
+    return CARD.format(
+        folder=out,
+        kind=checkpoint["kind"],
+        base=trained.settings.get("init") or flags.get("init") or "scratch",
+        data=flags["data"],
+        notes="\n- ".join(notes),
+        loader=trained.loader,
+        run=run,
+    )
+
+
+# ---- the program ----
+
+
+def check_out(cfg: ExportConfig) -> None:
+    """Raise InputError if --out holds anything that this program may not replace."""
+    out = Path(cfg.out)
+    card = out / "README.md"
+    if not any(out.glob("*")):
+        return
+    if not (card.is_file() and "rlhf.tools.export" in card.read_text(encoding="utf-8")):
+        raise InputError(f"--out {out} holds other files than an export's; give another folder")
+    if not cfg.overwrite:
+        raise InputError(f"--out {out} holds an export; give another folder, or --overwrite")
 
 
 def main(cfg: ExportConfig) -> None:
-    out = cfg.folder()
-    if any(out.glob("*")) and not cfg.overwrite:
-        raise InputError(f"--out {out} is not empty; give another folder, or --overwrite")
+    check_out(cfg)
     logging = package("transformers").utils.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     trained = load(cfg)
+    out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as name:
-        made = Path(name)
+        made = Path(name, "export")
+        made.mkdir()
         constant = write(made, trained, cfg.adapter)
-        found = compare(trained, load_again(made, trained, cfg.adapter), constant)
-        notes = [*notes_on(trained, constant), found]
-        card = model_card.model_card(out, trained.checkpoint, usage(trained, cfg.adapter), notes)
-        (made / "README.md").write_text(card, encoding="utf-8")
-        replace_files(made, out)
+        notes = notes_on(trained, cfg.adapter, constant)
+        notes.append(compare(trained, load_again(made, trained, cfg.adapter), constant))
+        (made / "README.md").write_text(model_card(out, trained, notes), encoding="utf-8")
+        if out.exists():
+            shutil.rmtree(out)
+        made.rename(out)
     print(f"wrote {out}: {', '.join(sorted(os.listdir(out)))}", *notes, sep="\n")
 
 

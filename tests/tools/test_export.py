@@ -12,7 +12,6 @@ from rlhf.networks.gpt2 import load_gpt2
 from rlhf.run.errors import InputError
 from rlhf.run.flags import parse_cli
 from rlhf.run.loading import load_policy, load_reward_model, tokenizer_of
-from rlhf.run.program import lock
 from rlhf.tokenizer import load_tokenizer
 from rlhf.tools import export
 from tests.helpers import BUNDLED
@@ -50,7 +49,7 @@ def noisy_copy(path, folder):
 def test_policy_is_the_checkpoints(trained, tmp_path, capsys, name):
     """Its logits, its greedy response, and the pipeline's on messages."""
     path = noisy_copy(trained[1] / f"{name}.pt", tmp_path)
-    exported(path)  # beside the checkpoint
+    exported(path, "--out", tmp_path / name)
     out = tmp_path / name
     gpt, checkpoint = load_policy(path, name)
     tokenizer = tokenizer_of(path, checkpoint, checkpoint["config"]["data"])
@@ -122,14 +121,15 @@ def test_tokenizer_gives_the_same_ids_on_any_text(gpt2_ranks, name):
 
 
 def test_card_says_what_it_is(trained, tmp_path):
-    exported(trained[1] / "ppo.pt", "--out", tmp_path / "my_model")
-    text = (tmp_path / "my_model" / "README.md").read_text(encoding="utf-8")
-    assert text.startswith("---\ntags: [rlhf]\nlicense: unknown\n---\n# my_model\n")
+    out = tmp_path / "my_model"
+    exported(trained[1] / "ppo.pt", "--out", out)
+    text = (out / "README.md").read_text(encoding="utf-8")
+    assert text.startswith(f"---\ntags: [rlhf]\n---\n# {out}\n")
     for part in (
-        "The policy after PPO",
-        "Base: none, trained from scratch",
+        "Made by `train_ppo.py`",
+        "Trained from: scratch.",
         f"Data: {trained[0]}",
-        f'model="{tmp_path / "my_model"}"',
+        f'AutoModelForCausalLM.from_pretrained("{out}")',
         '"batch_size": 8,',
         '"kl_ref":',
     ):
@@ -139,26 +139,28 @@ def test_card_says_what_it_is(trained, tmp_path):
 # ---- the folder ----
 
 
-def test_export_does_not_replace_a_folder_without_being_asked(trained, tmp_path):
-    """An earlier export, or a folder of anything else. Then weights of another format go, because
-    they would be read, and what is not of an export stays."""
+def test_export_replaces_an_earlier_one_if_asked(trained, tmp_path):
+    """None of its files stays: an adapter's would be read along with the new weights."""
     path = trained[1] / "sft.pt"
-    for name in ("config.json", "adapter_config.json", "adapter_model.safetensors", "notes.txt"):
-        (tmp_path / name).write_text("of another model")
-    with pytest.raises(InputError, match="is not empty; give another folder, or --overwrite"):
-        exported(path, "--out", tmp_path)
-    assert {file.read_text() for file in tmp_path.iterdir()} == {"of another model"}
-    exported(path, "--out", tmp_path, "--overwrite")
-    names = {file.name for file in tmp_path.iterdir()}
-    assert "notes.txt" in names and not any(name.startswith("adapter") for name in names)
-    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == 800
+    out = tmp_path / "out"
+    out.mkdir()  # an empty folder is taken
+    exported(path, "--out", out)
+    (out / "adapter_config.json").write_text("of an earlier export")
+    with pytest.raises(InputError, match="holds an export; give another folder, or --overwrite"):
+        exported(path, "--out", out)
+    assert (out / "adapter_config.json").is_file()
+    exported(path, "--out", out, "--overwrite")
+    assert not (out / "adapter_config.json").exists()
+    assert transformers.AutoModelForCausalLM.from_pretrained(out).config.vocab_size == 800
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
-def test_export_takes_the_lock_of_a_folder_that_a_run_has_written_to(tmp_path):
-    cfg = export.ExportConfig(out=str(tmp_path))
-    assert cfg.lock_file() is None
-    with lock(tmp_path / ".lock"):
-        assert cfg.lock_file() == tmp_path / ".lock"
+@pytest.mark.parametrize("words", [(), ("--overwrite",)])
+def test_export_never_replaces_other_files(trained, tmp_path, words):
+    (tmp_path / "README.md").write_text("My notes.")
+    with pytest.raises(InputError, match="holds other files than an export's; give another folder"):
+        exported(trained[1] / "sft.pt", "--out", tmp_path, *words)
+    assert {file.read_text() for file in tmp_path.iterdir()} == {"My notes."}
 
 
 def test_adapters_of_the_own_gpt_are_merged_already(trained, tmp_path):
