@@ -440,7 +440,7 @@ def test_fine_tuning_with_init_starts_from_its_weights(trained, tmp_path):
     save_gpt2(noisy(gpt), base, eos_id=798)
     again, _ = load_policy(tmp_path / "adapters" / "sft.pt", "sft")
     assert torch.equal(again(TOKENS), adapters(TOKENS))
-    with pytest.raises(InputError, match="begun with another init file"):
+    with pytest.raises(InputError, match="begun with another init pytorch_model.bin file"):
         train("sft", *flags["adapters"], "--resume")
     save_gpt2(GPT(GPTConfig(vocab_size=19, block_size=80, n_layer=1, n_head=1, n_embd=4)), base, 18)
     with pytest.raises(InputError, match="knows 19 tokens and the tokenizer 800"):
