@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from rlhf.model import GPT, GPTConfig, RewardModel
 from rlhf.networks.gpt2 import ARCHITECTURE, published_name
-from rlhf.networks.hf import HF, HFConfig, quantised_loading
-from rlhf.networks.lora import LoRALinear
+from rlhf.networks.hf import HF
 from rlhf.networks.pretrained import from_pretrained, package
+from rlhf.run.checkpoints import merged
 
 POLICY = "AutoModelForCausalLM"  # what loads an exported policy, and a reward model
 REWARD_MODEL = "AutoModelForSequenceClassification"
@@ -44,15 +44,12 @@ def exported_policy(gpt: GPT):
     Of a cut vocabulary the kept tokens have the policy's rows, and the others the base's.
     """
     model = with_weights(gpt, POLICY)
-    if isinstance(gpt, HF):
+    if isinstance(gpt, HF) and gpt.temperature != 1:
         output = model.get_output_embeddings()
-        if gpt.lm_head is not None:
-            copy_weights(gpt.lm_head, output, gpt.config.kept)
-        if gpt.temperature != 1:
-            model.config.tie_word_embeddings = False
-            output.weight = nn.Parameter(output.weight / gpt.temperature)
-            if output.bias is not None:
-                output.bias /= gpt.temperature
+        model.config.tie_word_embeddings = False
+        output.weight = nn.Parameter(output.weight / gpt.temperature)
+        if output.bias is not None:
+            output.bias /= gpt.temperature
     return model.eval()
 
 
@@ -67,11 +64,8 @@ def exported_reward_model(reward_model: RewardModel):
     model = with_weights(reward_model.gpt, REWARD_MODEL, num_labels=1, problem_type="regression")
     weight = reward_model.head.weight / reward_model.scale
     constant = (reward_model.head.bias - reward_model.mean) / reward_model.scale
-    layers = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and HEAD.search(name):
-            layers.append(layer)
-    *dense, head = layers
+    layers = [layer for name, layer in model.named_modules() if HEAD.search(name)]
+    *dense, head = [layer for layer in layers if isinstance(layer, nn.Linear)]
     for layer in dense:
         nn.init.eye_(layer.weight).mul_(SMALL)
         layer.bias.zero_()
@@ -89,13 +83,11 @@ def with_weights(gpt: GPT, kind: str, **settings):
     settings: of its configuration.
     """
     if isinstance(gpt, HF):
-        dtype = getattr(torch, gpt.config.base_dtype)
-        model = from_pretrained(kind, gpt.config.init, dtype=dtype, **settings)
-        quantizer = getattr(model, "hf_quantizer", None)
-        if quantizer is not None:  # it has read a GGUF file, and its settings would be written
-            quantizer.remove_quantization_config(model)
-        for name, layer in model.base_model.named_modules():
-            copy_weights(gpt.trunk.get_submodule(name), layer, gpt.config.kept)
+        init = gpt.config.init
+        model = from_pretrained(kind, init, dtype=gpt.config.base_dtype, **settings)
+        if init.endswith(".gguf"):  # its settings would be written
+            model.hf_quantizer.remove_quantization_config(model)
+        copy_weights(gpt, model)
         return model
     transformers = package("transformers")
     config = transformers.GPT2Config(**published_config(gpt.config), **settings)
@@ -104,24 +96,25 @@ def with_weights(gpt: GPT, kind: str, **settings):
     return model
 
 
-def copy_weights(source: nn.Module, target: nn.Module, kept: tuple[int, ...]) -> None:
-    """Copy the weights of a network's layer to the same layer of transformers, out of 4 bits and
-    with its adapter merged.
+def copy_weights(gpt: HF, model) -> None:
+    """Copy a network's weights to a model of transformers, out of 4 bits and with adapters merged.
 
-    kept: the rows of the target that a source with fewer rows has.
+    A network with a cut vocabulary has fewer rows, those of its kept tokens.
     """
-    linear = source.linear if isinstance(source, LoRALinear) else source
-    for name, parameter in target.named_parameters(recurse=False):
-        weight = getattr(linear, name)
+    weights = dict(gpt.named_parameters()) | dict(gpt.named_buffers())
+    for name, weight in weights.items():
         if hasattr(weight, "quant_state"):
             dequantize = package("bitsandbytes").functional.dequantize_4bit
-            weight = dequantize(weight.data, weight.quant_state)
-        if name == "weight" and linear is not source:
-            weight = weight + source.scale * source.B @ source.A
-        if name == "weight" and type(target).__name__ == "Conv1D":  # GPT-2's, (in, out)
-            weight = weight.t()
-        rows = ... if weight.shape == parameter.shape else list(kept)
-        parameter[rows] = weight.to(parameter.dtype)
+            weights[name] = dequantize(weight.data, weight.quant_state)
+    weights = merged(weights)
+    target = nn.ModuleDict({"trunk": model.base_model, "lm_head": model.get_output_embeddings()})
+    for name, layer in target.named_modules():
+        for kind, parameter in layer.named_parameters(prefix=name, recurse=False):
+            weight = weights.get(kind, parameter)  # its own, if it is tied
+            if type(layer).__name__ == "Conv1D":  # GPT-2's, (in, out)
+                weight = weight.t()
+            rows = ... if weight.shape == parameter.shape else list(gpt.config.kept)
+            parameter[rows] = weight
 
 
 # ---- the own GPT as a GPT-2 ----
@@ -152,14 +145,14 @@ def published_weights(gpt: GPT) -> dict[str, Tensor]:
 
 def save_adapter(gpt: HF, folder: Path) -> None:
     """Write a policy's adapters as PEFT does."""
+    model = f"base_model.model.{gpt.trunk.base_model_prefix}"
     weights = {}
     layers = set()
-    for name, layer in gpt.trunk.named_modules():
-        if isinstance(layer, LoRALinear):
-            full_name = f"base_model.model.{gpt.trunk.base_model_prefix}.{name}"
-            weights[f"{full_name}.lora_A.weight"] = layer.A.detach()
-            weights[f"{full_name}.lora_B.weight"] = layer.B.detach()
-            layers.add(name.rpartition(".")[2])
+    for name, weight in gpt.state_dict().items():
+        layer, matrix = name.removeprefix("trunk.").rsplit(".", 1)
+        if matrix != "scale":
+            weights[f"{model}.{layer}.lora_{matrix}.weight"] = weight
+            layers.add(layer.rpartition(".")[2])
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -170,10 +163,3 @@ def save_adapter(gpt: HF, folder: Path) -> None:
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     package("safetensors.torch").save_file(weights, folder / "adapter_model.safetensors")
-
-
-def base_options(config: HFConfig) -> dict:
-    """The arguments with which transformers loads a base as it was in training."""
-    dtype = getattr(torch, config.base_dtype)
-    options = quantised_loading(POLICY, config.init, dtype) if config.four_bit else {}
-    return {"dtype": dtype, **options}

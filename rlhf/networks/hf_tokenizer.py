@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import inspect
 import itertools
 from pathlib import Path
 
@@ -57,10 +56,8 @@ class HFTokenizer(Tokenizer):
         empty = self.original("")["input_ids"]
         starts = (self.original.bos_token_id, self.original.cls_token_id)
         self.begin = [old for old in empty[:1] if old in starts]
-        end_of_text = self.original.eos_token_id
-        if end_of_text is None:  # of BERT
-            end_of_text = self.original.sep_token_id
-        ends = [self.end_of_turn(), end_of_text, *end_tokens(init)]
+        end_of_text = self.original.eos_token or self.original.sep_token  # the latter of BERT
+        ends = [self.end_of_turn(), self.vocab.get(end_of_text), *end_tokens(init)]
         # Without repetition, in this order.
         stops = [self.new_ids[old] for old in dict.fromkeys(ends) if old in self.new_ids]
         if not stops:
@@ -149,9 +146,6 @@ class HFTokenizer(Tokenizer):
         """
         if not self.template:
             return None
-        options = inspect.signature(self.original.apply_chat_template).parameters
-        if "sanitize_control_tokens" not in options:  # it would be ignored
-            raise InputError("a chat template needs transformers 5.20: pip install -U .[hf]")
         prompt = self.apply_template([QUESTION], tokenize=False)
         both = self.apply_template([QUESTION, ANSWER], tokenize=False)
         answer = ANSWER["content"]
@@ -162,10 +156,8 @@ class HFTokenizer(Tokenizer):
             )
         end = both.rpartition(answer)[2]
         added = self.original.added_tokens_decoder
-        for old in self.original(end, add_special_tokens=False)["input_ids"]:
-            if old in added and added[old].special:
-                return old
-        return None
+        ids = self.original.encode(end, add_special_tokens=False)
+        return next((old for old in ids if old in added and added[old].special), None)
 
     # ---- a part of the vocabulary ----
 

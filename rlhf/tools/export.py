@@ -9,7 +9,6 @@ its logits or scores are compared with the checkpoint's.
 """
 
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from rlhf.model import GPT, RewardModel
 from rlhf.networks.export import (
     POLICY,
     REWARD_MODEL,
-    base_options,
     exported_policy,
     exported_reward_model,
     save_adapter,
@@ -33,6 +31,7 @@ from rlhf.networks.export_tokenizer import (
     score_template,
     separate_pad,
 )
+from rlhf.networks.hf import loading_options
 from rlhf.networks.pretrained import from_pretrained, package
 from rlhf.run.checkpoints import load_checkpoint
 from rlhf.run.errors import InputError
@@ -41,13 +40,7 @@ from rlhf.run.loading import load_policy, load_reward_model, tokenizer_of
 from rlhf.run.program import run
 from rlhf.tokenizer import Tokenizer
 
-# What is compared: the last tokens of prompts and responses.
-LENGTH = 16
-EXAMPLES = (
-    ("What should I do about a sting?", "Cool it with water, and let it rest for an hour."),
-    ("Which of the two is larger: 12 or 34?", "34 is larger than 12, and both are even."),
-    ("Please name some colours.", "Red, orange, yellow, green, blue and violet are colours."),
-)
+LENGTH = 16  # of the rows that are compared
 # The largest difference allowed, as a share of the largest logit or score.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 CARD = """\
@@ -168,7 +161,10 @@ def write(folder: Path, trained: Trained, adapter: bool) -> float:
 
 def load_again(folder: Path, trained: Trained, adapter: bool) -> nn.Module:
     """The model in the folder, loaded as its user does."""
-    options = base_options(trained.network.config) if adapter else {}
+    options = {}
+    if adapter:
+        base = trained.network.config
+        options = loading_options(POLICY, base.init, base.four_bit, base.base_dtype)
     return from_pretrained(trained.loader, str(folder), **options).eval()
 
 
@@ -179,14 +175,11 @@ def compare(trained: Trained, model: nn.Module, constant: float) -> str:
 
     Raises InputError if it is too large.
     """
-    rows = []
-    for prompt, response in EXAMPLES:
-        ids = trained.tokenizer.prompt_ids(prompt) + trained.tokenizer.response_ids(response)
-        rows.append(ids[-LENGTH:])
-    tokens = torch.tensor(rows)  # (B, T)
+    tokens = torch.arange(3 * LENGTH).view(3, LENGTH)  # (B, T): any will do
+    tokens[:, -1] = trained.tokenizer.eos_id  # where a score is read
     theirs = model(trained.kept[tokens]).logits
     if trained.loader == REWARD_MODEL:
-        ours = trained.network(tokens, torch.tensor([LENGTH] * len(rows)))  # (B,)
+        ours = trained.network(tokens, torch.tensor([LENGTH] * 3))  # (B,)
         theirs = theirs[:, 0] + constant
     else:
         ours = trained.network(tokens)[..., : len(trained.kept)]  # (B, T, V)
@@ -254,9 +247,7 @@ def check_out(cfg: ExportConfig) -> None:
 
 def main(cfg: ExportConfig) -> None:
     check_out(cfg)
-    logging = package("transformers").utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    package("transformers").utils.logging.set_verbosity_error()
     trained = load(cfg)
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -270,7 +261,7 @@ def main(cfg: ExportConfig) -> None:
         if out.exists():
             shutil.rmtree(out)
         made.rename(out)
-    print(f"wrote {out}: {', '.join(sorted(os.listdir(out)))}", *notes, sep="\n")
+    print(f"wrote {out}", *notes, sep="\n")
 
 
 if __name__ == "__main__":

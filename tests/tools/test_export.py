@@ -68,9 +68,8 @@ def test_policy_is_the_checkpoints(trained, tmp_path, capsys, name):
     said = [i for i in ids[len(prompt) :] if i < tokenizer.eos_id]
     assert answer[0]["generated_text"] == tokenizer.decode(said)
     assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == [tokenizer.eos_id]
-    assert "README.md, chat_template.jinja, config.json, generation_config.json, model." in (
-        capsys.readouterr().out
-    )
+    assert f"wrote {out}\nLoaded again, its logits or scores differ" in capsys.readouterr().out
+    assert {"README.md", "chat_template.jinja"} < {file.name for file in out.iterdir()}
 
 
 @torch.no_grad()
