@@ -288,7 +288,7 @@ MUTANTS = [
     ("export", "scores without the fixed scale", "reward_model.head.weight / reward_model.scale", "reward_model.head.weight"),
     ("export", "the constant without the mean", "(reward_model.head.bias - reward_model.mean)", "reward_model.head.bias"),
     ("export", "an encoder's tanh is not linear", "SMALL = 1e-4", "SMALL = 1.0"),
-    ("export", "PEFT gets another alpha", '"lora_alpha": gpt.config.alpha', '"lora_alpha": 16'),
+    ("export", "PEFT gets another alpha", "lora_alpha=gpt.config.alpha", "lora_alpha=16"),
     ("tools_export", "PEFT's base is in full precision", "base.four_bit", "False"),
     ("export_tokenizer", "the system message is lost", "with_system(tokenizer.template, tokenizer.system)", "tokenizer.template"),
     ("export_tokenizer", "the pad is an end", "if made.pad_token_id in (None, end):", "if made.pad_token_id is None:"),

@@ -6,7 +6,6 @@ trained weights. Adapters are merged, and 4-bit weights become the numbers that 
 """
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -65,7 +64,8 @@ def exported_reward_model(reward_model: RewardModel):
     weight = reward_model.head.weight / reward_model.scale
     constant = (reward_model.head.bias - reward_model.mean) / reward_model.scale
     layers = [layer for name, layer in model.named_modules() if HEAD.search(name)]
-    *dense, head = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    *dense, head = linears
     for layer in dense:
         nn.init.eye_(layer.weight).mul_(SMALL)
         layer.bias.zero_()
@@ -153,13 +153,12 @@ def save_adapter(gpt: HF, folder: Path) -> None:
         if matrix != "scale":
             weights[f"{model}.{layer}.lora_{matrix}.weight"] = weight
             layers.add(layer.rpartition(".")[2])
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": gpt.config.init,
-        "r": gpt.config.rank,
-        "lora_alpha": gpt.config.alpha,
-        "target_modules": sorted(layers),
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    config = package("peft").LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=gpt.config.init,
+        r=gpt.config.rank,
+        lora_alpha=gpt.config.alpha,
+        target_modules=sorted(layers),
+    )
+    config.save_pretrained(folder)
     package("safetensors.torch").save_file(weights, folder / "adapter_model.safetensors")

@@ -42,7 +42,7 @@ from rlhf.tokenizer import Tokenizer
 
 LENGTH = 16  # of the rows that are compared
 # The largest difference allowed, as a share of the largest logit or score.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 CARD = """\
 ---
 tags: [rlhf]
@@ -92,28 +92,11 @@ class ExportConfig:
 # ---- what is exported ----
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A checkpoint, loaded. settings: of its network; those of the own GPT are its sizes only."""
+def load(cfg: ExportConfig) -> tuple[GPT | RewardModel, dict, Tokenizer]:
+    """The network, its checkpoint, and its tokenizer.
 
-    network: GPT | RewardModel
-    settings: dict
-    checkpoint: dict
-    tokenizer: Tokenizer
-
-    @property
-    def loader(self) -> str:
-        """The class of transformers that loads it."""
-        return REWARD_MODEL if isinstance(self.network, RewardModel) else POLICY
-
-    @property
-    def kept(self) -> Tensor:
-        """(V,): the whole vocabulary's id of each token."""
-        return torch.tensor(getattr(self.tokenizer, "kept", range(self.tokenizer.vocab_size)))
-
-
-def load(cfg: ExportConfig) -> Trained:
-    """Raises InputError if --out is the base, or --adapter is given and PEFT cannot hold them."""
+    Raises InputError if --out is the base, or --adapter is given and PEFT cannot hold them.
+    """
     path = Path(cfg.checkpoint)
     kind = load_checkpoint(path, "sft", "reward", "ppo")["kind"]
     network, checkpoint = load_reward_model(path) if kind == "reward" else load_policy(path, kind)
@@ -122,76 +105,86 @@ def load(cfg: ExportConfig) -> Trained:
     base = settings.get("init", "")
     if base and Path(cfg.out).resolve() == Path(base).resolve():
         raise InputError(f"--out {cfg.out} holds the base; give another folder")
-    if cfg.adapter:
-        has_adapters = settings.get("rank") and not base.endswith(".gguf")
-        if not has_adapters or kind == "reward" or network.temperature != 1:
-            raise InputError(
-                f"--adapter: {path} is no policy of --temperature 1 with adapters on a model of "
-                f"transformers that is no GGUF file; leave out --adapter"
-            )
-        package("peft")  # which loads it again
-    return Trained(network, settings, checkpoint, tokenizer)
+    has_adapters = settings.get("rank") and not base.endswith(".gguf") and kind != "reward"
+    if cfg.adapter and not (has_adapters and network.temperature == 1):
+        raise InputError(
+            f"--adapter: {path} is no policy of --temperature 1 with adapters on a model of "
+            f"transformers that is no GGUF file; leave out --adapter"
+        )
+    return network, checkpoint, tokenizer
+
+
+def whole_ids(tokenizer: Tokenizer) -> Tensor:
+    """(V,): the whole vocabulary's id of each token."""
+    return torch.tensor(getattr(tokenizer, "kept", range(tokenizer.vocab_size)))
 
 
 # ---- written, and loaded again ----
 
 
-def write(folder: Path, trained: Trained, adapter: bool) -> float:
+def write(folder: Path, network: GPT | RewardModel, tokenizer: Tokenizer, adapter: bool) -> float:
     """Write weights, settings and tokenizer. Returns what the scores of a reward model are short
     of; 0 of a policy."""
-    made = exported_tokenizer(trained.tokenizer)
-    ends = trained.kept[list(trained.tokenizer.stop_ids)].tolist()
+    made = exported_tokenizer(tokenizer)
+    ends = whole_ids(tokenizer)[list(tokenizer.stop_ids)].tolist()
     constant = 0.0
-    if trained.loader == REWARD_MODEL:
-        model, constant = exported_reward_model(trained.network)
-        if trained.settings.get("pooled") != "first":
+    if isinstance(network, RewardModel):
+        model, constant = exported_reward_model(network)
+        if getattr(network.gpt.config, "pooled", "") != "first":
             separate_pad(made, model, ends[0])
-        made.chat_template = score_template(made, trained.tokenizer, ends[0])
+        made.chat_template = score_template(made, tokenizer, ends[0])
         model.save_pretrained(folder)
     elif adapter:
-        save_adapter(trained.network, folder)
+        save_adapter(network, folder)
         generation_config(made, ends).save_pretrained(folder)
     else:
-        model = exported_policy(trained.network)
+        model = exported_policy(network)
         model.generation_config = generation_config(made, ends)
         model.save_pretrained(folder)
     made.save_pretrained(folder)
     return constant
 
 
-def load_again(folder: Path, trained: Trained, adapter: bool) -> nn.Module:
+def load_again(folder: Path, network: GPT | RewardModel, adapter: bool) -> nn.Module:
     """The model in the folder, loaded as its user does."""
     options = {}
     if adapter:
-        base = trained.network.config
+        base = network.config
         options = loading_options(POLICY, base.init, base.four_bit, base.base_dtype)
-    return from_pretrained(trained.loader, str(folder), **options).eval()
+    return from_pretrained(loader_of(network), str(folder), **options).eval()
+
+
+def loader_of(network: GPT | RewardModel) -> str:
+    """The class of transformers that loads it."""
+    return REWARD_MODEL if isinstance(network, RewardModel) else POLICY
 
 
 @torch.no_grad()
-def compare(trained: Trained, model: nn.Module, constant: float) -> str:
+def compare(
+    network: GPT | RewardModel, tokenizer: Tokenizer, model: nn.Module, constant: float
+) -> str:
     """A sentence about the largest difference between the checkpoint's logits or scores and an
     exported model's. constant: is added to the scores.
 
     Raises InputError if it is too large.
     """
+    whole = whole_ids(tokenizer)
     tokens = torch.arange(3 * LENGTH).view(3, LENGTH)  # (B, T): any will do
-    tokens[:, -1] = trained.tokenizer.eos_id  # where a score is read
-    theirs = model(trained.kept[tokens]).logits
-    if trained.loader == REWARD_MODEL:
-        ours = trained.network(tokens, torch.tensor([LENGTH] * 3))  # (B,)
+    tokens[:, -1] = tokenizer.eos_id  # where a score is read
+    theirs = model(whole[tokens]).logits
+    if isinstance(network, RewardModel):
+        ours = network(tokens, torch.tensor([LENGTH] * 3))  # (B,)
         theirs = theirs[:, 0] + constant
     else:
-        ours = trained.network(tokens)[..., : len(trained.kept)]  # (B, T, V)
-        theirs = theirs[..., trained.kept]
+        ours = network(tokens)[..., : len(whole)]  # (B, T, V)
+        theirs = theirs[..., whole[: ours.size(-1)]]  # a token may have no logit
     difference = (ours - theirs).abs().max().item()
     largest = ours.abs().max().item()
     found = (
         f"Loaded again, its logits or scores differ from the checkpoint's by {difference:.2g} at "
         f"most; the largest is {largest:.2g}"
     )
-    tolerance = TOLERANCE[trained.settings.get("base_dtype", "float32")]
-    if not difference <= tolerance * max(largest, 1):
+    if not difference <= TOLERANCE[model.dtype] * max(largest, 1):
         raise InputError(f"nothing was written. {found}, so {type(model).__name__} does not fit")
     return f"{found}."
 
@@ -199,33 +192,32 @@ def compare(trained: Trained, model: nn.Module, constant: float) -> str:
 # ---- the model card ----
 
 
-def notes_on(trained: Trained, adapter: bool, constant: float) -> list[str]:
-    """Sentences about the weights, for the terminal and the model card."""
+def notes_on(settings: dict, adapter: bool, constant: float) -> list[str]:
+    """Sentences about the weights, for the terminal and the model card. settings: the network's."""
     notes = []
-    if trained.settings.get("kept"):
+    if settings.get("kept"):
         notes.append(
-            f"{len(trained.kept)} tokens were trained (--cut-vocab). The others have the base's "
-            f"rows, and the model may say them."
+            f"{len(settings['kept'])} tokens were trained (--cut-vocab). The others have the "
+            f"base's rows, and the model may say them."
         )
-    if trained.settings.get("four_bit"):
+    if settings.get("four_bit"):
         notes.append(ADAPTERS_ON_4_BITS if adapter else MERGED_INTO_4_BITS)
     if constant:
         notes.append(f"The checkpoint's scores are these plus {constant:.6g}.")
     return notes
 
 
-def model_card(out: Path, trained: Trained, notes: list[str]) -> str:
+def model_card(out: Path, loader: str, checkpoint: dict, notes: list[str]) -> str:
     """README.md: what was trained from what, how to load it, and how it was trained."""
-    checkpoint = trained.checkpoint
     flags = checkpoint["config"]
     run = json.dumps({"flags": flags, "metrics": checkpoint["metrics"][-1:]}, indent=2)
     return CARD.format(
         folder=out,
         kind=checkpoint["kind"],
-        base=trained.settings.get("init") or flags.get("init") or "scratch",
+        base=checkpoint["model_config"].get("init") or flags.get("init") or "scratch",
         data=flags["data"],
         notes="\n- ".join(notes),
-        loader=trained.loader,
+        loader=loader,
         run=run,
     )
 
@@ -248,16 +240,18 @@ def check_out(cfg: ExportConfig) -> None:
 def main(cfg: ExportConfig) -> None:
     check_out(cfg)
     package("transformers").utils.logging.set_verbosity_error()
-    trained = load(cfg)
+    network, checkpoint, tokenizer = load(cfg)
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as name:
         made = Path(name, "export")
         made.mkdir()
-        constant = write(made, trained, cfg.adapter)
-        notes = notes_on(trained, cfg.adapter, constant)
-        notes.append(compare(trained, load_again(made, trained, cfg.adapter), constant))
-        (made / "README.md").write_text(model_card(out, trained, notes), encoding="utf-8")
+        constant = write(made, network, tokenizer, cfg.adapter)
+        model = load_again(made, network, cfg.adapter)
+        notes = notes_on(checkpoint["model_config"], cfg.adapter, constant)
+        notes.append(compare(network, tokenizer, model, constant))
+        card = model_card(out, loader_of(network), checkpoint, notes)
+        (made / "README.md").write_text(card, encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)
         made.rename(out)
