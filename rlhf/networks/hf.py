@@ -155,11 +155,9 @@ class HF(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, V)"""
-        if self.lm_head is None:
-            logits = F.linear(hidden, self.trunk.get_input_embeddings().weight)
-        else:
-            logits = self.lm_head(hidden)
-        return logits / self.temperature
+        output = self.lm_head or self.trunk.get_input_embeddings()
+        bias = getattr(output, "bias", None)
+        return F.linear(hidden, output.weight, bias) / self.temperature
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> logits (B, T, V); logits[:, t] are of token t+1."""
@@ -245,7 +243,7 @@ def replace_conv1d(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if type(layer).__name__ == "Conv1D":
             linear = nn.Linear(*layer.weight.shape, device="meta")  # in, out
-            linear.weight = nn.Parameter(layer.weight.detach().t())
+            linear.weight = nn.Parameter(layer.weight.t())
             linear.bias = layer.bias
             model.set_submodule(name, linear)
 
@@ -291,10 +289,10 @@ def keep_tokens(model: nn.Module, kept: list[int]) -> None:
     output = model.get_output_embeddings()
     tied = output.weight is embedding.weight
     embedding.padding_idx = None
-    embedding.weight = nn.Parameter(embedding.weight[kept].detach())
-    output.weight = embedding.weight if tied else nn.Parameter(output.weight[kept].detach())
+    embedding.weight = nn.Parameter(embedding.weight[kept])
+    output.weight = embedding.weight if tied else nn.Parameter(output.weight[kept])
     if output.bias is not None:
-        output.bias = nn.Parameter(output.bias[kept].detach())
+        output.bias = nn.Parameter(output.bias[kept])
 
 
 # ---- train_sft.py --init ----

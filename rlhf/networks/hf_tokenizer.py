@@ -79,9 +79,7 @@ class HFTokenizer(Tokenizer):
             # A word's token holds the space before it: the response brings that space.
             text = as_text(prompt).rstrip(" ")
             return self.renumbered(self.begin + self.text_ids(text))
-        messages = prompt
-        if isinstance(prompt, str):
-            messages = [{"role": "user", "content": prompt}]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return self.renumbered(self.chat_ids(messages))
 
     def response_ids(self, response: str) -> list[int]:
