@@ -298,7 +298,7 @@ MUTANTS = [
     ("export_tokenizer", "pieces are not those of the pattern", "pattern=encoding._pat_str, ", ""),
     ("export", "the settings of a GGUF file are written", "quantizer.remove_quantization_config(model)", "model.hf_quantizer = None"),
     ("tools_export", "differences are not looked at", "if not difference <= ", "if False and not difference <= "),
-    ("tools_export", "any folder is replaced", "if not (card.is_file() and ", "if not (True or "),
+    ("tools_export", "any folder is replaced", "not (is_export and cfg.overwrite)", "not cfg.overwrite"),
     ("tools_export", "the base is replaced", "if base and Path(cfg.out).resolve() == Path(base).resolve():", "if False:"),
     ("optimum", "weights without the price of KL", "return scores / kl_coef", "return scores"),
     ("optimum", "KL to nothing", "log_best = log_weights + math.log(scores.size(1)) + log_q", "log_best = log_weights"),

@@ -58,17 +58,16 @@ def load_gpt2(name_or_path: str) -> GPT:
         folder that holds config.json and WEIGHTS, in one file or several.
     Raises: OSError if they cannot be fetched or read, ValueError if they are of another
         architecture, KeyError or RuntimeError if weights are missing or have another shape than the
-        config says, InputError if the package safetensors is missing.
+        config says, KeyError if there is neither a folder nor a model of this name, InputError if
+        the package safetensors is missing.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
         config = read_config(folder / "config.json")
         published = read_weights(folder)
-    elif name_or_path in PRETRAINED:
+    else:
         config = GPTConfig(50257, 1024, *PRETRAINED[name_or_path])
         published = fetch_weights(name_or_path)
-    else:
-        raise ValueError(f"{name_or_path!r} is no folder and none of {', '.join(PRETRAINED)}")
     gpt = GPT(config)
     gpt.load_state_dict(renamed(published, list(gpt.state_dict())))
     return gpt

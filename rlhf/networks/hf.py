@@ -235,7 +235,7 @@ def hold_in_four_bits(trunk: nn.Module) -> None:
                 quant_type="nf4",
             )
             layer.load_state_dict(linear.state_dict())
-            trunk.set_submodule(name, layer.to(linear.weight.device))  # this quantises it
+            trunk.set_submodule(name, layer.to("cpu"))  # this quantises it
 
 
 def replace_conv1d(model: nn.Module) -> None:
@@ -330,18 +330,14 @@ def config_of(cfg, tokenizer: HFTokenizer) -> HFConfig:
 def used_ids(tokenizer: HFTokenizer, data: str) -> tuple[int, ...]:
     """Sorted: the tokens of the data set's files, held-out ones too, those that spell bytes, and
     those that bound a text. tokenizer: with all tokens."""
-    prompts = set()
-    responses = set()
-    for name in ("prompts", "demonstrations", "comparisons", "rankings"):
-        for path in data_folder(data).glob(f"{name}*.csv"):
-            frame = read_csv(path, ("Prompt",), ("Response", "Chosen", "Rejected"))
-            prompts.update(frame.pop("Prompt"))
-            responses.update(frame.stack())
     byte_name = "<0x..>" if tokenizer.has_byte_names() else "."
     ids = {i for token, i in tokenizer.vocab.items() if re.fullmatch(byte_name, token)}
     ids.update(tokenizer.stop_ids, tokenizer.begin)
-    for prompt in prompts:
-        ids.update(tokenizer.prompt_ids(read_prompt(prompt)))
-    for response in responses:
-        ids.update(tokenizer.response_ids(response))
+    for name in ("prompts", "demonstrations", "comparisons", "rankings"):
+        for path in data_folder(data).glob(f"{name}*.csv"):
+            frame = read_csv(path, ("Prompt",), ("Response", "Chosen", "Rejected"))
+            for prompt in set(frame.pop("Prompt")):
+                ids.update(tokenizer.prompt_ids(read_prompt(prompt)))
+            for response in set(frame.stack()):
+                ids.update(tokenizer.response_ids(response))
     return tuple(sorted(ids))

@@ -70,9 +70,6 @@ class HFTokenizer(Tokenizer):
         # embedding.
         self.pad_id = int(self.eos_id == 0)
 
-    def __deepcopy__(self, memo):
-        return self  # nothing changes it
-
     def prompt_ids(self, prompt: TextOrMessages) -> list[int]:
         """Ids of a prompt: text, or messages. With a template, text is a message of the user."""
         if not self.template:

@@ -229,12 +229,12 @@ def check_out(cfg: ExportConfig) -> None:
     """Raise InputError if --out holds anything that this program may not replace."""
     out = Path(cfg.out)
     card = out / "README.md"
-    if not any(out.glob("*")):
-        return
-    if not (card.is_file() and "rlhf.tools.export" in card.read_text(encoding="utf-8")):
-        raise InputError(f"--out {out} holds other files than an export's; give another folder")
-    if not cfg.overwrite:
-        raise InputError(f"--out {out} holds an export; give another folder, or --overwrite")
+    is_export = card.is_file() and b"rlhf.tools.export" in card.read_bytes()
+    if any(out.glob("*")) and not (is_export and cfg.overwrite):
+        raise InputError(
+            f"--out {out} is not empty; give another folder, or --overwrite, which only replaces "
+            f"an earlier export"
+        )
 
 
 def main(cfg: ExportConfig) -> None:

@@ -145,7 +145,7 @@ def test_export_replaces_an_earlier_one_if_asked(trained, tmp_path):
     out.mkdir()  # an empty folder is taken
     exported(path, "--out", out)
     (out / "adapter_config.json").write_text("of an earlier export")
-    with pytest.raises(InputError, match="holds an export; give another folder, or --overwrite"):
+    with pytest.raises(InputError, match="is not empty; give another folder, or --overwrite"):
         exported(path, "--out", out)
     assert (out / "adapter_config.json").is_file()
     exported(path, "--out", out, "--overwrite")
@@ -157,7 +157,7 @@ def test_export_replaces_an_earlier_one_if_asked(trained, tmp_path):
 @pytest.mark.parametrize("words", [(), ("--overwrite",)])
 def test_export_never_replaces_other_files(trained, tmp_path, words):
     (tmp_path / "README.md").write_text("My notes.")
-    with pytest.raises(InputError, match="holds other files than an export's; give another folder"):
+    with pytest.raises(InputError, match="is not empty; give another folder, or --overwrite"):
         exported(trained[1] / "sft.pt", "--out", tmp_path, *words)
     assert {file.read_text() for file in tmp_path.iterdir()} == {"My notes."}
 
