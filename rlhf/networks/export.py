@@ -109,8 +109,8 @@ def copy_weights(gpt: HF, model) -> None:
     weights = merged(weights)
     target = nn.ModuleDict({"trunk": model.base_model, "lm_head": model.get_output_embeddings()})
     for name, layer in target.named_modules():
-        for kind, parameter in layer.named_parameters(prefix=name, recurse=False):
-            weight = weights.get(kind, parameter)  # its own, if it is tied
+        for full_name, parameter in layer.named_parameters(name, recurse=False):
+            weight = weights.get(full_name, parameter)  # a tied output matrix has been copied
             if type(layer).__name__ == "Conv1D":  # GPT-2's, (in, out)
                 weight = weight.t()
             rows = ... if weight.shape == parameter.shape else list(gpt.config.kept)
