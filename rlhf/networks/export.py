@@ -49,7 +49,7 @@ def exported_policy(gpt: GPT):
         output.weight = nn.Parameter(output.weight / gpt.temperature)
         if output.bias is not None:
             output.bias /= gpt.temperature
-    return model.eval()
+    return model
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def exported_reward_model(reward_model: RewardModel):
     if head.bias is not None:
         head.bias.copy_(constant)
         constant.zero_()
-    return model.eval(), constant.item()
+    return model, constant.item()
 
 
 def with_weights(gpt: GPT, kind: str, **settings):

@@ -83,7 +83,6 @@ def score_template(made, tokenizer: Tokenizer, end: int) -> str:
 def generation_config(made, ends: list[int]):
     """The settings with which transformers samples as this project does: from the whole
     distribution, until any of the end tokens."""
-    pad = made.pad_token_id
     return package("transformers").GenerationConfig(
-        do_sample=True, top_k=0, eos_token_id=ends, pad_token_id=pad, bos_token_id=made.bos_token_id
+        do_sample=True, top_k=0, eos_token_id=ends, pad_token_id=made.pad_token_id
     )

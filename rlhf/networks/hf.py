@@ -258,7 +258,7 @@ def check_usable(init: str, model: nn.Module) -> None:
     layers = getattr(model.base_model.config, "layer_types", None) or ()
     quantizer = getattr(model, "hf_quantizer", None)
     # transformers makes float32 of the weights in a GGUF file.
-    quantised = quantizer is not None and quantizer.pre_quantized and not init.endswith(".gguf")
+    quantised = getattr(quantizer, "pre_quantized", False) and not init.endswith(".gguf")
     tokens = torch.arange(8).unsqueeze(0)  # (1, 8): any will do
     hidden = model.base_model(tokens)[0]  # (1, 8, C)
     product = model.get_output_embeddings()(hidden)  # (1, 8, V)

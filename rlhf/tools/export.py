@@ -67,14 +67,10 @@ tags: [rlhf]
 {run}
 ```
 """
-ADAPTERS_ON_4_BITS = (
-    "The base was in 4 bits. Load it with quantization_config=BitsAndBytesConfig("
-    "load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True): on other "
-    "weights, the adapters give other logits."
-)
-MERGED_INTO_4_BITS = (
-    "The base was in 4 bits. These weights are the numbers that the 4 bits stand for, with the "
-    "adapters merged."
+FOUR_BITS = (
+    "The base was in 4 bits. Merged weights are the numbers that these stand for. Load adapters "
+    "with quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', "
+    "bnb_4bit_use_double_quant=True): on other weights, they give other logits."
 )
 
 
@@ -192,7 +188,7 @@ def compare(
 # ---- the model card ----
 
 
-def notes_on(settings: dict, adapter: bool, constant: float) -> list[str]:
+def notes_on(settings: dict, constant: float) -> list[str]:
     """Sentences about the weights, for the terminal and the model card. settings: the network's."""
     notes = []
     if settings.get("kept"):
@@ -201,7 +197,7 @@ def notes_on(settings: dict, adapter: bool, constant: float) -> list[str]:
             f"base's rows, and the model may say them."
         )
     if settings.get("four_bit"):
-        notes.append(ADAPTERS_ON_4_BITS if adapter else MERGED_INTO_4_BITS)
+        notes.append(FOUR_BITS)
     if constant:
         notes.append(f"The checkpoint's scores are these plus {constant:.6g}.")
     return notes
@@ -248,7 +244,7 @@ def main(cfg: ExportConfig) -> None:
         made.mkdir()
         constant = write(made, network, tokenizer, cfg.adapter)
         model = load_again(made, network, cfg.adapter)
-        notes = notes_on(checkpoint["model_config"], cfg.adapter, constant)
+        notes = notes_on(checkpoint["model_config"], constant)
         notes.append(compare(network, tokenizer, model, constant))
         card = model_card(out, loader_of(network), checkpoint, notes)
         (made / "README.md").write_text(card, encoding="utf-8")
