@@ -83,10 +83,11 @@ def with_weights(gpt: GPT, kind: str, **settings):
     settings: of its configuration.
     """
     if isinstance(gpt, HF):
-        init = gpt.config.init
-        model = from_pretrained(kind, init, dtype=gpt.config.base_dtype, **settings)
-        if init.endswith(".gguf"):  # its settings would be written
-            model.hf_quantizer.remove_quantization_config(model)
+        dtype = gpt.config.base_dtype
+        model = from_pretrained(kind, gpt.config.init, dtype=dtype, **settings)
+        quantizer = getattr(model, "hf_quantizer", None)
+        if quantizer is not None:  # it has read a GGUF file, and its settings would be written
+            quantizer.remove_quantization_config(model)
         copy_weights(gpt, model)
         return model
     transformers = package("transformers")
