@@ -330,7 +330,7 @@ def config_of(cfg, tokenizer: HFTokenizer) -> HFConfig:
 def used_ids(tokenizer: HFTokenizer, data: str) -> tuple[int, ...]:
     """Sorted: the tokens of the data set's files, held-out ones too, those that spell bytes, and
     those that bound a text. tokenizer: with all tokens."""
-    byte_name = "<0x..>" if tokenizer.has_byte_names() else "."
+    byte_name = "<0x..>" if tokenizer.has_byte_names else "."
     ids = {i for token, i in tokenizer.vocab.items() if re.fullmatch(byte_name, token)}
     ids.update(tokenizer.stop_ids, tokenizer.begin)
     for name in ("prompts", "demonstrations", "comparisons", "rankings"):

@@ -42,6 +42,8 @@ class HFTokenizer(Tokenizer):
         self.name = init
         self.original = load_tokenizer(init)
         self.vocab = self.original.get_vocab()
+        # Bytes are called <0x41>, as in SentencePiece, or else by letters, as in GPT-2.
+        self.has_byte_names = "<0x41>" in self.vocab
         self.kept = kept or range(max(self.vocab.values()) + 1)
         self.new_ids = {old: new for new, old in enumerate(self.kept)}
         self.vocab_size = len(self.kept)
@@ -169,15 +171,11 @@ class HFTokenizer(Tokenizer):
     def spell(self, old: int) -> list[int]:
         """The model's ids of the bytes of one of its tokens."""
         text = self.original.convert_ids_to_tokens(old).replace("\u2581", " ")
-        if self.has_byte_names():
+        if self.has_byte_names:
             names = [f"<0x{byte:02X}>" for byte in text.encode()]
         else:  # a letter for each byte; but a token that was added later holds spaces as they are
             names = text.translate({32: "Ġ", 9: "ĉ", 10: "Ċ"})
         return [self.vocab[name] for name in names]
-
-    def has_byte_names(self) -> bool:
-        """Whether bytes are called <0x41>, as in SentencePiece, and not by letters, as in GPT-2."""
-        return "<0x41>" in self.vocab
 
 
 @functools.lru_cache(maxsize=2)  # loading takes up to a minute
