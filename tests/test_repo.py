@@ -34,7 +34,6 @@ OPTIONAL = {
     "docs/experiments/study.py": {"matplotlib"},
     "docs/experiments/trl.py": {"transformers", "trl"},
     "rlhf/networks/gpt2.py": {"safetensors"},
-    "rlhf/networks/export.py": {"safetensors"},
     "docs/experiments/plot.py": {"matplotlib"},
     "tests/experiments/test_plot.py": {"tensorboard"},
 }

@@ -21,6 +21,12 @@ PROGRAMS = {
     "label": "rlhf.tools.label",
     "export": "rlhf.tools.export",
 }
+# The flags that a tool gets from the run that it goes on from.
+TOOL_FLAGS = {
+    "optimality": ("data", "sft", "reward"),
+    "sample": ("data", "reward", "reward_weights"),
+    "export": ("data",),
+}
 NOT_INSTALLED = {"dpo": "docs.experiments.train_dpo"}  # only in a clone
 INSTALLED = "rlhf "  # sys.argv[0] begins with it if `main` has started the program
 
@@ -65,7 +71,7 @@ def next_command(cfg, name: str) -> str:
     shared = ["data", "heldout", "out", "sft"]
     if "." in PROGRAMS[name]:
         words = ["--checkpoint", str(cfg.checkpoint(cfg.kind))]
-        shared = ["data", "reward", "reward_weights" if name == "sample" else "sft"]
+        shared = TOOL_FLAGS[name]
     for flag, value in vars(cfg).items():
         # An empty --sft or --reward means the file beside the checkpoint.
         if flag in shared and value and value != getattr(TrainConfig, flag, None):

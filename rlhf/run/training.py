@@ -248,7 +248,7 @@ class Training:
         print(f"\nevaluation.csv and {samples}, beside the checkpoint:\n")
         print_table(rows)
         texts = of_policy(self.cfg.kind.upper(), before, after)
-        self.close(texts, "optimality", "sample")
+        self.close(texts, "optimality", "sample", "export")
 
     def close(self, texts: list[str], *programs: str) -> None:
         """Print what was written, all warnings, last these, and the commands that come next."""

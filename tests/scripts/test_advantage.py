@@ -1,6 +1,7 @@
 """train_ppo.py --advantage rloo, grpo and reinforce: what its main passes on, what it writes, and
 what reads that."""
 
+import importlib.util
 import math
 from types import SimpleNamespace
 
@@ -161,10 +162,10 @@ def test_tools_read_a_policy_without_value_network(seen, trained, tmp_path, meth
     table = rows(seen[method].out / "evaluation.csv")
     assert [row["policy"] for row in table] == ["sft", "ppo", "best_of_n", "optimum"]
     sample.main(parse_cli(sample.SampleConfig, ["--checkpoint", path, "--prompt", "Hello."]))
-    export.main(
-        parse_cli(export.ExportConfig, ["--checkpoint", path, "--out", str(tmp_path / "exported")])
-    )
-    assert (tmp_path / "exported" / "config.json").is_file()
+    if importlib.util.find_spec("transformers"):
+        out = tmp_path / "exported"
+        export.main(parse_cli(export.ExportConfig, ["--checkpoint", path, "--out", str(out)]))
+        assert (out / "config.json").is_file()
     assert label.load_policy(seen[method].out / "ppo.pt", "sft", "ppo")[1]["kind"] == "ppo"
     with pytest.raises(
         InputError, match="no value network to follow: give a ppo.pt of --advantage gae"

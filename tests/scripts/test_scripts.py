@@ -70,12 +70,12 @@ def test_three_stages_write_their_files(trained):
 
 def test_each_stage_ends_with_the_next_command(trained):
     data, out, printed = trained
-    last_lines = {name: text.splitlines()[-2:] for name, text in printed.items()}
-    assert last_lines["sft"][1] == f"next: python train_reward.py --data {data} --out {out}"
-    assert last_lines["reward"][1] == f"next: python train_ppo.py --data {data} --out {out}"
+    last_lines = {name: text.splitlines()[-3:] for name, text in printed.items()}
+    assert last_lines["sft"][-1] == f"next: python train_reward.py --data {data} --out {out}"
+    assert last_lines["reward"][-1] == f"next: python train_ppo.py --data {data} --out {out}"
     assert last_lines["ppo"] == [
         f"next: python -m rlhf.tools.{tool} --checkpoint {out}/ppo.pt --data {data}"
-        for tool in ("optimality", "sample")
+        for tool in ("optimality", "sample", "export")
     ]
 
 
@@ -439,7 +439,7 @@ def test_ppo_says_if_all_scores_are_equal(trained, tmp_path, flags):
     assert printed.count("warning: nothing to learn: the scores that are compared are equal") == 2
     assert "none ends, so each gets --missing-eos-score" in printed
     assert [float(row["score_std"]) for row in rows(tmp_path / "ppo.csv")] == [0] * 4
-    assert "PPO did not raise the score: +0.000" in printed.splitlines()[-3]
+    assert "PPO did not raise the score: +0.000" in printed.splitlines()[-4]
 
 
 def test_ppo_says_if_the_reward_model_gives_everything_the_same_score(trained, tmp_path):
