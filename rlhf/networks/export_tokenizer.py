@@ -11,7 +11,8 @@ from rlhf.run.messages import ASSISTANT, BEGINNINGS
 from rlhf.tokenizer import Tokenizer
 
 PAD = "<|pad|>"
-# Messages as the own GPT reads them (rlhf.run.messages.as_text), and an end behind a response.
+# Messages as a model without a template reads them (rlhf.run.messages.as_text), and an end behind a
+# response.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ "
     + json.dumps(BEGINNINGS)
@@ -28,7 +29,9 @@ def exported_tokenizer(tokenizer: Tokenizer):
     """
     if isinstance(tokenizer, HFTokenizer):
         made = copy.deepcopy(tokenizer.original)
-        made.chat_template = with_system(tokenizer.template, tokenizer.system) or None
+        begin = "".join(made.convert_ids_to_tokens(tokenizer.begin))
+        template = tokenizer.template or begin + CHAT_TEMPLATE
+        made.chat_template = with_system(template, tokenizer.system)
         return made
     transformers = package("transformers")
     encoding = tokenizer.encoding
@@ -68,14 +71,12 @@ def separate_pad(made, model: nn.Module, end: int) -> None:
     model.config.pad_token_id = made.pad_token_id
 
 
-def score_template(made, tokenizer: Tokenizer, end: int) -> str:
+def score_template(made, end: int) -> str:
     """A chat template whose text ends where a score is read, and not with a line feed."""
-    begin = getattr(tokenizer, "begin", [])
-    plain = "".join(made.convert_ids_to_tokens(begin)) + CHAT_TEMPLATE
     last = json.dumps(made.convert_ids_to_tokens(end))
     return (
         "{% set text %}"
-        + (made.chat_template or plain)
+        + made.chat_template
         + "{% endset %}{{ text.rstrip().removesuffix(END) + END }}".replace("END", last)
     )
 

@@ -128,7 +128,7 @@ def write(folder: Path, network: GPT | RewardModel, tokenizer: Tokenizer, adapte
         model, constant = exported_reward_model(network)
         if getattr(network.gpt.config, "pooled", "") != "first":
             separate_pad(made, model, ends[0])
-        made.chat_template = score_template(made, tokenizer, ends[0])
+        made.chat_template = score_template(made, ends[0])
         model.save_pretrained(folder)
     elif adapter:
         save_adapter(network, folder)

@@ -292,10 +292,10 @@ def test_system_message_becomes_part_of_the_template(base, data, tmp_path):
     check_policy(path, exported(path, tmp_path / "out"))
 
 
-def test_without_a_template_there_is_none(base, data, tmp_path):
-    path = policy_file(base("llama"), data, tmp_path, "--template", "none")
-    out = exported(path, tmp_path / "out")
-    assert transformers.AutoTokenizer.from_pretrained(out).chat_template is None
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
+def test_without_a_template_messages_become_the_text_of_training(base, data, tmp_path, kind):
+    path = policy_file(base(kind), data, tmp_path, "--template", "none")
+    check_policy(path, exported(path, tmp_path / "out"))
 
 
 # ---- reward models ----
