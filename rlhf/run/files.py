@@ -50,10 +50,7 @@ def check_folder(folder: str | Path) -> None:
 
 def digests(**paths: Path) -> dict[str, str]:
     """{name: SHA-256} of the files that a run is made from; --resume compares them."""
-    found = {}
-    for name, path in paths.items():
-        found[name] = digest(check_file(path))
-    return found
+    return {name: digest(check_file(path)) for name, path in paths.items()}
 
 
 def digest(path: Path) -> str:
@@ -184,8 +181,9 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
     except ValueError:
-        message = f"{path} is no tokenizer file: each line must be `base64-token rank`"
-        raise InputError(message) from None
+        raise InputError(
+            f"{path} is no tokenizer file: each line must be `base64-token rank`"
+        ) from None
     in_order = sorted(ranks.values()) == list(range(len(ranks)))
     single_bytes = {bytes([value]) for value in range(256)}
     if not in_order or single_bytes - ranks.keys():

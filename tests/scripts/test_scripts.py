@@ -265,7 +265,7 @@ def test_missing_checkpoint_names_the_script_to_run_first(trained, tmp_path):
         ("sft", ["--data", "nowhere"], "no such folder"),
         ("sft", ["--n-head", "3"], "must be a multiple of n_head"),
         ("sft", ["--block-size", "12", "--overwrite"], "there is room for 12"),
-        ("sft", ["--steps", "0"], "must be above 0"),
+        ("ppo", ["--steps", "0"], "must be above 0"),
         ("reward", ["--sft", "OUT/reward.pt"], "written by `python train_reward.py`"),
         ("reward", ["--sft", "data/tiny_assistant/judge.py"], "not a checkpoint"),
         ("reward", ["--resume", "--lr", "0.5"], "begun with another lr"),
