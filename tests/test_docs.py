@@ -112,7 +112,7 @@ def test_judge_of_the_page_asks_a_server_and_again_if_that_fails(tmp_path, monke
         server.shutdown()
         server.server_close()
         thread.join()
-    with pytest.raises(OSError):
+    with pytest.raises(RuntimeError, match="URLError"):
         judge(["Hi"], ["abc"])
 
 
