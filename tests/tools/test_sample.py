@@ -135,6 +135,7 @@ def test_tokenizer_is_the_one_that_the_checkpoint_names(trained, tmp_path, monke
     # The folder has no ranks, which does not mean GPT-2's.
     monkeypatch.setattr("tiktoken.get_encoding", no_internet)
     (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "prompts.csv").write_text("Prompt\nHello.\n")
     run("--checkpoint", tmp_path / "sft.pt", *HELLO, "--data", tmp_path / "bare")
 
 
