@@ -177,7 +177,7 @@ TINY = {
     "--batch-size 8",
     "reward": "--steps 6 --batch-size 8 --eval-every 3 --log-every 1",
     "ppo": "--kl-target 1 --steps 4 --batch-size 8 --minibatch-size 4 --max-new-tokens 8 "
-    "--eval-every 2 --eval-prompts 10",
+    "--log-every 1 --eval-every 2 --eval-prompts 10",
 }
 
 

@@ -341,7 +341,7 @@ MUTANTS = [
     ("optimizer", "float16 skips steps without end", "if scaler.get_scale() < 1:", "if False:"),
     ("optimizer", "an infinite norm makes every gradient 0", "    first_gradient += torch.where(grad_norm.isfinite(), 0.0, torch.nan)\n", ""),
     ("optimizer", "gradients not summed over the processes", "    sum_gradients(model)\n", ""),
-    ("processes", "gradients averaged over the processes", "call_collective(dist.all_reduce, parameter.grad)", "call_collective(dist.all_reduce, parameter.grad)\n            parameter.grad /= WORLD"),
+    ("processes", "gradients averaged over the processes", "vector_to_parameters(buffer, gradients)", "vector_to_parameters(buffer / WORLD, gradients)"),
     ("processes", "metrics not summed", "gather(mine).sum(dim=0)", "mine.sum(dim=0)"),
     ("processes", "loss not summed", 'return total({"": number.item()})[""]', "return number.item()"),
     ("micro_batches", "every process does all rows of a minibatch", "mine = share(rows)", "mine = rows"),
