@@ -152,10 +152,10 @@ def test_resumed_run_equals_the_uninterrupted_run(models, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_tools_read_a_policy_without_value_network(seen, trained, tmp_path, method):
+def test_tools_read_a_policy_without_value_network(seen, models, tmp_path, method):
     """All but walk, which has nothing to show."""
     path = str(seen[method].out / "ppo.pt")
-    flags = ["--checkpoint", path, "--data", str(trained[0])]
+    flags = ["--checkpoint", path, *map(str, models)]
     optimality.main(
         parse_cli(optimality.OptimalityConfig, [*flags, "--prompts", "3", "--samples", "8"])
     )
