@@ -5,6 +5,7 @@ import collections
 import contextlib
 import csv
 import io
+import json
 import math
 import os
 import runpy
@@ -18,6 +19,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlhf.networks.export import published_config, published_weights
 from rlhf.run import program
 from rlhf.run.device import Compute
 from rlhf.run.files import digests
@@ -85,6 +87,16 @@ def real_data(name):
     if "RLHF_TEST_DATA" not in os.environ or not path.exists():
         pytest.skip(f"needs {name}: set RLHF_TEST_DATA to a folder that holds it")
     return path
+
+
+def save_gpt2(gpt, folder, eos_id):
+    """Write a GPT as a folder of GPT-2's published format, without transformers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {f"transformer.{name}": x for name, x in published_weights(gpt).items()}
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    torch.save(weights, folder / "pytorch_model.bin")
+    config = {**published_config(gpt.config), "eos_token_id": eos_id}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def copy_some_rows(folder):
@@ -165,7 +177,7 @@ TINY = {
     "--batch-size 8",
     "reward": "--steps 6 --batch-size 8 --eval-every 3 --log-every 1",
     "ppo": "--kl-target 1 --steps 4 --batch-size 8 --minibatch-size 4 --max-new-tokens 8 "
-    "--eval-every 2 --eval-prompts 10",
+    "--log-every 1 --eval-every 2 --eval-prompts 10",
 }
 
 

@@ -33,7 +33,6 @@ OWN = {"rlhf", "train_sft", "train_reward", "train_ppo", "tests", "docs", "data"
 OPTIONAL = {
     "docs/experiments/trl.py": {"transformers", "trl"},
     "rlhf/networks/gpt2.py": {"safetensors"},
-    "rlhf/networks/export.py": {"safetensors"},
     "docs/experiments/plot.py": {"matplotlib"},
     "tests/experiments/test_plot.py": {"tensorboard"},
 }

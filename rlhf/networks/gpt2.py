@@ -1,5 +1,5 @@
 """GPT-2's weights, read without transformers: `train_sft.py --init`. (rlhf/networks/export.py
-writes them.)
+makes them of a GPT.)
 
     python train_sft.py --init gpt2 --tokenizer gpt2      # a published name, downloaded once
     python train_sft.py --init FOLDER                     # config.json, and model.safetensors or
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf.model import GPT, GPTConfig
+from rlhf.networks.pretrained import loading, local_files, package
 from rlhf.run.errors import InputError
 from rlhf.run.files import digests
 from rlhf.tokenizer import Tokenizer
@@ -35,8 +36,8 @@ ARCHITECTURE = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
 }
-# The files that transformers writes. It reads the first that is there.
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# The files that transformers writes, one or several. It reads the first kind that is there.
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
 def published_name(name: str) -> tuple[str, bool]:
@@ -54,20 +55,19 @@ def load_gpt2(name_or_path: str) -> GPT:
     """A GPT with GPT-2's weights.
 
     Args: name_or_path: a name of PRETRAINED, fetched once and kept in torch.hub's cache; or a
-        folder that holds config.json and one of WEIGHTS, whole or in several files with an index.
+        folder that holds config.json and WEIGHTS, in one file or several.
     Raises: OSError if they cannot be fetched or read, ValueError if they are of another
         architecture, KeyError or RuntimeError if weights are missing or have another shape than the
-        config says, InputError if the package safetensors is missing.
+        config says, KeyError if there is neither a folder nor a model of this name, InputError if
+        the package safetensors is missing.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
         config = read_config(folder / "config.json")
         published = read_weights(folder)
-    elif name_or_path in PRETRAINED:
+    else:
         config = GPTConfig(50257, 1024, *PRETRAINED[name_or_path])
         published = fetch_weights(name_or_path)
-    else:
-        raise ValueError(f"{name_or_path!r} is no folder and none of {', '.join(PRETRAINED)}")
     gpt = GPT(config)
     gpt.load_state_dict(renamed(published, list(gpt.state_dict())))
     return gpt
@@ -80,46 +80,22 @@ def read_config(path: Path) -> GPTConfig:
         value = config.get(name, expected)
         if value != expected:
             raise ValueError(f"{path}: {name} is {value!r}; GPT-2 has {expected!r}")
-    return GPTConfig(
-        vocab_size=config["vocab_size"],
-        block_size=config["n_positions"],
-        n_layer=config["n_layer"],
-        n_head=config["n_head"],
-        n_embd=config["n_embd"],
-    )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights: one or, if an index lists them, several.
-
-    Raises FileNotFoundError if there are none.
-    """
-    for name in WEIGHTS:
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return [folder / name]
-        if index.is_file():
-            file_of_each_weight = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return [folder / file for file in sorted(set(file_of_each_weight.values()))]
-    raise FileNotFoundError(f"no {' and no '.join(WEIGHTS)} in {folder}")
+    names = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+    return GPTConfig(*[config[name] for name in names])
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Raises FileNotFoundError if there are none."""
+    kinds = [sorted(folder.glob(pattern)) for pattern in WEIGHTS]
     weights = {}
-    for path in weight_files(folder):
+    for path in kinds[0] or kinds[1]:  # a whole model.safetensors is the last, and counts
         if path.suffix == ".safetensors":
-            weights |= read_safetensors(path)
+            weights |= package("safetensors.torch").load_file(path)
         else:
             weights |= torch.load(path, map_location="cpu", weights_only=True)
+    if not weights:
+        raise FileNotFoundError(f"no {' and no '.join(WEIGHTS)} in {folder}")
     return weights
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise InputError(f"{path} needs the package: pip install safetensors") from error
-    return load_file(path)
 
 
 def fetch_weights(name: str) -> dict[str, Tensor]:
@@ -150,20 +126,14 @@ def renamed(published: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]
 
 
 def is_gpt2(init: str) -> bool:
-    """Whether --init is a GPT-2: a name of PRETRAINED, or a folder whose config.json says so.
-
-    Raises InputError if config.json is not JSON.
-    """
+    """Whether --init is a GPT-2: a name of PRETRAINED, or a folder whose config.json says so."""
     path = Path(init) / "config.json"
     if not path.is_file():
         return init in PRETRAINED
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"--init {init} cannot be loaded: {path} is not JSON ({error}); copy it again"
-        ) from error
-    return isinstance(config, dict) and config.get("model_type") == "gpt2"
+        return json.loads(path.read_text(encoding="utf-8"))["model_type"] == "gpt2"
+    except (ValueError, KeyError, TypeError):  # a faulty file: transformers will say so
+        return False
 
 
 def init_from(name_or_path: str, tokenizer: Tokenizer) -> tuple[GPT, Tokenizer, dict[str, str]]:
@@ -172,28 +142,11 @@ def init_from(name_or_path: str, tokenizer: Tokenizer) -> tuple[GPT, Tokenizer, 
 
     Raises InputError if the weights cannot be loaded or have another vocabulary.
     """
-    try:
+    with loading(name_or_path):
         gpt = load_gpt2(name_or_path)
-    except InputError:
-        raise
-    except Exception as error:  # no network, no such file, another architecture, a garbled file
-        lines = str(error).splitlines() or [""]  # torch adds pages: the first line is enough
-        raise InputError(
-            f"--init {name_or_path} cannot be loaded: {type(error).__name__}: {lines[0]}; a folder "
-            f"needs config.json and a whole {' or '.join(WEIGHTS)}, a name an internet connection"
-        ) from error
     if gpt.config.vocab_size != tokenizer.vocab_size:
         raise InputError(
             f"--init {name_or_path} knows {gpt.config.vocab_size} tokens and the tokenizer "
             f"{tokenizer.vocab_size}; give --tokenizer gpt2, or the file it was trained with"
         )
-    return gpt, tokenizer, folder_digests(Path(name_or_path))
-
-
-def folder_digests(folder: Path) -> dict[str, str]:
-    if not folder.is_dir():
-        return {}
-    files = {"init config": folder / "config.json"}
-    for number, path in enumerate(weight_files(folder)):
-        files[f"init {number}" if number else "init"] = path
-    return digests(**files)
+    return gpt, tokenizer, digests(**local_files(name_or_path))

@@ -17,10 +17,8 @@ The model brings its own tokenizer, and a chat model its chat template: HFTokeni
 import copy
 import functools
 import inspect
-import itertools
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +26,9 @@ from torch import Tensor, nn
 
 from rlhf.networks.hf_tokenizer import HFTokenizer
 from rlhf.networks.lora import ALPHA, add_adapters
-from rlhf.networks.pretrained import from_pretrained, package
+from rlhf.networks.pretrained import from_pretrained, local_files, package
 from rlhf.run.errors import InputError
-from rlhf.run.files import csv_path, digests
+from rlhf.run.files import data_folder, digests
 from rlhf.run.messages import read_prompt
 from rlhf.run.tables import read_csv
 
@@ -106,9 +104,7 @@ class HF(nn.Module):
             config.init, config.kept, config.four_bit, config.base_dtype, bool(config.pooled)
         )
         # All networks share the weights of a frozen base. Otherwise each has its own.
-        shared = {}
-        if config.frozen_base:
-            shared = {id(parameter): parameter for parameter in base.parameters()}
+        shared = {id(p): p for p in base.parameters() if config.frozen_base}
         model = copy.deepcopy(base, shared)
         self.trunk = model.base_model
         output = model.get_output_embeddings()  # a reward model has none
@@ -159,11 +155,9 @@ class HF(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, V)"""
-        if self.lm_head is None:
-            logits = F.linear(hidden, self.trunk.get_input_embeddings().weight)
-        else:
-            logits = self.lm_head(hidden)
-        return logits / self.temperature
+        output = self.lm_head or self.trunk.get_input_embeddings()
+        bias = getattr(output, "bias", None)
+        return F.linear(hidden, output.weight, bias) / self.temperature
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> logits (B, T, V); logits[:, t] are of token t+1."""
@@ -185,15 +179,12 @@ def load_base(
     trunk_only: without an output matrix, for a reward model.
     Raises InputError if it cannot be loaded or used.
     """
-    dtype = getattr(torch, base_dtype)
     kind = "AutoModel" if trunk_only else "AutoModelForCausalLM"
-    options = {}
-    if four_bit and not init.endswith(".gguf"):
-        options = quantised_loading(kind, init, dtype)
-    model = from_pretrained(kind, init, dtype=dtype, **options).eval()
+    options = loading_options(kind, init, four_bit, base_dtype)
+    model = from_pretrained(kind, init, **options).eval()
     replace_conv1d(model)
-    if four_bit and not options:  # transformers does not quantise what it reads from a GGUF file
-        hold_in_four_bits(model.base_model, dtype)
+    if four_bit and init.endswith(".gguf"):
+        hold_in_four_bits(model.base_model)
     for module in model.modules():
         if hasattr(module, "quant_state"):
             # In eval mode bitsandbytes passes no gradient to its input on CPUs with AVX-512.
@@ -206,13 +197,16 @@ def load_base(
     return model
 
 
-def quantised_loading(kind: str, init: str, dtype: torch.dtype) -> dict:
-    """The options with which transformers quantises each linear layer as soon as it is read.
+def loading_options(kind: str, init: str, four_bit: bool, base_dtype: str) -> dict:
+    """The options with which transformers loads a model in base_dtype, and quantises each linear
+    layer as soon as it is read. (It cannot quantise what it reads from a GGUF file.)
 
     NF4 with double quantisation (Dettmers et al. 2023). The output matrix stays as it is.
     """
+    if not four_bit or init.endswith(".gguf"):
+        return {"dtype": base_dtype}
     package("bitsandbytes")  # or the error of transformers is about another package
-    outline = from_pretrained(kind, init, dtype=dtype, device_map="meta")  # without the weights
+    outline = from_pretrained(kind, init, dtype=base_dtype, device_map="meta")  # without weights
     replace_conv1d(outline)
     output = outline.get_output_embeddings()
     skipped = []
@@ -223,25 +217,25 @@ def quantised_loading(kind: str, init: str, dtype: torch.dtype) -> dict:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_compute_dtype=base_dtype,
         llm_int8_skip_modules=skipped,
     )
-    return {"quantization_config": quantisation, "device_map": "cpu"}
+    return {"dtype": base_dtype, "quantization_config": quantisation, "device_map": "cpu"}
 
 
-def hold_in_four_bits(trunk: nn.Module, dtype: torch.dtype) -> None:
-    """Quantise the linear layers of a model that has been loaded, as quantised_loading does."""
+def hold_in_four_bits(trunk: nn.Module) -> None:
+    """Quantise the linear layers of a model that has been loaded, as loading_options does."""
     for name, linear in list(trunk.named_modules()):
         if isinstance(linear, nn.Linear) and linear.in_features % BLOCK == 0:
             layer = package("bitsandbytes").nn.Linear4bit(
                 linear.in_features,
                 linear.out_features,
                 bias=linear.bias is not None,
-                compute_dtype=dtype,
+                compute_dtype=linear.weight.dtype,
                 quant_type="nf4",
             )
             layer.load_state_dict(linear.state_dict())
-            trunk.set_submodule(name, layer.to(linear.weight.device))  # this quantises it
+            trunk.set_submodule(name, layer.to("cpu"))  # this quantises it
 
 
 def replace_conv1d(model: nn.Module) -> None:
@@ -249,21 +243,27 @@ def replace_conv1d(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if type(layer).__name__ == "Conv1D":
             linear = nn.Linear(*layer.weight.shape, device="meta")  # in, out
-            linear.weight = nn.Parameter(layer.weight.detach().t())
+            linear.weight = nn.Parameter(layer.weight.t())
             linear.bias = layer.bias
             model.set_submodule(name, linear)
 
 
+@torch.no_grad()
 def check_usable(init: str, model: nn.Module) -> None:
     """Raise InputError if HF cannot use a model of transformers.
 
     It can if all layers are attention, the weights were not quantised before, and the logits are
     the output matrix times the last hidden state.
     """
-    config = model.base_model.config
-    layers = set(getattr(config, "layer_types", None) or ())
-    plain = layers <= ATTENTION and not is_quantised_file(init, model)
-    if not (plain and has_plain_logits(model)):
+    layers = getattr(model.base_model.config, "layer_types", None) or ()
+    quantizer = getattr(model, "hf_quantizer", None)
+    # transformers makes float32 of the weights in a GGUF file.
+    quantised = getattr(quantizer, "pre_quantized", False) and not init.endswith(".gguf")
+    tokens = torch.arange(8).unsqueeze(0)  # (1, 8): any will do
+    hidden = model.base_model(tokens)[0]  # (1, 8, C)
+    product = model.get_output_embeddings()(hidden)  # (1, 8, V)
+    plain = torch.allclose(model(tokens).logits, product, atol=1e-3)
+    if quantised or not plain or not ATTENTION.issuperset(layers):
         raise InputError(
             f"--init {init}: cannot use this {type(model).__name__}; needed: only attention, "
             f"weights not quantised, and logits = a matrix times the hidden states"
@@ -283,32 +283,16 @@ def longest_text(trunk: nn.Module) -> int:
     return context if before is None else context - before - 1
 
 
-def is_quantised_file(init: str, model: nn.Module) -> bool:
-    """Whether the weights were quantised before they were loaded. transformers makes float32 of
-    those in a GGUF file."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    return quantizer is not None and quantizer.pre_quantized and not init.endswith(".gguf")
-
-
-@torch.no_grad()
-def has_plain_logits(model: nn.Module) -> bool:
-    """Whether the logits are just the output matrix times the last hidden state."""
-    tokens = torch.arange(8).unsqueeze(0)  # (1, 8): any will do
-    hidden = model.base_model(tokens)[0]  # (1, 8, C)
-    product = model.get_output_embeddings()(hidden)  # (1, 8, V)
-    return torch.allclose(model(tokens).logits, product, atol=1e-3)
-
-
 def keep_tokens(model: nn.Module, kept: list[int]) -> None:
     """Keep only these tokens in the embedding and in the output matrix."""
     embedding = model.get_input_embeddings()
     output = model.get_output_embeddings()
     tied = output.weight is embedding.weight
     embedding.padding_idx = None
-    embedding.weight = nn.Parameter(embedding.weight[kept].detach())
-    output.weight = embedding.weight if tied else nn.Parameter(output.weight[kept].detach())
+    embedding.weight = nn.Parameter(embedding.weight[kept])
+    output.weight = embedding.weight if tied else nn.Parameter(output.weight[kept])
     if output.bias is not None:
-        output.bias = nn.Parameter(output.bias[kept].detach())
+        output.bias = nn.Parameter(output.bias[kept])
 
 
 # ---- train_sft.py --init ----
@@ -322,54 +306,38 @@ def init_from(cfg) -> tuple[HF, HFTokenizer, dict[str, str]]:
             f"--init {cfg.init} brings its own tokenizer; leave out --tokenizer {cfg.tokenizer}"
         )
     tokenizer = HFTokenizer(cfg.init, cfg.template, cfg.system)
-    template = tokenizer.template or "none"
-    kept = ()
+    config = config_of(cfg, tokenizer)
     if cfg.cut_vocab:
-        kept = used_ids(tokenizer, cfg.data)
-        tokenizer = HFTokenizer(cfg.init, template, cfg.system, kept)
-    config = HFConfig(
-        init=cfg.init,
-        rank=cfg.lora_rank,
-        four_bit=cfg.load_in_4bit,
-        kept=kept,
-        alpha=cfg.lora_alpha,
-        template=template,
-        system=cfg.system,
-        base_dtype=cfg.base_dtype,
-    )
+        config = replace(config, kept=used_ids(tokenizer, cfg.data))
+        tokenizer = HFTokenizer(cfg.init, config.template, cfg.system, config.kept)
     return HF(config), tokenizer, digests(**local_files(cfg.init))
 
 
-def local_files(init: str) -> dict[str, Path]:
-    """{"init NAME": path} of the files of a model that lies in a folder or in a file."""
-    files = [Path(init), *sorted(Path(init).glob("*.[bjs]*"))]
-    return {f"init {file.name}": file for file in files if file.is_file()}
+def config_of(cfg, tokenizer: HFTokenizer) -> HFConfig:
+    """The HFConfig of a script's flags."""
+    return HFConfig(
+        init=cfg.init,
+        rank=cfg.lora_rank,
+        four_bit=cfg.load_in_4bit,
+        kept=(),
+        alpha=cfg.lora_alpha,
+        template=tokenizer.template or "none",
+        system=cfg.system,
+        base_dtype=cfg.base_dtype,
+    )
 
 
 def used_ids(tokenizer: HFTokenizer, data: str) -> tuple[int, ...]:
-    """Sorted: the tokens of the data set's files, those that spell bytes, and those that bound a
-    text. tokenizer: with all tokens."""
-    byte_name = "<0x..>" if tokenizer.has_byte_names() else "."
+    """Sorted: the tokens of the data set's files, held-out ones too, those that spell bytes, and
+    those that bound a text. tokenizer: with all tokens."""
+    byte_name = "<0x..>" if tokenizer.has_byte_names else "."
     ids = {i for token, i in tokenizer.vocab.items() if re.fullmatch(byte_name, token)}
     ids.update(tokenizer.stop_ids, tokenizer.begin)
-    prompts, responses = all_texts(data)
-    for prompt in prompts:
-        ids.update(tokenizer.prompt_ids(read_prompt(prompt)))
-    for response in responses:
-        ids.update(tokenizer.response_ids(response))
-    return tuple(sorted(ids))
-
-
-def all_texts(data: str) -> tuple[set[str], set[str]]:
-    """The different prompts, as the files spell them, and the different responses of a data set's
-    files, held-out ones too."""
-    prompts = set()
-    responses = set()
-    names = ("prompts", "demonstrations", "comparisons", "rankings")
-    for name, end in itertools.product(names, ("", "_heldout")):
-        path = csv_path(data, name + end)
-        if path.is_file():
+    for name in ("prompts", "demonstrations", "comparisons", "rankings"):
+        for path in data_folder(data).glob(f"{name}*.csv"):
             frame = read_csv(path, ("Prompt",), ("Response", "Chosen", "Rejected"))
-            prompts.update(frame.pop("Prompt"))
-            responses.update(frame.stack())
-    return prompts, responses
+            for prompt in set(frame.pop("Prompt")):
+                ids.update(tokenizer.prompt_ids(read_prompt(prompt)))
+            for response in set(frame.stack()):
+                ids.update(tokenizer.response_ids(response))
+    return tuple(sorted(ids))

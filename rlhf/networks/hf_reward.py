@@ -15,8 +15,9 @@ from torch import Tensor
 
 from rlhf.data import pad_rows
 from rlhf.model import RewardModel
-from rlhf.networks.hf import HF, HFConfig, load_base, local_files, longest_text
+from rlhf.networks.hf import HF, config_of
 from rlhf.networks.hf_tokenizer import HFTokenizer
+from rlhf.networks.pretrained import local_files
 from rlhf.run.files import digests
 
 ROWS = 32  # texts that are scored at once
@@ -60,32 +61,13 @@ def init_from(cfg) -> tuple[HFReward, HFTokenizer, dict[str, str]]:
     """What `train_reward.py --init` starts from: the reward model, its tokenizer, and the digests
     of a local model's files."""
     tokenizer = HFTokenizer(cfg.init, cfg.template, cfg.system)
-    config = HFConfig(
-        init=cfg.init,
-        rank=cfg.lora_rank,
-        four_bit=cfg.load_in_4bit,
-        kept=(),
-        alpha=cfg.lora_alpha,
-        template=tokenizer.template or "none",
-        system=cfg.system,
-        base_dtype=cfg.base_dtype,
-        pooled=which_token(cfg),
-    )
-    return HFReward(HF(config)), tokenizer, digests(**local_files(cfg.init))
-
-
-@torch.no_grad()
-def which_token(cfg) -> str:
-    """The token whose hidden state has read the whole text: the "first", if it changes with the
-    last token, else the "last".
-
-    Raises InputError if it is neither a decoder nor an encoder.
-    """
-    trunk = load_base(cfg.init, (), cfg.load_in_4bit, cfg.base_dtype, trunk_only=True)
-    longest_text(trunk)  # refuses other models
+    gpt = HF(replace(config_of(cfg, tokenizer), pooled="last"))
+    # The first token of an encoder has read the whole text: its hidden state changes with the last.
     tokens = torch.tensor([[5, 6, 7], [5, 6, 8]])  # (2, 3): any will do
-    first = trunk(tokens).last_hidden_state[:, 0]  # (2, C)
-    return "last" if torch.allclose(first[0], first[1]) else "first"
+    first = gpt.trunk(tokens).last_hidden_state[:, 0]  # (2, C)
+    if not torch.allclose(first[0], first[1]):
+        gpt.config = replace(gpt.config, pooled="first")
+    return HFReward(gpt), tokenizer, digests(**local_files(cfg.init))
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import inspect
 import itertools
 from pathlib import Path
 
@@ -43,6 +42,8 @@ class HFTokenizer(Tokenizer):
         self.name = init
         self.original = load_tokenizer(init)
         self.vocab = self.original.get_vocab()
+        # Bytes are called <0x41>, as in SentencePiece, or else by letters, as in GPT-2.
+        self.has_byte_names = "<0x41>" in self.vocab
         self.kept = kept or range(max(self.vocab.values()) + 1)
         self.new_ids = {old: new for new, old in enumerate(self.kept)}
         self.vocab_size = len(self.kept)
@@ -57,10 +58,8 @@ class HFTokenizer(Tokenizer):
         empty = self.original("")["input_ids"]
         starts = (self.original.bos_token_id, self.original.cls_token_id)
         self.begin = [old for old in empty[:1] if old in starts]
-        end_of_text = self.original.eos_token_id
-        if end_of_text is None:  # of BERT
-            end_of_text = self.original.sep_token_id
-        ends = [self.end_of_turn(), end_of_text, *end_tokens(init)]
+        end_of_text = self.original.eos_token or self.original.sep_token  # the latter of BERT
+        ends = [self.end_of_turn(), self.vocab.get(end_of_text), *end_tokens(init)]
         # Without repetition, in this order.
         stops = [self.new_ids[old] for old in dict.fromkeys(ends) if old in self.new_ids]
         if not stops:
@@ -73,18 +72,13 @@ class HFTokenizer(Tokenizer):
         # embedding.
         self.pad_id = int(self.eos_id == 0)
 
-    def __deepcopy__(self, memo):
-        return self  # nothing changes it
-
     def prompt_ids(self, prompt: TextOrMessages) -> list[int]:
         """Ids of a prompt: text, or messages. With a template, text is a message of the user."""
         if not self.template:
             # A word's token holds the space before it: the response brings that space.
             text = as_text(prompt).rstrip(" ")
             return self.renumbered(self.begin + self.text_ids(text))
-        messages = prompt
-        if isinstance(prompt, str):
-            messages = [{"role": "user", "content": prompt}]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return self.renumbered(self.chat_ids(messages))
 
     def response_ids(self, response: str) -> list[int]:
@@ -149,9 +143,6 @@ class HFTokenizer(Tokenizer):
         """
         if not self.template:
             return None
-        options = inspect.signature(self.original.apply_chat_template).parameters
-        if "sanitize_control_tokens" not in options:  # it would be ignored
-            raise InputError("a chat template needs transformers 5.20: pip install -U .[hf]")
         prompt = self.apply_template([QUESTION], tokenize=False)
         both = self.apply_template([QUESTION, ANSWER], tokenize=False)
         answer = ANSWER["content"]
@@ -162,10 +153,8 @@ class HFTokenizer(Tokenizer):
             )
         end = both.rpartition(answer)[2]
         added = self.original.added_tokens_decoder
-        for old in self.original(end, add_special_tokens=False)["input_ids"]:
-            if old in added and added[old].special:
-                return old
-        return None
+        ids = self.original.encode(end, add_special_tokens=False)
+        return next((old for old in ids if old in added and added[old].special), None)
 
     # ---- a part of the vocabulary ----
 
@@ -182,15 +171,11 @@ class HFTokenizer(Tokenizer):
     def spell(self, old: int) -> list[int]:
         """The model's ids of the bytes of one of its tokens."""
         text = self.original.convert_ids_to_tokens(old).replace("\u2581", " ")
-        if self.has_byte_names():
+        if self.has_byte_names:
             names = [f"<0x{byte:02X}>" for byte in text.encode()]
         else:  # a letter for each byte; but a token that was added later holds spaces as they are
             names = text.translate({32: "Ġ", 9: "ĉ", 10: "Ċ"})
         return [self.vocab[name] for name in names]
-
-    def has_byte_names(self) -> bool:
-        """Whether bytes are called <0x41>, as in SentencePiece, and not by letters, as in GPT-2."""
-        return "<0x41>" in self.vocab
 
 
 @functools.lru_cache(maxsize=2)  # loading takes up to a minute

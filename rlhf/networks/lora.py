@@ -71,8 +71,7 @@ def add_adapters(
     if rank == 0:
         return gpt
     gpt.requires_grad_(False)
-    for module in list(gpt.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and name != "lm_head":  # not the output matrix
-                setattr(module, name, LoRALinear(child, rank, generator, alpha))
+    for name, layer in list(gpt.named_modules()):
+        if isinstance(layer, nn.Linear) and name != "lm_head":  # not the output matrix
+            gpt.set_submodule(name, LoRALinear(layer, rank, generator, alpha))
     return gpt

@@ -22,6 +22,13 @@ PROGRAMS = {
     "label": "rlhf.tools.label",
     "export": "rlhf.tools.export",
 }
+# The flags that a tool gets from the run that it goes on from.
+TOOL_FLAGS = {
+    "optimality": ("data", "sft", "reward"),
+    "report": ("data", "sft", "reward"),
+    "sample": ("data", "reward", "reward_weights"),
+    "export": ("data",),
+}
 NOT_INSTALLED = {"dpo": "docs.experiments.train_dpo"}  # only in a clone
 INSTALLED = "rlhf "  # sys.argv[0] begins with it if `main` has started the program
 
@@ -66,7 +73,7 @@ def next_command(cfg, name: str) -> str:
     shared = ["data", "heldout", "out", "sft"]
     if "." in PROGRAMS[name]:
         words = ["--checkpoint", str(cfg.checkpoint(cfg.kind))]
-        shared = ["data", "reward", "reward_weights" if name == "sample" else "sft"]
+        shared = TOOL_FLAGS[name]
     if name == "report":
         words = [cfg.out]
     for flag, value in vars(cfg).items():

@@ -50,10 +50,7 @@ def check_folder(folder: str | Path) -> None:
 
 def digests(**paths: Path) -> dict[str, str]:
     """{name: SHA-256} of the files that a run is made from; --resume compares them."""
-    found = {}
-    for name, path in paths.items():
-        found[name] = digest(check_file(path))
-    return found
+    return {name: digest(check_file(path)) for name, path in paths.items()}
 
 
 def digest(path: Path) -> str:

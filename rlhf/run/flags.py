@@ -66,8 +66,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_positive(self, "batch_size", "lr", "max_grad_norm", "log_every", "eval_every")
-        # train_sft.py writes the model of --init as it is in 0 steps.
-        if self.kind != "sft" or not getattr(self, "init", ""):
+        if self.kind != "sft":  # train_sft.py writes the model as it is in 0 steps
             check_positive(self, "steps")
         if not 0 < self.heldout < 1:
             raise ValueError(f"--heldout is {self.heldout}: it must lie between 0 and 1")
@@ -268,8 +267,9 @@ def check_positive(config, *names: str) -> None:
 def check_range(name: str, values: tuple[int, ...]) -> None:
     """Raise ValueError unless there is one value, or two in order, of 1 or more."""
     if not (len(values) in (1, 2) and 1 <= values[0] <= values[-1]):
-        flag = flag_name(name)
-        raise ValueError(f"{flag} takes one number from 1, or a smaller and a larger one")
+        raise ValueError(
+            f"{flag_name(name)} takes one number from 1, or a smaller and a larger one"
+        )
 
 
 def flag_name(name: str) -> str:

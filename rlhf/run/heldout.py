@@ -90,8 +90,8 @@ def read_table(path: Path, name: str) -> DataFrame:
 
 def with_a_winner(path: Path, frame: DataFrame) -> DataFrame:
     """The rows that have a better side. Raises InputError if an Answer is unknown."""
-    fault = "must be first, second, tie, both bad or skip"
-    faults = ["" if answer in ANSWERS else fault for answer in frame["Answer"]]
+    fault = "is {!r}; it must be first, second, tie, both bad or skip"
+    faults = ["" if x in ANSWERS else fault.format(x) for x in frame["Answer"]]
     check_rows(path, "Answer", faults)
     kept = frame[frame["Answer"].isin(ANSWERS[:2])]
     if len(kept) < len(frame):

@@ -40,8 +40,8 @@ def start_from(cfg) -> tuple[GPT, Tokenizer, dict[str, str]]:
 
     if not gpt2.is_gpt2(cfg.init):
         return hf.init_from(cfg)
-    in_float32 = cfg.base_dtype == "float32" and not cfg.load_in_4bit
-    if not in_float32 or cfg.cut_vocab or cfg.system or cfg.template != "auto":
+    not_float32 = cfg.base_dtype != "float32" or cfg.load_in_4bit
+    if not_float32 or cfg.cut_vocab or cfg.system or cfg.template != "auto":
         raise InputError(
             f"--init {cfg.init} is a GPT-2; --load-in-4bit, --base-dtype, --cut-vocab, --template "
             f"and --system are for models that transformers reads"

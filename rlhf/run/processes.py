@@ -84,13 +84,17 @@ def total_of(number: Tensor) -> float:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Sum the gradients over the processes, in place, after the backward pass.
+    """Sum the gradients over the processes, in place.
 
-    (DistributedDataParallel sends them during the pass, several in a buffer.)
+    They are sent in one buffer, after the backward pass. (DistributedDataParallel sends parts of
+    them during the pass.)
     """
-    for parameter in model.parameters():
-        if WORLD > 1 and parameter.grad is not None:
-            call_collective(dist.all_reduce, parameter.grad)
+    if WORLD == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    buffer = nn.utils.parameters_to_vector(gradients)
+    call_collective(dist.all_reduce, buffer)
+    nn.utils.vector_to_parameters(buffer, gradients)
 
 
 # ---- a program on several processes ----

@@ -43,8 +43,7 @@ def run(main: Callable, cls: type) -> None:
     except (MemoryError, RuntimeError) as error:
         if not OUT_OF_MEMORY.search(f"{error} {type(error).__name__}"):
             raise
-        advice = "give a smaller --micro-batch-size, or a smaller model"
-        fail(f"not enough memory: {advice} ({error})")
+        fail(f"not enough memory: give a smaller --micro-batch-size, or a smaller model ({error})")
 
 
 def replace_unknown_characters() -> None:
@@ -84,8 +83,9 @@ def lock(path: Path):
         with FileLock(path, timeout=0):
             yield
     except Timeout:
-        message = f"another program writes here and holds {path}; wait, or give another --out"
-        raise InputError(message) from None
+        raise InputError(
+            f"another program writes here and holds {path}; wait, or give another --out"
+        ) from None
 
 
 # ---- how a program ends ----

@@ -143,8 +143,10 @@ def row_fault(cells: list[str], header: list[str]) -> str:
         return "repeats the header, as if files were joined"
     if len(cells) == len(header):
         return ""
-    marks = "put quotation marks around text that holds a separator or a line end"
-    return f"has {len(cells)} cells, the header {len(header)}: {marks}"
+    return (
+        f"has {len(cells)} cells, the header {len(header)}: put quotation marks around text that "
+        f"holds a separator or a line end"
+    )
 
 
 def text_fault(text: str) -> str:

@@ -114,8 +114,10 @@ class Training:
         """Raise InputError if this folder holds the checkpoint or the results of another run."""
         for file in (self.path, *self.results):
             if file.exists():
-                fix = "give --resume to go on, --overwrite or another --out"
-                raise InputError(f"{file} is of another run; {fix}")
+                raise InputError(
+                    f"{file} is of another run; give --resume to go on, --overwrite or another "
+                    f"--out"
+                )
 
     def resume(self) -> dict:
         """Load the checkpoint into model, optimizer and scaler, and return its contents."""
@@ -199,8 +201,7 @@ class Training:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            message = "--tensorboard needs the package: pip install tensorboard"
-            raise InputError(message) from error
+            raise InputError("--tensorboard needs the package: pip install tensorboard") from error
         folder = self.path.parent / "tensorboard" / self.cfg.kind
         return SummaryWriter(folder, purge_step=self.step + 1)
 
@@ -248,7 +249,7 @@ class Training:
         print(f"\nevaluation.csv and {samples}, beside the checkpoint:\n")
         print_table(rows)
         texts = of_policy(self.cfg.kind.upper(), before, after)
-        self.close(texts, "optimality", "report", "sample")
+        self.close(texts, "optimality", "report", "sample", "export")
 
     def close(self, texts: list[str], *programs: str) -> None:
         """Print what was written, all warnings, last these, and the commands that come next.

@@ -151,7 +151,7 @@ def of_policy(method: str, before: list, after: list) -> list[str]:
     texts = few_rows(len(before), "prompts")
     gains = torch.tensor([new.score - old.score for old, new in zip(before, after)])
     gain = gains.mean().item()
-    error = gains.std(correction=0).item() / math.sqrt(len(gains))
+    error = gains.std(correction=0).item() / math.sqrt(len(before))
     if gain <= 2 * error:
         texts.append(
             f"{method} did not raise the score: {gain:+.3f} on held-out prompts, with a standard "

@@ -284,7 +284,7 @@ def test_load_comparisons_drops_ties_and_skips(tmp_path, capsys):
     assert [tokenizer.decode(row.rejected[:-1]) for row in got] == [" bad 0", " bad 2", " y"]
     assert "3 of 5 rows name no better side" in capsys.readouterr().out
     (tmp_path / "other.csv").write_text("Prompt,Chosen,Rejected,Answer\np,x,y,first\np,x,y,Tie\n")
-    with pytest.raises(InputError, match="row 2: Answer must be first, second, tie, both"):
+    with pytest.raises(InputError, match="row 2: Answer is 'Tie'"):
         load_comparisons(str(tmp_path), tokenizer, 80, files=(other,))
 
 

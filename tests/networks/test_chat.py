@@ -16,7 +16,7 @@ from torch import nn
 import train_ppo
 import train_reward
 import train_sft
-from data import label, responses
+from data import label_pairs, label_terminal, responses
 from rlhf import evaluate
 from rlhf.data import Prompt, batch_indices
 from rlhf.evaluate import Response
@@ -689,13 +689,12 @@ def test_label_shows_text_and_keeps_messages(chat, monkeypatch, capsys):
     """The reward model then reads a vote's prompt as the policy read it."""
     path = chat.out / "sft.pt"
     gpt, checkpoint = load_policy(path, "sft")
-    monkeypatch.setattr(label, "has_ended", lambda tokens, *_: tokens[:, 0] == tokens[:, 0])
+    monkeypatch.setattr(label_pairs, "has_ended", lambda tokens, *_: tokens[:, 0] == tokens[:, 0])
     prompts = [Prompt([user("naïve?")], [1, 2])]
     tokenizer = tokenizer_of(path, checkpoint, "")
-    pair = label.Pairs(gpt, prompts, tokenizer, label.LabelConfig(max_new_tokens=8)).first_from(0)
+    pair = label_pairs.SampledPairs(gpt, prompts, tokenizer, 8, seed=0).next_pair([])
     assert pair.prompt == '[{"role": "user", "content": "naïve?"}]'
-    monkeypatch.setattr("sys.stdin", io.StringIO("1\n"))
-    label.ask(pair)
+    label_terminal.show(pair, "1 done")
     assert "\nHuman: naïve?\n\nAssistant:\n" in capsys.readouterr().out
 
 

@@ -14,7 +14,6 @@ import train_ppo
 import train_reward
 import train_sft
 from rlhf.model import GPT, GPTConfig, PolicyWithValue
-from rlhf.networks.export import save_gpt2
 from rlhf.networks.lora import ALPHA, LoRALinear, add_adapters
 from rlhf.run.checkpoints import merged
 from rlhf.run.errors import InputError
@@ -22,7 +21,7 @@ from rlhf.run.flags import parse_cli
 from rlhf.run.loading import frozen_copy, load_policy, load_reward_model, with_adapters
 from rlhf.run.training import Training
 from rlhf.sampling import generate
-from tests.helpers import TINY, lora, noisy, rows, stopped_by_its_first_checkpoint
+from tests.helpers import TINY, lora, noisy, rows, save_gpt2, stopped_by_its_first_checkpoint
 
 TOKENS = torch.randint(11, (3, 10), generator=torch.Generator().manual_seed(0))
 LENGTHS = torch.tensor([10, 10, 10])
@@ -425,7 +424,7 @@ def test_fine_tuning_with_init_starts_from_its_weights(trained, tmp_path):
     save_gpt2(noisy(gpt), base, eos_id=798)
     again, _ = load_policy(tmp_path / "adapters" / "sft.pt", "sft")
     assert torch.equal(again(TOKENS), adapters(TOKENS))
-    with pytest.raises(InputError, match="begun with another init file"):
+    with pytest.raises(InputError, match="begun with another init pytorch_model.bin file"):
         train("sft", *flags["adapters"], "--resume")
     save_gpt2(GPT(GPTConfig(vocab_size=19, block_size=80, n_layer=1, n_head=1, n_embd=4)), base, 18)
     with pytest.raises(InputError, match="knows 19 tokens and the tokenizer 800"):

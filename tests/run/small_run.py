@@ -27,13 +27,6 @@ class Config(TrainConfig):
 
 
 @dataclass(frozen=True)
-class InitConfig(Config):
-    """Of a run that starts from a pretrained model, which may have no steps."""
-
-    init: str = ""
-
-
-@dataclass(frozen=True)
 class RewardConfig(Config):
     kind = "reward"
 

@@ -146,6 +146,11 @@ def test_command_of_a_stage_names_a_file_of_the_clone(started, name):
             "--reward runs/reward.pt",
         ),
         (
+            PPOConfig(data="d", sft="s.pt", reward=("f.py",)),
+            "export",
+            "python -m rlhf.tools.export --checkpoint runs/ppo.pt --data d",
+        ),
+        (
             DPOConfig(),
             "sample",
             "python -m rlhf.tools.sample --checkpoint runs/dpo/dpo.pt --reward runs/reward.pt",

@@ -22,7 +22,6 @@ from tests.helpers import rows
 from tests.run.small_run import (
     INPUTS,
     TOKENS,
-    InitConfig,
     PPOConfig,
     RewardConfig,
     saved,
@@ -182,7 +181,7 @@ def test_overwrite_writes_metrics_at_once_if_none_are_there(tmp_path):
 def test_run_of_no_steps_removes_the_metrics_of_the_old_run(tmp_path):
     """It has none of its own."""
     (tmp_path / "sft.csv").write_text("old")
-    run = small_run(tmp_path, steps=0, init="gpt2", cls=InitConfig, overwrite=True)
+    run = small_run(tmp_path, steps=0, overwrite=True)
     run.save(0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sft.json", "sft.pt"]
 

@@ -1,6 +1,7 @@
 """train_ppo.py --advantage rloo, grpo and reinforce: what its main passes on, what it writes, and
 what reads that."""
 
+import importlib.util
 import math
 from types import SimpleNamespace
 
@@ -151,20 +152,20 @@ def test_resumed_run_equals_the_uninterrupted_run(models, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_tools_read_a_policy_without_value_network(seen, trained, tmp_path, method):
+def test_tools_read_a_policy_without_value_network(seen, models, tmp_path, method):
     """All but walk, which has nothing to show."""
     path = str(seen[method].out / "ppo.pt")
-    flags = ["--checkpoint", path, "--data", str(trained[0])]
+    flags = ["--checkpoint", path, *map(str, models)]
     optimality.main(
         parse_cli(optimality.OptimalityConfig, [*flags, "--prompts", "3", "--samples", "8"])
     )
     table = rows(seen[method].out / "evaluation.csv")
     assert [row["policy"] for row in table] == ["sft", "ppo", "best_of_n", "optimum"]
     sample.main(parse_cli(sample.SampleConfig, ["--checkpoint", path, "--prompt", "Hello."]))
-    export.main(
-        parse_cli(export.ExportConfig, ["--checkpoint", path, "--out", str(tmp_path / "exported")])
-    )
-    assert (tmp_path / "exported" / "config.json").is_file()
+    if importlib.util.find_spec("transformers"):
+        out = tmp_path / "exported"
+        export.main(parse_cli(export.ExportConfig, ["--checkpoint", path, "--out", str(out)]))
+        assert (out / "config.json").is_file()
     assert label.load_policy(seen[method].out / "ppo.pt", "sft", "ppo")[1]["kind"] == "ppo"
     with pytest.raises(
         InputError, match="no value network to follow: give a ppo.pt of --advantage gae"

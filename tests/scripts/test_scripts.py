@@ -74,13 +74,14 @@ def test_three_stages_write_their_files(trained):
 
 def test_each_stage_ends_with_the_next_command(trained):
     data, out, printed = trained
-    last_lines = {name: text.splitlines()[-3:] for name, text in printed.items()}
-    assert last_lines["sft"][2] == f"next: python train_reward.py --data {data} --out {out}"
-    assert last_lines["reward"][2] == f"next: python train_ppo.py --data {data} --out {out}"
+    last_lines = {name: text.splitlines()[-4:] for name, text in printed.items()}
+    assert last_lines["sft"][-1] == f"next: python train_reward.py --data {data} --out {out}"
+    assert last_lines["reward"][-1] == f"next: python train_ppo.py --data {data} --out {out}"
     assert last_lines["ppo"] == [
         f"next: python -m rlhf.tools.optimality --checkpoint {out}/ppo.pt --data {data}",
         f"next: python -m rlhf.tools.report {out} --data {data}",
         f"next: python -m rlhf.tools.sample --checkpoint {out}/ppo.pt --data {data}",
+        f"next: python -m rlhf.tools.export --checkpoint {out}/ppo.pt --data {data}",
     ]
 
 
@@ -270,7 +271,7 @@ def test_missing_checkpoint_names_the_script_to_run_first(trained, tmp_path):
         ("sft", ["--data", "nowhere"], "no such folder"),
         ("sft", ["--n-head", "3"], "must be a multiple of n_head"),
         ("sft", ["--block-size", "12", "--overwrite"], "there is room for 12"),
-        ("sft", ["--steps", "0"], "must be above 0"),
+        ("ppo", ["--steps", "0"], "must be above 0"),
         ("reward", ["--sft", "OUT/reward.pt"], "written by `python train_reward.py`"),
         ("reward", ["--sft", "data/tiny_assistant/judge.py"], "not a checkpoint"),
         ("reward", ["--resume", "--lr", "0.5"], "begun with another lr"),
@@ -442,7 +443,7 @@ def test_ppo_says_if_all_scores_are_equal(trained, tmp_path, flags):
     inputs = inputs_of("ppo", data, out)
     printed = script("ppo", *inputs, "--out", tmp_path, "--max-new-tokens", "2", *flags).stdout
     assert printed.count("warning: nothing to learn: the scores that are compared are equal") == 2
-    assert "none ends, so each gets --missing-eos-score" in printed
+    assert "or none ends (then raise --max-new-tokens" in printed
     assert [float(row["score_std"]) for row in rows(tmp_path / "ppo.csv")] == [0] * 4
     assert "PPO did not raise the score: +0.000" in printed.splitlines()[-4]
 
@@ -454,7 +455,7 @@ def test_ppo_says_if_the_reward_model_gives_everything_the_same_score(trained, t
     models = ["--sft", tmp_path / "sft.pt", "--reward", reward]
     flags = ["--max-new-tokens", "40", "--missing-eos-score", "0.7"]
     printed = script("ppo", "--data", data, "--out", tmp_path / "runs", *models, *flags).stdout
-    assert printed.count("or the reward model does not tell them apart)") == 2
+    assert printed.count("the reward model does not tell them apart") == 2
 
 
 def test_one_held_out_comparison_has_no_other_prompt(trained, tmp_path):

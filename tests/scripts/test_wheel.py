@@ -51,7 +51,7 @@ def rlhf(wheel, folder, *words):
 def test_three_stages_run_from_the_wheel_in_an_empty_folder(wheel, tmp_path):
     """With the bundled data set. Each prints the command of the next one."""
     following = {"sft": "rlhf reward", "reward": "rlhf ppo"}
-    following["ppo"] = "rlhf sample --checkpoint runs/ppo.pt"
+    following["ppo"] = "rlhf export --checkpoint runs/ppo.pt"
     for name, flags in FLAGS.items():
         done = rlhf(wheel, tmp_path, name, "--device", "cpu", "--steps", "2", *flags.split())
         assert done.returncode == 0, done.stderr
