@@ -270,7 +270,7 @@ MUTANTS = [
     ("hf", "tokens of held-out files are dropped", 'glob(f"{name}*.csv")', 'glob(f"{name}.csv")'),
     ("hf", "the output matrix is in 4 bits", "layer is output or ", ""),
     ("hf", "rows of any length are in 4 bits", " or isinstance(layer, nn.Linear) and layer.in_features % BLOCK", ""),
-    ("hf", "a model in 4 bits is loaded whole first", "if not four_bit or init", "if True or init"),
+    ("hf", "4 bits ignored", "if not four_bit:", "if True:"),
     ("hf", "layers in 4 bits are in eval mode", "            module.train()\n", ""),
     ("hf", "--base-dtype ignored", "options = loading_options(kind, init, four_bit, base_dtype)", "options = loading_options(kind, init, four_bit, 'float32')"),
     ("hf", "GPT-2's matrices stay transposed", "nn.Parameter(layer.weight.t())", "nn.Parameter(layer.weight)"),

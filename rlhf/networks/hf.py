@@ -183,8 +183,6 @@ def load_base(
     options = loading_options(kind, init, four_bit, base_dtype)
     model = from_pretrained(kind, init, **options).eval()
     replace_conv1d(model)
-    if four_bit and init.endswith(".gguf"):
-        hold_in_four_bits(model.base_model)
     for module in model.modules():
         if hasattr(module, "quant_state"):
             # In eval mode bitsandbytes passes no gradient to its input on CPUs with AVX-512.
@@ -199,12 +197,17 @@ def load_base(
 
 def loading_options(kind: str, init: str, four_bit: bool, base_dtype: str) -> dict:
     """The options with which transformers loads a model in base_dtype, and quantises each linear
-    layer as soon as it is read. (It cannot quantise what it reads from a GGUF file.)
+    layer as soon as it is read.
 
     NF4 with double quantisation (Dettmers et al. 2023). The output matrix stays as it is.
     """
-    if not four_bit or init.endswith(".gguf"):
+    if not four_bit:
         return {"dtype": base_dtype}
+    if init.endswith(".gguf"):
+        raise InputError(
+            f"--load-in-4bit needs a folder or a name on the Hugging Face hub; transformers reads "
+            f"the GGUF file {init} in full precision"
+        )
     package("bitsandbytes")  # or the error of transformers is about another package
     outline = from_pretrained(kind, init, dtype=base_dtype, device_map="meta")  # without weights
     replace_conv1d(outline)
@@ -221,21 +224,6 @@ def loading_options(kind: str, init: str, four_bit: bool, base_dtype: str) -> di
         llm_int8_skip_modules=skipped,
     )
     return {"dtype": base_dtype, "quantization_config": quantisation, "device_map": "cpu"}
-
-
-def hold_in_four_bits(trunk: nn.Module) -> None:
-    """Quantise the linear layers of a model that has been loaded, as loading_options does."""
-    for name, linear in list(trunk.named_modules()):
-        if isinstance(linear, nn.Linear) and linear.in_features % BLOCK == 0:
-            layer = package("bitsandbytes").nn.Linear4bit(
-                linear.in_features,
-                linear.out_features,
-                bias=linear.bias is not None,
-                compute_dtype=linear.weight.dtype,
-                quant_type="nf4",
-            )
-            layer.load_state_dict(linear.state_dict())
-            trunk.set_submodule(name, layer.to("cpu"))  # this quantises it
 
 
 def replace_conv1d(model: nn.Module) -> None:

@@ -943,31 +943,20 @@ def in_nf4(model, bitsandbytes):
     return Base(Path(), model)
 
 
-def quantised_as_it_is_read(monkeypatch):
-    """Fail if a model is loaded whole first."""
-    monkeypatch.delattr(hf, "hold_in_four_bits")
-
-
 @torch.no_grad()
-def test_logits_in_4_bits_are_those_of_the_rounded_weights(
-    bases, bitsandbytes, monkeypatch, new_process
-):
-    """Each layer is quantised when it is read. Without adapters, too."""
+def test_logits_in_4_bits_are_those_of_the_rounded_weights(bases, bitsandbytes, new_process):
+    """With adapters and without."""
     new_process()
-    quantised_as_it_is_read(monkeypatch)
     expected = in_nf4(bases["wide"].model, bitsandbytes).forward(ROW)[1]
     for rank in (0, 2):
         gpt = network(bases["wide"], lora_rank=rank, load_in_4bit=True)
         close(gpt(torch.tensor([ROW]))[0], expected)
 
 
-@torch.no_grad()
-def test_a_gguf_file_in_4_bits_has_the_logits_of_the_rounded_weights(bases, bitsandbytes, tmp_path):
+def test_4_bits_of_a_gguf_file_are_refused(bases, tmp_path):
     write_gguf(bases["wide"], tmp_path / "tiny.gguf")
-    gpt = network(bases["wide"], init=str(tmp_path / "tiny.gguf"), load_in_4bit=True)
-    expected = in_nf4(bases["wide"].model, bitsandbytes).forward(ROW)[1]
-    assert isinstance(gpt.trunk.layers[0].mlp.up_proj, bitsandbytes.nn.Linear4bit)
-    close(gpt(torch.tensor([ROW]))[0], expected)
+    with pytest.raises(InputError, match="4bit needs a folder .* GGUF file .*tiny.gguf in full"):
+        network(bases["wide"], init=str(tmp_path / "tiny.gguf"), load_in_4bit=True)
 
 
 def test_linear_layers_are_held_in_4_bits(bases, bitsandbytes):
@@ -1114,15 +1103,12 @@ def test_a_gpt2_in_a_gguf_file_gets_adapters(texts, tmp_path):
 
 
 @torch.no_grad()
-def test_a_gpt2_in_4_bits_has_the_logits_of_the_rounded_weights(
-    texts, bitsandbytes, tmp_path, monkeypatch
-):
+def test_a_gpt2_in_4_bits_has_the_logits_of_the_rounded_weights(texts, bitsandbytes, tmp_path):
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=64, n_layer=1, n_head=2)
     )
     model.save_pretrained(tmp_path)
     make_tokenizer(texts).save_pretrained(tmp_path)
-    quantised_as_it_is_read(monkeypatch)
     gpt = network(Base(tmp_path), load_in_4bit=True)
     assert isinstance(gpt.trunk.h[0].attn.c_attn, bitsandbytes.nn.Linear4bit)
     close(gpt(torch.tensor([ROW]))[0], in_nf4(model.eval(), bitsandbytes).forward(ROW)[1])
