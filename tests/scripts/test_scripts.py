@@ -445,7 +445,7 @@ def test_ppo_says_if_all_scores_are_equal(trained, tmp_path, flags):
     assert printed.count("warning: nothing to learn: the scores that are compared are equal") == 2
     assert "or none ends (then raise --max-new-tokens" in printed
     assert [float(row["score_std"]) for row in rows(tmp_path / "ppo.csv")] == [0] * 4
-    assert "PPO did not raise the score: +0.000" in printed.splitlines()[-4]
+    assert "PPO did not raise the score: +0.000" in printed.splitlines()[-5]
 
 
 def test_ppo_says_if_the_reward_model_gives_everything_the_same_score(trained, tmp_path):

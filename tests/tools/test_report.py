@@ -456,6 +456,22 @@ def test_browser_shows_verdict_and_charts_and_runs_no_text(opened, tmp_path):
     assert set(Server.asked) == {"/report.html"}
 
 
+def test_browser_shows_a_run_of_dpo(opened, tmp_path):
+    files = {
+        "dpo.csv": "step,loss,accuracy,heldout\n1,0.7,0.5,\n2,0.5,0.75,0.625\n",
+        "evaluation.csv": EVALUATION.replace("\nppo,", "\ndpo,"),
+        "dpo_samples.csv": SAMPLES + "p,p,b,a,0.5,1.5,-1,2\n",
+    }
+    folder = write(tmp_path / "run", files)
+    contents_of(folder)
+    page = opened(folder / "report.html")
+    assert "DPO raised the mean gold" in page.inner_text("#verdict")
+    assert page.inner_text("#last-stage") == "Stage 3: DPO"
+    assert page.locator("#last-charts figure").count() == 2
+    assert page.inner_text("#responses .after p >> nth=0") == "a"
+    assert page.inner_text("#tokens p").startswith("Left out: ") and page.faults == []
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1920, "light")])
 def test_browser_shows_one_response_token_by_token(opened, trained, tmp_path, width, scheme):
     """At each width nothing is wider than the window. Pointing at a token names the six parts, with
