@@ -31,15 +31,13 @@ from rlhf.model import GPT
 from rlhf.rollout import Frozen, Rollout
 from rlhf.run import program
 from rlhf.run.checkpoints import check_input
-from rlhf.run.device import Compute, autocast, setup
+from rlhf.run.device import autocast, setup
 from rlhf.run.errors import InputError
 from rlhf.run.files import check_file, write_csv
 from rlhf.run.flags import DEVICES, arg, check_positive
-from rlhf.run.heldout import HELDOUT_SHARE
 from rlhf.run.loading import judge_of, load_policy, load_rewards, tokenizer_of
 from rlhf.run.progress import print_table
-from rlhf.run.reward_functions import Rewards, function_digests, named_rewards, reward_name
-from rlhf.tokenizer import Tokenizer
+from rlhf.run.reward_functions import Rewards, named_rewards
 
 UNRELIABLE = 10  # effective sample size
 WITHIN = 1.96  # standard errors, in 95 % of all cases
@@ -58,9 +56,9 @@ class RunConfig:
     def __post_init__(self):
         self.rewards()  # refuses two reward models
 
-    def rewards(self, weights: tuple[float, ...] = ()) -> Rewards:
+    def rewards(self) -> Rewards:
         beside = Path(self.checkpoint).with_name("reward.pt")
-        return named_rewards(self.reward, weights, beside)
+        return named_rewards(self.reward, (), beside)
 
 
 class Run(NamedTuple):
@@ -122,7 +120,8 @@ def compare_with_optimum(runs: list[Run], cfg: OptimalityConfig) -> None:
 def load_run(cfg: RunConfig) -> Run:
     """The models of a finished run, and what they were evaluated with.
 
-    Raises InputError if the evaluation.csv beside the checkpoint is of another policy.
+    Raises InputError if a file is missing or is not the one that the run was made from, or if the
+    evaluation.csv beside the checkpoint is of another policy.
     """
     path = Path(cfg.checkpoint)
     gpt, checkpoint = load_policy(path, "ppo")
@@ -134,62 +133,47 @@ def load_run(cfg: RunConfig) -> Run:
     judge = judge_of(cfg.data, config["data"])
     data = cfg.data or config["data"]
     tokenizer = tokenizer_of(path, checkpoint, data)
-    frozen = load_frozen(cfg, checkpoint, tokenizer, compute)
-    limit = frozen.context - frozen.max_new_tokens
-    prompts = load_prompts(data, tokenizer, limit, True, config.get("heldout", HELDOUT_SHARE))
-    prompts = prompts[: config["eval_prompts"]]
-    return Run(path, checkpoint, gpt.to(compute.device), frozen, judge, prompts)
 
-
-def load_frozen(cfg: RunConfig, checkpoint: dict, tokenizer: Tokenizer, compute: Compute) -> Frozen:
-    """What the run sampled and scored with.
-
-    Raises InputError if a file is missing, or is not the one that the run was made from.
-    """
-    path = Path(cfg.checkpoint)
-    config = checkpoint["config"]
     sft_path = Path(cfg.sft) if cfg.sft else path.with_name("sft.pt")
-    rewards = rewards_of_run(cfg, config)
-    for name, file in (("sft", sft_path), ("reward", rewards.model)):
-        if file is not None:
-            check_file(file, f"give --{name} the file that {path} was made from")
-            check_input(path, checkpoint, name, file)
+    rewards = cfg.rewards()
+    check_inputs(path, checkpoint, {"sft": sft_path, **rewards.files()})
     reference, _ = load_policy(sft_path, "sft")
-    reference.temperature = config.get("temperature", 1.0)
+    reference.temperature = gpt.temperature
     reward_model, functions = load_rewards(rewards, tokenizer, compute.device)
-    for name, function in zip(function_digests(functions), functions):
-        check_input(path, checkpoint, name, function.path)
-    limits = config["max_new_tokens"]
-    limits = (limits,) if isinstance(limits, int) else limits  # DPO's is one number
-    return Frozen(
+    frozen = Frozen(
         reference.to(compute.device),
         reward_model,
         tokenizer,
-        max_new_tokens=limits[-1],
-        shortest_limit=limits[0],
+        max_new_tokens=config["max_new_tokens"][-1],
+        shortest_limit=config["max_new_tokens"][0],
         missing_eos_score=config["missing_eos_score"],
         rows=config["micro_batch_size"] or 128,
         amp=compute.amp,
         functions=functions,
-        weights=rewards.weights,
+        weights=config.get("reward_weights") or rewards.weights,
     )
+    limit = frozen.context - frozen.max_new_tokens
+    prompts = load_prompts(data, tokenizer, limit, True, config["heldout"])
+    prompts = prompts[: config["eval_prompts"]]
+    return Run(path, checkpoint, gpt.to(compute.device), frozen, judge, prompts)
 
 
-def rewards_of_run(cfg: RunConfig, config: dict) -> Rewards:
-    """The rewards that the user names, with the weights in the config of the run: a checkpoint
-    decides on no code that runs.
+def check_inputs(path: Path, checkpoint: dict, files: dict[str, Path]) -> None:
+    """Raise InputError if a run was made from other files than these.
 
-    Raises InputError if the run was trained with other rewards.
+    So a checkpoint decides on no code that runs: the user names the rewards.
+
+    Args: files: {"sft": its file, "reward": ...}, see Rewards.files.
     """
-    trained = config["reward"] or "reward.pt"
-    trained = [trained] if isinstance(trained, str) else trained  # DPO's is one file
-    given = cfg.reward or ["reward.pt"]
-    if list(map(reward_name, given)) != list(map(reward_name, trained)):
+    trained = [name for name in checkpoint["inputs"] if name.startswith(("sft", "reward"))]
+    if trained != list(files):
+        rewards = " ".join(checkpoint["config"]["reward"]) or "reward.pt"
         raise InputError(
-            f"{cfg.checkpoint} was trained with --reward {' '.join(trained)}; give the same "
-            f"rewards, in this order"
+            f"{path} was trained with --reward {rewards}; give the same rewards, in this order"
         )
-    return cfg.rewards(config.get("reward_weights", ()))
+    for name, file in files.items():
+        check_file(file, f"give --{name.split()[0]} the file that {path} was made from")
+        check_input(path, checkpoint, name, file)
 
 
 # ---- samples ----

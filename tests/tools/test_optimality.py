@@ -433,7 +433,7 @@ def test_optimality_rejects_rewards_that_are_none(reward, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_cli(OptimalityConfig, ["--reward", *reward.split()])
     assert stop.value.code == 2
-    assert f"--reward {reward}: give one reward model FILE.pt" in capsys.readouterr().err
+    assert f"--reward {reward}: give a reward model FILE.pt first" in capsys.readouterr().err
 
 
 def test_optimality_without_the_judge_of_the_run_changes_nothing(copied):
