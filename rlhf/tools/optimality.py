@@ -26,7 +26,7 @@ from torch import Tensor
 from rlhf import evaluate
 from rlhf.data import Prompt, load_prompts
 from rlhf.methods.dpo import response_logprobs
-from rlhf.methods.optimum import LARGEST_N, Estimate, Samples, column, estimate_optimum
+from rlhf.methods.optimum import LARGEST_N, Estimate, Samples, estimate_optimum, response_metrics
 from rlhf.model import GPT
 from rlhf.rollout import Frozen, Rollout
 from rlhf.run import program
@@ -34,13 +34,12 @@ from rlhf.run.checkpoints import check_input
 from rlhf.run.device import autocast, setup
 from rlhf.run.errors import InputError
 from rlhf.run.files import check_file, write_csv
-from rlhf.run.flags import DEVICES, arg, check_positive
+from rlhf.run.flags import DEVICES, arg
 from rlhf.run.loading import judge_of, load_policy, load_rewards, tokenizer_of
 from rlhf.run.progress import print_table
 from rlhf.run.reward_functions import Rewards, named_rewards
 
 UNRELIABLE = 10  # effective sample size
-WITHIN = 1.96  # standard errors, in 95 % of all cases
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,8 @@ class OptimalityConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "prompts")
+        if self.prompts < 2:
+            raise ValueError(f"--prompts is {self.prompts}: give 2 or more")
         if self.samples < 4 or self.samples % 2:
             raise ValueError(f"--samples is {self.samples}: give an even number, 4 or more")
 
@@ -109,7 +109,7 @@ def compare_with_optimum(runs: list[Run], cfg: OptimalityConfig) -> None:
     for run, estimate in zip(runs, estimate_optimum(evaluations, samples, kl_coef)):
         path = run.path.with_name("evaluation.csv")
         write_csv(path, estimate.rows)
-        print(describe(estimate, run.checkpoint["kind"].upper()))
+        print(describe(estimate))
         print(f"wrote {path}\n")
         print_table(estimate.rows)
 
@@ -140,17 +140,19 @@ def load_run(cfg: RunConfig) -> Run:
     reference, _ = load_policy(sft_path, "sft")
     reference.temperature = gpt.temperature
     reward_model, functions = load_rewards(rewards, tokenizer, compute.device)
+    limits = config["max_new_tokens"]
+    weights = config.get("reward_weights") or rewards.weights  # DPO has none
     frozen = Frozen(
         reference.to(compute.device),
         reward_model,
         tokenizer,
-        max_new_tokens=config["max_new_tokens"][-1],
-        shortest_limit=config["max_new_tokens"][0],
+        max_new_tokens=limits[-1],
+        shortest_limit=limits[0],
         missing_eos_score=config["missing_eos_score"],
         rows=config["micro_batch_size"] or 128,
         amp=compute.amp,
         functions=functions,
-        weights=config.get("reward_weights") or rewards.weights,
+        weights=weights,
     )
     limit = frozen.context - frozen.max_new_tokens
     prompts = load_prompts(data, tokenizer, limit, True, config["heldout"])
@@ -198,17 +200,14 @@ def sample_all(
     responses = []
     parts = []
     for number, policy in enumerate(policies, start=1):
-        other = policies[1] if number == 1 else policies[0]
-        frozen = frozen._replace(reference=other)  # its logprobs come with the rollout
         for batch, rollout in evaluate.rollouts(policy, repeated, frozen, seed + number):
             responses += evaluate.describe(batch, rollout, frozen.tokenizer, judge)
-            known = {policy: rollout.logprobs, other: rollout.ref_logprobs}
+            known = {policy: rollout.logprobs, frozen.reference: rollout.ref_logprobs}
             parts.append(logprobs_under(policies, known, rollout, frozen.amp))  # (M, B)
     shape = (len(policies), len(prompts), count)  # (M, Q, n)
-    scores = column(responses, "score").view(shape)
-    golds = column(responses, "gold").view(shape)
+    scores, golds, _ = response_metrics(responses)  # (M Q n,) each
     logprobs = torch.cat(parts, dim=1).double().cpu().view(-1, *shape)  # (M, M, Q, n)
-    return Samples(scores, golds, logprobs - logprobs[0])
+    return Samples(scores.view(shape), golds.view(shape), logprobs - logprobs[0])
 
 
 @torch.no_grad()
@@ -230,34 +229,19 @@ def logprobs_under(
 # ---- the report ----
 
 
-def describe(estimate: Estimate, name: str) -> str:
-    """The optimality of a policy and of best-of-n, and how far they can be trusted. name: of the
-    policy, PPO or DPO."""
-    sft, policy, best_of_n, best = estimate.rows
-    ess = estimate.ess.mean().item()
-    unreliable = (estimate.ess < UNRELIABLE).sum()
+def describe(estimate: Estimate) -> str:
+    """What best-of-n is, and how far the table can be trusted."""
+    ess = estimate.ess
+    unreliable = (ess < UNRELIABLE).sum()
     lines = [
-        f"best_of_n: n = {estimate.n:,}, whose KL is nearest to {name}'s (up to {LARGEST_N:,})",
-        f"optimum: effective sample size {ess:.1f} on average, below {UNRELIABLE} for {unreliable} "
-        f"of {len(estimate.ess)} prompts",
-        f"optimality of {name}: {interval(policy)}",
-        f"optimality of best_of_n: {interval(best_of_n)}",
+        f"best_of_n: n = {estimate.n:,}, whose KL is nearest to the policy's (up to {LARGEST_N:,})",
+        f"optimum: effective sample size {ess.mean():.1f} on average, below {UNRELIABLE} for "
+        f"{unreliable} of {len(ess)} prompts",
+        "95 % intervals: optimality ± 1.96 optimality_se",
     ]
-    gain = best["objective"] - sft["objective"]
-    if abs(estimate.raised) >= 0.03 * gain or ess < UNRELIABLE:
+    if ess.mean() < UNRELIABLE:
         lines.append("warning: too few samples to trust; more --samples, or a larger --kl-coef")
     return "\n".join(lines)
-
-
-def interval(row: dict) -> str:
-    """The optimality of a row, its standard error, and the interval that holds the truth in 95 % of
-    all cases."""
-    value, error = row["optimality"], row["optimality_se"]
-    if error is None:
-        return "unknown"
-    low = value - WITHIN * error
-    high = value + WITHIN * error
-    return f"{value:.3f} ± {error:.3f} (95 %: {low:.3f} to {high:.3f})"
 
 
 if __name__ == "__main__":
