@@ -39,7 +39,7 @@ from docs.experiments.plot import draw_study, save
 from rlhf import evaluate
 from rlhf.data import Prompt, load_comparisons, load_prompts
 from rlhf.masked import check_same_shape
-from rlhf.methods.optimum import best_of_n_kl, column
+from rlhf.methods.optimum import best_of_n_kl, response_metrics
 from rlhf.rollout import Frozen
 from rlhf.run.device import pick_device
 from rlhf.run.errors import InputError
@@ -182,8 +182,8 @@ def reference_samples(
     (NaN without a judge)."""
     repeated = [prompt for prompt in prompts for _ in range(count)]
     responses = evaluate.respond(frozen.reference, repeated, frozen, judge, seed)
-    scores = column(responses, "score").view(-1, count)
-    return scores, column(responses, "gold").view(-1, count)
+    scores, golds, _ = response_metrics(responses)  # (Q n,) each
+    return scores.view(-1, count), golds.view(-1, count)
 
 
 def unbiased_best_of_n(scores: Tensor, values: Tensor, n: int) -> Tensor:

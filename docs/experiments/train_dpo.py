@@ -20,6 +20,7 @@ loss that keep the probability of the chosen response up.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,12 +35,12 @@ from rlhf.run.checks import check_finite
 from rlhf.run.device import Compute, make_generator, setup
 from rlhf.run.errors import InputError
 from rlhf.run.files import csv_path, digests
-from rlhf.run.flags import TrainConfig, arg, check_positive
+from rlhf.run.flags import TrainConfig, arg, check_positive, check_range
 from rlhf.run.judge import load_judge, share_positive
 from rlhf.run.micro_batches import micro_batches
 from rlhf.run.optimizer import cosine_schedule, make_optimizer, optimizer_step, set_lr
 from rlhf.run.processes import gather, total_of
-from rlhf.run.reward_functions import Rewards
+from rlhf.run.reward_functions import Rewards, named_rewards
 from rlhf.run.training import Training
 
 SHOWN = ("loss", "accuracy", "heldout", "chosen_log_ratio", "rejected_log_ratio")
@@ -61,14 +62,20 @@ class DPOConfig(TrainConfig):
     beta: float = arg(0.0, "DPO's beta (0: kl_coef times the reward model's scale)", group="DPO")
     kl_coef: float = arg(0.07, "KL penalty coefficient of the objective")
     sft: str = arg("runs/sft.pt", "starting policy and reference")
-    reward: str = arg("runs/reward.pt", "reward model, which only scores")
-    max_new_tokens: int = arg(40, "longest response of the evaluation")
+    reward: tuple[str, ...] = arg(("runs/reward.pt",), "reward model, which only scores")
+    max_new_tokens: tuple[int, ...] = arg((40,), "longest response; two: drawn between")
     missing_eos_score: float | None = arg(-3.0, "score without end-of-text (none: as it is)")
     eval_prompts: int = arg(500, "held-out prompts of the closing evaluation")
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "kl_coef", "max_new_tokens", "eval_prompts")
+        check_positive(self, "kl_coef", "eval_prompts")
+        check_range("max_new_tokens", self.max_new_tokens)
+        if self.rewards().functions:
+            raise ValueError("--reward: DPO takes one reward model, FILE.pt")
+
+    def rewards(self) -> Rewards:
+        return named_rewards(self.reward, (), Path(self.out) / "reward.pt")
 
 
 def main(cfg: DPOConfig) -> None:
@@ -124,7 +131,7 @@ def load_models(
     cfg: DPOConfig, compute: Compute
 ) -> tuple[PolicyWithoutValue, Frozen, dict[str, str]]:
     """The policy; what is frozen; digests of what the run is made from."""
-    rewards = Rewards(cfg.checkpoint("reward"), (), (1.0,))
+    rewards = cfg.rewards()
     gpt, reward_model, functions, tokenizer, inputs = loading.load_stages(
         cfg, rewards, compute.device
     )
@@ -139,10 +146,11 @@ def load_models(
         reference.to(compute.device),
         reward_model,
         tokenizer,
-        cfg.max_new_tokens,
-        cfg.missing_eos_score,
-        cfg.micro_batch_size or 128,
-        compute.amp,
+        max_new_tokens=cfg.max_new_tokens[-1],
+        missing_eos_score=cfg.missing_eos_score,
+        rows=cfg.micro_batch_size or 128,
+        amp=compute.amp,
+        shortest_limit=cfg.max_new_tokens[0],
     )
     return policy, frozen, inputs
 
@@ -154,7 +162,7 @@ def load_rows(cfg: DPOConfig, gpt: GPT, frozen: Frozen, heldout: bool = False) -
 
 def load_heldout_prompts(cfg: DPOConfig, frozen: Frozen) -> list[Prompt]:
     """The prompts of the closing evaluation, after which a response fits."""
-    limit = max(0, frozen.context - cfg.max_new_tokens)
+    limit = max(0, frozen.context - frozen.max_new_tokens)
     prompts = load_prompts(cfg.data, frozen.tokenizer, limit, True, cfg.heldout)
     return prompts[: cfg.eval_prompts]
 

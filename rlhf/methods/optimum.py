@@ -20,10 +20,10 @@ No training step uses this file. `python -m rlhf.tools.optimality` compares PPO 
 import bisect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from pandas import DataFrame
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -45,7 +45,7 @@ class Optimum(NamedTuple):
     weights: Tensor  # (Q, N) of the samples; those of a prompt sum to 1
 
 
-def optimum(scores: Tensor, kl_coef: float, log_q: Tensor) -> Optimum:
+def optimum(scores: Tensor, kl_coef: float, log_q: Tensor | None = None) -> Optimum:
     """The optimal policy's metrics for each prompt, by importance sampling.
 
     The N samples of a prompt come from the reference and from other policies; q is the mixture of
@@ -65,9 +65,10 @@ def optimum(scores: Tensor, kl_coef: float, log_q: Tensor) -> Optimum:
     most of it. With beta = 0, the optimum is the best sample.
 
     Args: scores (Q, N), N samples for each of Q prompts; kl_coef: 0 or more; log_q (Q, N): log q -
-        log pi_ref of each sample, 0 if all are the reference's.
+        log pi_ref of each sample (None: 0, all are the reference's).
+    Returns: in float64.
     """
-    check_same_shape(scores=scores, log_q=log_q)
+    scores, log_q = in_float64(scores, log_q)
     log_weights = torch.log_softmax(log_tilt(scores, kl_coef) - log_q, dim=1)  # (Q, N)
     weights = log_weights.exp()
 
@@ -77,6 +78,14 @@ def optimum(scores: Tensor, kl_coef: float, log_q: Tensor) -> Optimum:
     objective = score - kl_coef * kl_ref  # (Q,)
     ess = 1 / (weights**2).sum(dim=1)  # (Q,)
     return Optimum(objective, score, kl_ref, ess, weights)
+
+
+def in_float64(scores: Tensor, log_q: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both in float64, of one shape; log_q None becomes 0."""
+    if log_q is None:
+        log_q = torch.zeros_like(scores)
+    check_same_shape(scores=scores, log_q=log_q)
+    return scores.double(), log_q.double()
 
 
 def log_mixture(log_ratios: Tensor) -> Tensor:
@@ -105,7 +114,7 @@ def log_tilt(scores: Tensor, kl_coef: float) -> Tensor:
 # ---- best-of-n ----
 
 
-def best_of_n(scores: Tensor, values: Tensor, n: int, log_q: Tensor) -> Tensor:
+def best_of_n(scores: Tensor, values: Tensor, n: int, log_q: Tensor | None = None) -> Tensor:
     """Expected value of the best by score of n samples of the reference.
 
     The N samples come from q, as in `optimum`, so that high scores are among them also if they are
@@ -122,9 +131,10 @@ def best_of_n(scores: Tensor, values: Tensor, n: int, log_q: Tensor) -> Tensor:
     Args: scores, values (Q, N): values may be the scores themselves, or another judge's scores of
         the same samples; n: 1 or more; log_q (Q, N): log q - log pi_ref of each sample, as in
         `optimum`.
-    Returns: (Q,).
+    Returns: (Q,), in float64.
     """
-    check_same_shape(scores=scores, values=values, log_q=log_q)
+    check_same_shape(scores=scores, values=values)
+    scores, log_q = in_float64(scores, log_q)
     scores, order = scores.sort(dim=1)  # (Q, N), lowest first
     v = torch.softmax(-log_q, dim=1).gather(1, order)  # (Q, N)
     F = pad(v.cumsum(dim=1), (1, 0))  # (Q, N + 1): of the first 0, 1, ... N samples
@@ -153,8 +163,8 @@ def matching_n(kl: float) -> int:
 
 # ---- metrics of policies, from the same samples ----
 
-METRICS = ("score", "gold", "kl_ref")  # the rows of (3, Q); the gold of no judge is NaN
-KL_REF = 2  # its number
+METRICS = ["score", "gold", "kl_ref"]  # the rows of (3, Q); the gold of no judge is NaN
+COLUMNS = [*METRICS, "objective", "optimality", "optimality_se"]  # of evaluation.csv
 
 
 class Samples(NamedTuple):
@@ -213,15 +223,8 @@ def jackknife(estimator: Callable[..., Tensor], samples: Samples, setting: float
 
 
 def response_metrics(responses: list[Response]) -> Tensor:
-    """(3, P) of one response to each of P prompts."""
-    return torch.stack([column(responses, name) for name in METRICS])
-
-
-def column(responses: list[Response], name: str) -> Tensor:
-    """A field of the responses as (n,), in float64. NaN for the gold of no judge."""
-    values = [getattr(response, name) for response in responses]
-    numbers = [math.nan if value is None else value for value in values]
-    return torch.tensor(numbers, dtype=torch.float64)
+    """(3, P) of one response to each of P prompts, in float64."""
+    return torch.tensor(DataFrame(responses)[METRICS].to_numpy(float)).T
 
 
 def extend(metrics: Tensor, more: Tensor) -> Tensor:
@@ -248,7 +251,7 @@ def objective(metrics: Tensor, kl_coef: float) -> Tensor:
     return score - kl_coef * kl_ref
 
 
-def optimality(gain: Tensor, best: Tensor, sampled: int) -> dict[str, float | None]:
+def optimality(gain: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
     """gain / best, the share of the best policy's gain, and its standard error.
 
     To first order, errors e of the gain and E of the best policy's change the ratio R by (e - R E)
@@ -257,32 +260,27 @@ def optimality(gain: Tensor, best: Tensor, sampled: int) -> dict[str, float | No
     to them, and what two policies have in common on a prompt cancels. It does not contain the bias
     of J*.
 
-    Args: gain, best: J - J_sft for each prompt, (P,); sampled: the number of prompts, Q, that the
-        best policy was measured on.
-    Returns: the columns of evaluation.csv. Both are None if the best policy gains nothing, and the
-        error also if Q is 1.
+    Args: gain, best: J - J_sft for each prompt, (P,).
+    Returns: two scalars, NaN if the best policy gains nothing. From a single prompt, the error is
+        NaN.
     """
-    ratio = error = None
-    whole = best.mean().item()
-    if whole > 0:
-        ratio = gain.mean().item() / whole
-        errors = gain - ratio * best  # (P,)
-        if sampled > 1:
-            error = errors.std().item() / math.sqrt(len(errors)) / whole
-    return {"optimality": ratio, "optimality_se": error}
+    whole = best.mean()
+    whole = torch.where(whole > 0, whole, math.nan)
+    ratio = gain.mean() / whole
+    errors = gain - ratio * best  # (P,)
+    variance = errors.var(correction=0) / (len(errors) - 1)  # of the mean
+    return ratio, variance.sqrt() / whole
 
 
 # ---- rows of the tables ----
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A policy beside best-of-n and the optimum."""
 
     rows: list[dict]  # of evaluation.csv: sft, the policy, best_of_n, optimum
     n: int  # of best_of_n
     ess: Tensor  # (Q,) effective sample size of the optimum
-    raised: float  # J* by the jackknife
 
 
 def estimate_optimum(
@@ -298,8 +296,7 @@ def estimate_optimum(
 
         optimality = (J - J_sft) / (J* - J_sft),    J = score - kl_coef * kl_ref
 
-    0 for the reference, 1 for the best policy that this objective has, and its standard error
-    (None from a single prompt).
+    0 for the reference, 1 for the best policy that this objective has, and its standard error.
 
     Args: evaluations: of the K policies, a good one first, as evaluate.compare returns them;
         samples: of the reference and of these policies, on the first Q of the P prompts.
@@ -308,36 +305,36 @@ def estimate_optimum(
     reference = response_metrics(before)  # (3, P)
     first = response_metrics(after)  # (3, P)
     paired = policy_metrics(samples, 1)  # (3, Q)
-    scores, _, log_q = samples.pooled()
-    plain = optimum(scores, kl_coef, log_q)
-    corrected = jackknife(optimal_metrics, samples, kl_coef)  # (3, Q)
-    raised = (objective(corrected, kl_coef) - plain.objective).mean().item()
-    best = extend(first, corrected - paired)  # (3, P)
-    best_gain = objective(best - reference, kl_coef)  # (P,)
+    best = extend(first, jackknife(optimal_metrics, samples, kl_coef) - paired)  # (3, P)
+    scores, _, log_q = samples.pooled()  # (Q, N) each
+    ess = optimum(scores, kl_coef, log_q).ess
 
     estimates = []
     for number, (rows, _, after) in enumerate(evaluations, start=1):
-        n = matching_n(policy_metrics(samples, number)[KL_REF].mean().item())
+        n = matching_n(samples.log_ratios[number, number].mean().item())
         best_of = extend(first, jackknife(best_of_n_metrics, samples, n) - paired)  # (3, P)
-        empty = {**dict.fromkeys(rows[1]), "prompts": paired.size(1)}
+        empty = dict.fromkeys(rows[0]) | {"prompts": paired.size(1)}
         table = [
             (rows[0], reference),
             (rows[1], response_metrics(after)),
-            (empty | {"policy": "best_of_n"} | means(best_of, kl_coef), best_of),
-            (empty | {"policy": "optimum"} | means(best, kl_coef), best),
+            (empty | {"policy": "best_of_n"}, best_of),
+            (empty | {"policy": "optimum"}, best),
         ]
-        complete = []
-        for row, metrics in table:
-            gain = objective(metrics - reference, kl_coef)  # (P,)
-            complete.append(row | optimality(gain, best_gain, paired.size(1)))
-        estimates.append(Estimate(complete, n, plain.ess, raised))
+        complete = [row | columns(x, reference, best, kl_coef) for row, x in table]
+        estimates.append(Estimate(complete, n, ess))
     return estimates
 
 
-def means(metrics: Tensor, kl_coef: float) -> dict[str, float | None]:
-    """The columns of evaluation.csv that follow from (3, P). The gold of no judge is None."""
-    mean = metrics.mean(dim=1)  # (3,)
-    score, gold, kl_ref = mean.tolist()
-    gold = None if math.isnan(gold) else gold
-    columns = {"score": score, "gold": gold, "kl_ref": kl_ref}
-    return columns | {"objective": objective(mean, kl_coef).item()}
+def columns(
+    metrics: Tensor, reference: Tensor, best: Tensor, kl_coef: float
+) -> dict[str, float | None]:
+    """COLUMNS of the policy with these metrics, beside the reference and the optimum: (3, P) each.
+
+    None if a number is not known, such as the gold of no judge.
+    """
+    gain = objective(metrics - reference, kl_coef)  # (P,)
+    best_gain = objective(best - reference, kl_coef)  # (P,)
+    means = metrics.mean(dim=1)  # (3,)
+    numbers = [*means, objective(means, kl_coef), *optimality(gain, best_gain)]
+    values = torch.stack(numbers).tolist()
+    return {name: None if math.isnan(x) else x for name, x in zip(COLUMNS, values)}

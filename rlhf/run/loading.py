@@ -15,7 +15,7 @@ from rlhf.run.checkpoints import check_input, check_tokenizer, load_checkpoint, 
 from rlhf.run.errors import InputError, printable
 from rlhf.run.files import BUNDLED, check_folder, data_folder, digests
 from rlhf.run.judge import load_judge
-from rlhf.run.reward_functions import RewardFunction, Rewards, function_digests
+from rlhf.run.reward_functions import RewardFunction, Rewards
 from rlhf.tokenizer import Tokenizer, load_tokenizer
 
 # ---- networks ----
@@ -165,9 +165,7 @@ def load_stages(
     gpt, sft = load_policy(sft_path, "sft")
     tokenizer = tokenizer_of(sft_path, sft, cfg.data)
     reward_model, functions = load_rewards(rewards, tokenizer, device, sft_path)
-    inputs = digests(sft=sft_path) | function_digests(functions)
-    if rewards.model is not None:
-        inputs |= digests(reward=rewards.model)
+    inputs = digests(sft=sft_path, **rewards.files())
     return gpt, reward_model, functions, tokenizer, inputs
 
 

@@ -20,10 +20,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rlhf.run.errors import InputError
-from rlhf.run.files import check_file, digests
+from rlhf.run.files import check_file
 from rlhf.run.user_code import PREFIX, call_score, load_code
 
-RESERVED_NAMES = ("model", "std")  # ppo.csv has score_model and score_std
+OTHER_METRICS = ("model", "std")  # ppo.csv has score_model and score_std
 SPEC = re.compile(r"(.+\.py)(?::(\w+))?")  # FILE.py or FILE.py:FUNCTION
 
 
@@ -43,62 +43,68 @@ class Rewards(NamedTuple):
 
     model: Path | None  # a reward model's checkpoint
     functions: tuple[str, ...]  # FILE.py or FILE.py:FUNCTION
-    weights: tuple[float, ...]
+    weights: tuple[float, ...]  # of the model, then of the functions
 
     def load_functions(self) -> tuple[RewardFunction, ...]:
         """Execute the files, and find the functions: `score` if none is named.
 
-        Raises InputError if a file is missing or has no such function, or if two have one name.
+        Raises InputError if a file is missing or has no such function.
         """
-        functions = {}
+        return tuple(map(load_function, self.functions))
+
+    def files(self) -> dict[str, Path]:
+        """{"reward NAME": the file of a function, "reward": the reward model's}."""
+        files = {}
         for spec in self.functions:
-            function = load_function(spec)
-            if function.name in functions or function.name in RESERVED_NAMES:
-                raise InputError(
-                    f"--reward {spec}: the metric score_{function.name} exists already; rename the "
-                    f"function or the file"
-                )
-            functions[function.name] = function
-        return tuple(functions.values())
+            path, _, name = parse(spec)
+            files[f"reward {name}"] = path
+        if self.model is not None:
+            files["reward"] = self.model
+        return files
 
 
 def named_rewards(names: tuple[str, ...], weights: tuple[float, ...], default: Path) -> Rewards:
     """What the flags name; without names, the reward model `default`.
 
-    Raises ValueError if they name more than one model, or weights of another number.
+    Raises ValueError if they name anything but a reward model and then functions, if two metrics
+    would have one name, or if there are weights of another number.
     """
     names = names or (str(default),)
-    functions = tuple(name for name in names if SPEC.fullmatch(name))
-    models = [name for name in names if name not in functions]
-    if len(models) > 1 or models and not models[0].endswith(".pt"):
+    models = names[:1] if names[0].endswith(".pt") else ()
+    functions = names[len(models) :]
+    if not all(map(SPEC.fullmatch, functions)):
         raise ValueError(
-            f"--reward {' '.join(models)}: give one reward model FILE.pt at most, and functions as "
-            f"FILE.py or FILE.py:FUNCTION"
+            f"--reward {' '.join(names)}: give a reward model FILE.pt first, if any, and then "
+            f"functions as FILE.py or FILE.py:FUNCTION"
         )
+    metrics = [*OTHER_METRICS, *[parse(spec)[-1] for spec in functions]]
+    for name in metrics:
+        if metrics.count(name) > 1:
+            raise ValueError(
+                f"--reward: two metrics would be score_{name}; rename a function or its file"
+            )
     if weights and len(weights) != len(names):
         raise ValueError(f"--reward-weights: {len(weights)} weights for {len(names)} rewards")
-    by_name = dict(zip(names, weights or [1.0] * len(names)))
-    in_order = [by_name[name] for name in (*models, *functions)]
-    return Rewards(Path(models[0]) if models else None, functions, tuple(in_order))
+    model = Path(models[0]) if models else None
+    return Rewards(model, functions, weights or (1.0,) * len(names))
 
 
-def reward_name(spec: str) -> str:
-    """FUNCTION or, without it, FILE; "model" for a reward model."""
-    if not SPEC.fullmatch(spec):
-        return "model"
-    file, name = SPEC.fullmatch(spec).groups()
-    return name or Path(file).stem
+def parse(spec: str) -> tuple[Path, str, str]:
+    """The file of FILE.py or FILE.py:FUNCTION, the function, and the name of its metric."""
+    file, function = SPEC.fullmatch(spec).groups()
+    path = Path(file)
+    return path, function or "score", function or path.stem
 
 
 def load_function(spec: str) -> RewardFunction:
     """The function of FILE.py or FILE.py:FUNCTION. Raises InputError if there is none."""
-    file, name = SPEC.fullmatch(spec).groups()
-    path = check_file(Path(file), "give --reward a file with a function score(prompts, responses)")
+    path, attribute, name = parse(spec)
+    check_file(path, "give --reward a file with a function score(prompts, responses)")
     sys.path.append(str(path.resolve().parent))  # it may import files beside it
-    function = getattr(load_code(path, PREFIX + spec), name or "score", None)
+    function = getattr(load_code(path, PREFIX + spec), attribute, None)
     if not callable(function):
-        raise InputError(f"--reward {spec}: {path} has no function {name or 'score'}")
-    return RewardFunction(reward_name(spec), path, function)
+        raise InputError(f"--reward {spec}: {path} has no function {attribute}")
+    return RewardFunction(name, path, function)
 
 
 def part_means(model, functions: tuple[RewardFunction, ...], parts: Tensor) -> dict[str, float]:
@@ -113,8 +119,3 @@ def part_means(model, functions: tuple[RewardFunction, ...], parts: Tensor) -> d
         return {}
     means = parts.mean(dim=0).tolist()
     return {f"score_{name}": mean for name, mean in zip(names, means)}
-
-
-def function_digests(functions: tuple[RewardFunction, ...]) -> dict[str, str]:
-    """{"reward NAME": SHA-256 of its file}."""
-    return digests(**{f"reward {function.name}": function.path for function in functions})

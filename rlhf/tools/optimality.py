@@ -26,23 +26,20 @@ from torch import Tensor
 from rlhf import evaluate
 from rlhf.data import Prompt, load_prompts
 from rlhf.methods.dpo import response_logprobs
-from rlhf.methods.optimum import LARGEST_N, Estimate, Samples, column, estimate_optimum
+from rlhf.methods.optimum import LARGEST_N, Estimate, Samples, estimate_optimum, response_metrics
 from rlhf.model import GPT
 from rlhf.rollout import Frozen, Rollout
 from rlhf.run import program
 from rlhf.run.checkpoints import check_input
-from rlhf.run.device import Compute, autocast, setup
+from rlhf.run.device import autocast, setup
 from rlhf.run.errors import InputError
 from rlhf.run.files import check_file, write_csv
-from rlhf.run.flags import DEVICES, arg, check_positive
-from rlhf.run.heldout import HELDOUT_SHARE
+from rlhf.run.flags import DEVICES, arg
 from rlhf.run.loading import judge_of, load_policy, load_rewards, tokenizer_of
 from rlhf.run.progress import print_table
-from rlhf.run.reward_functions import Rewards, function_digests, named_rewards, reward_name
-from rlhf.tokenizer import Tokenizer
+from rlhf.run.reward_functions import Rewards, named_rewards
 
 UNRELIABLE = 10  # effective sample size
-WITHIN = 1.96  # standard errors, in 95 % of all cases
 
 
 @dataclass(frozen=True)
@@ -58,9 +55,9 @@ class RunConfig:
     def __post_init__(self):
         self.rewards()  # refuses two reward models
 
-    def rewards(self, weights: tuple[float, ...] = ()) -> Rewards:
+    def rewards(self) -> Rewards:
         beside = Path(self.checkpoint).with_name("reward.pt")
-        return named_rewards(self.reward, weights, beside)
+        return named_rewards(self.reward, (), beside)
 
 
 class Run(NamedTuple):
@@ -82,7 +79,8 @@ class OptimalityConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "prompts")
+        if self.prompts < 2:
+            raise ValueError(f"--prompts is {self.prompts}: give 2 or more")
         if self.samples < 4 or self.samples % 2:
             raise ValueError(f"--samples is {self.samples}: give an even number, 4 or more")
 
@@ -112,7 +110,7 @@ def compare_with_optimum(runs: list[Run], cfg: OptimalityConfig) -> None:
     for run, estimate in zip(runs, estimate_optimum(evaluations, samples, kl_coef)):
         path = run.path.with_name("evaluation.csv")
         write_csv(path, estimate.rows)
-        print(describe(estimate, run.checkpoint["kind"].upper()))
+        print(describe(estimate))
         print(f"wrote {path}\n")
         print_table(estimate.rows)
 
@@ -123,7 +121,8 @@ def compare_with_optimum(runs: list[Run], cfg: OptimalityConfig) -> None:
 def load_run(cfg: RunConfig) -> Run:
     """The models of a finished run, and what they were evaluated with.
 
-    Raises InputError if the evaluation.csv beside the checkpoint is of another policy.
+    Raises InputError if a file is missing or is not the one that the run was made from, or if the
+    evaluation.csv beside the checkpoint is of another policy.
     """
     path = Path(cfg.checkpoint)
     gpt, checkpoint = load_policy(path, "ppo")
@@ -135,34 +134,16 @@ def load_run(cfg: RunConfig) -> Run:
     judge = judge_of(cfg.data, config["data"])
     data = cfg.data or config["data"]
     tokenizer = tokenizer_of(path, checkpoint, data)
-    frozen = load_frozen(cfg, checkpoint, tokenizer, compute)
-    limit = frozen.context - frozen.max_new_tokens
-    prompts = load_prompts(data, tokenizer, limit, True, config.get("heldout", HELDOUT_SHARE))
-    prompts = prompts[: config["eval_prompts"]]
-    return Run(path, checkpoint, gpt.to(compute.device), frozen, judge, prompts, compute)
 
-
-def load_frozen(cfg: RunConfig, checkpoint: dict, tokenizer: Tokenizer, compute: Compute) -> Frozen:
-    """What the run sampled and scored with.
-
-    Raises InputError if a file is missing, or is not the one that the run was made from.
-    """
-    path = Path(cfg.checkpoint)
-    config = checkpoint["config"]
     sft_path = Path(cfg.sft) if cfg.sft else path.with_name("sft.pt")
-    rewards = rewards_of_run(cfg, config)
-    for name, file in (("sft", sft_path), ("reward", rewards.model)):
-        if file is not None:
-            check_file(file, f"give --{name} the file that {path} was made from")
-            check_input(path, checkpoint, name, file)
+    rewards = cfg.rewards()
+    check_inputs(path, checkpoint, {"sft": sft_path, **rewards.files()})
     reference, _ = load_policy(sft_path, "sft")
-    reference.temperature = config.get("temperature", 1.0)
+    reference.temperature = gpt.temperature
     reward_model, functions = load_rewards(rewards, tokenizer, compute.device)
-    for name, function in zip(function_digests(functions), functions):
-        check_input(path, checkpoint, name, function.path)
     limits = config["max_new_tokens"]
-    limits = (limits,) if isinstance(limits, int) else limits  # DPO's is one number
-    return Frozen(
+    weights = config.get("reward_weights") or rewards.weights  # DPO has none
+    frozen = Frozen(
         reference.to(compute.device),
         reward_model,
         tokenizer,
@@ -172,25 +153,30 @@ def load_frozen(cfg: RunConfig, checkpoint: dict, tokenizer: Tokenizer, compute:
         rows=config["micro_batch_size"] or 128,
         amp=compute.amp,
         functions=functions,
-        weights=rewards.weights,
+        weights=weights,
     )
+    limit = frozen.context - frozen.max_new_tokens
+    prompts = load_prompts(data, tokenizer, limit, True, config["heldout"])
+    prompts = prompts[: config["eval_prompts"]]
+    return Run(path, checkpoint, gpt.to(compute.device), frozen, judge, prompts, compute)
 
 
-def rewards_of_run(cfg: RunConfig, config: dict) -> Rewards:
-    """The rewards that the user names, with the weights in the config of the run: a checkpoint
-    decides on no code that runs.
+def check_inputs(path: Path, checkpoint: dict, files: dict[str, Path]) -> None:
+    """Raise InputError if a run was made from other files than these.
 
-    Raises InputError if the run was trained with other rewards.
+    So a checkpoint decides on no code that runs: the user names the rewards.
+
+    Args: files: {"sft": its file, "reward": ...}, see Rewards.files.
     """
-    trained = config["reward"] or "reward.pt"
-    trained = [trained] if isinstance(trained, str) else trained  # DPO's is one file
-    given = cfg.reward or ["reward.pt"]
-    if list(map(reward_name, given)) != list(map(reward_name, trained)):
+    trained = [name for name in checkpoint["inputs"] if name.startswith(("sft", "reward"))]
+    if trained != list(files):
+        rewards = " ".join(checkpoint["config"]["reward"]) or "reward.pt"
         raise InputError(
-            f"{cfg.checkpoint} was trained with --reward {' '.join(trained)}; give the same "
-            f"rewards, in this order"
+            f"{path} was trained with --reward {rewards}; give the same rewards, in this order"
         )
-    return cfg.rewards(config.get("reward_weights", ()))
+    for name, file in files.items():
+        check_file(file, f"give --{name.split()[0]} the file that {path} was made from")
+        check_input(path, checkpoint, name, file)
 
 
 # ---- samples ----
@@ -215,17 +201,14 @@ def sample_all(
     responses = []
     parts = []
     for number, policy in enumerate(policies, start=1):
-        other = policies[1] if number == 1 else policies[0]
-        frozen = frozen._replace(reference=other)  # its logprobs come with the rollout
         for batch, rollout in evaluate.rollouts(policy, repeated, frozen, seed + number):
             responses += evaluate.describe(batch, rollout, frozen.tokenizer, judge)
-            known = {policy: rollout.logprobs, other: rollout.ref_logprobs}
+            known = {policy: rollout.logprobs, frozen.reference: rollout.ref_logprobs}
             parts.append(logprobs_under(policies, known, rollout, frozen.amp))  # (M, B)
     shape = (len(policies), len(prompts), count)  # (M, Q, n)
-    scores = column(responses, "score").view(shape)
-    golds = column(responses, "gold").view(shape)
+    scores, golds, _ = response_metrics(responses)  # (M Q n,) each
     logprobs = torch.cat(parts, dim=1).double().cpu().view(-1, *shape)  # (M, M, Q, n)
-    return Samples(scores, golds, logprobs - logprobs[0])
+    return Samples(scores.view(shape), golds.view(shape), logprobs - logprobs[0])
 
 
 @torch.no_grad()
@@ -247,34 +230,19 @@ def logprobs_under(
 # ---- the report ----
 
 
-def describe(estimate: Estimate, name: str) -> str:
-    """The optimality of a policy and of best-of-n, and how far they can be trusted. name: of the
-    policy, PPO or DPO."""
-    sft, policy, best_of_n, best = estimate.rows
-    ess = estimate.ess.mean().item()
-    unreliable = (estimate.ess < UNRELIABLE).sum()
+def describe(estimate: Estimate) -> str:
+    """What best-of-n is, and how far the table can be trusted."""
+    ess = estimate.ess
+    unreliable = (ess < UNRELIABLE).sum()
     lines = [
-        f"best_of_n: n = {estimate.n:,}, whose KL is nearest to {name}'s (up to {LARGEST_N:,})",
-        f"optimum: effective sample size {ess:.1f} on average, below {UNRELIABLE} for {unreliable} "
-        f"of {len(estimate.ess)} prompts",
-        f"optimality of {name}: {interval(policy)}",
-        f"optimality of best_of_n: {interval(best_of_n)}",
+        f"best_of_n: n = {estimate.n:,}, whose KL is nearest to the policy's (up to {LARGEST_N:,})",
+        f"optimum: effective sample size {ess.mean():.1f} on average, below {UNRELIABLE} for "
+        f"{unreliable} of {len(ess)} prompts",
+        "95 % intervals: optimality ± 1.96 optimality_se",
     ]
-    gain = best["objective"] - sft["objective"]
-    if abs(estimate.raised) >= 0.03 * gain or ess < UNRELIABLE:
+    if ess.mean() < UNRELIABLE:
         lines.append("warning: too few samples to trust; more --samples, or a larger --kl-coef")
     return "\n".join(lines)
-
-
-def interval(row: dict) -> str:
-    """The optimality of a row, its standard error, and the interval that holds the truth in 95 % of
-    all cases."""
-    value, error = row["optimality"], row["optimality_se"]
-    if error is None:
-        return "unknown"
-    low = value - WITHIN * error
-    high = value + WITHIN * error
-    return f"{value:.3f} ± {error:.3f} (95 %: {low:.3f} to {high:.3f})"
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def test_tools_read_dpo_pt(finished, trained, tmp_path, capsys):
     optimality.main(
         parse_cli(optimality.OptimalityConfig, [*flags, "--prompts", "3", "--samples", "8"])
     )
-    assert "\noptimality of DPO: " in capsys.readouterr().out
+    assert "best_of_n: n = " in capsys.readouterr().out
     after = rows(finished / "evaluation.csv")
     assert [row["policy"] for row in after] == ["sft", "dpo", "best_of_n", "optimum"]
     for old, new in zip(before, after):

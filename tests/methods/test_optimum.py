@@ -13,7 +13,7 @@ from rlhf.methods.optimum import (
     best_of_n,
     best_of_n_kl,
     best_of_n_metrics,
-    column,
+    columns,
     estimate_optimum,
     extend,
     jackknife,
@@ -24,6 +24,7 @@ from rlhf.methods.optimum import (
     optimality,
     optimum,
     policy_metrics,
+    response_metrics,
 )
 from tests.core.test_exact import PROMPTS, World
 from tests.helpers import f64
@@ -45,7 +46,7 @@ def test_optimum_matches_hand_computation():
 
     The second prompt has the score 5 four times. There is nothing to gain: J* = 5, KL 0, ess 4."""
     scores = f64([2 * LN3, 0, 0, 0], [5, 5, 5, 5])
-    got = optimum(scores, 2.0, 0 * scores)
+    got = optimum(scores, 2.0)
     expected = {
         "objective": [2 * LN3 - 2 * LN2, 5],
         "score": [LN3, 5],
@@ -59,7 +60,7 @@ def test_optimum_matches_hand_computation():
 def test_optimum_without_kl_penalty_is_the_best_samples():
     """With kl_coef 0 and scores 1, 4, 4, 2 they are the two fours: score 4, KL = log(4 / 2), ess 2.
     The KL costs nothing, so J* = 4."""
-    got = optimum(f64([1, 4, 4, 2]), 0.0, f64([0, 0, 0, 0]))
+    got = optimum(f64([1, 4, 4, 2]), 0.0)
     assert got.weights.tolist() == [[0, 0.5, 0.5, 0]]
     expected = {"objective": 4, "score": 4, "kl_ref": LN2, "ess": 2}
     assert numbers(got) == pytest.approx(expected)
@@ -70,7 +71,7 @@ def test_optimum_is_above_every_other_reweighting():
     optimum."""
     torch.manual_seed(0)
     scores = torch.randn(1, 6, dtype=torch.float64)
-    best = optimum(scores, 0.7, 0 * scores).objective.item()
+    best = optimum(scores, 0.7).objective.item()
     for _ in range(200):
         w = torch.softmax(3 * torch.randn(6, dtype=torch.float64), dim=0)
         assert (w * scores[0]).sum() - 0.7 * (w * (6 * w).log()).sum() < best
@@ -236,7 +237,7 @@ def test_sampled_optimum_converges_to_the_exact_one(exact):
 def test_estimate_of_the_optimum_is_low_by_its_formula(exact):
     """By about kl_coef * (1/ess - 1/N) / 2 on average, from 200 samples of the reference."""
     for z, (scores, _) in zip(exact[3], draw(exact, 4_000, 200, 0)):
-        got = optimum(scores, KL_COEF, 0 * scores)
+        got = optimum(scores, KL_COEF)
         low = KL_COEF * z.log() - got.objective.mean()
         formula = KL_COEF * (1 / got.ess - 1 / 200) / 2
         assert low.item() == pytest.approx(formula.mean().item(), rel=0.25)
@@ -251,8 +252,8 @@ def test_best_of_n_matches_hand_computation():
     is the mean. With a large n it is the maximum."""
     scores, values = f64([1, 3, 2]), f64([20, 10, 30])
     for n, score, value in ((1, 2, 20), (2, 22 / 9, 160 / 9), (LARGEST_N, 3, 10)):
-        assert best_of_n(scores, scores, n, 0 * scores).item() == pytest.approx(score, rel=1e-12)
-        assert best_of_n(scores, values, n, 0 * scores).item() == pytest.approx(value, rel=1e-12)
+        assert best_of_n(scores, scores, n).item() == pytest.approx(score, rel=1e-12)
+        assert best_of_n(scores, values, n).item() == pytest.approx(value, rel=1e-12)
 
 
 def test_best_of_n_of_a_mixture_matches_hand_computation():
@@ -314,7 +315,7 @@ def test_best_of_n_from_both_policies_is_nearer_than_from_the_reference(exact):
         got = best_of_n(scores, scores, 30, mixture(log_ratio, "r", "p"))
         assert got.mean().item() == pytest.approx(truth, abs=0.015)
         scores, _ = from_reference[at]
-        other = best_of_n(scores, scores, 30, 0 * scores)
+        other = best_of_n(scores, scores, 30)
         print(
             f"{truth:.3f}: {got.mean():.3f} {got.std():.3f}, {other.mean():.3f} {other.std():.3f}"
         )
@@ -346,9 +347,22 @@ def test_optimum_and_best_of_n_reject_other_shapes():
     with pytest.raises(ValueError, match="shapes must be equal"):
         optimum(torch.zeros(3, 4), 0.1, torch.zeros(3, 1))
     with pytest.raises(ValueError, match="shapes must be equal"):
-        best_of_n(torch.zeros(3, 4), torch.zeros(3, 1), 2, torch.zeros(3, 4))
+        best_of_n(torch.zeros(3, 4), torch.zeros(3, 1), 2)
     with pytest.raises(ValueError, match="shapes must be equal"):
         best_of_n(torch.zeros(3, 4), torch.zeros(3, 4), 2, torch.zeros(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int64])
+def test_optimum_and_best_of_n_are_in_float64(dtype):
+    """Scores 0 and 40, kl_coef 2: the second has the weight 1 - exp(-20), which is 1 in float32.
+    The better one of two is the second with probability 3/4."""
+    scores = torch.tensor([[0, 40]], dtype=dtype)
+    got = optimum(scores, 2.0, 0 * scores)
+    assert got.weights[0, 0].item() == pytest.approx(math.exp(-20), rel=1e-8)
+    assert all(x.dtype == torch.float64 for x in got)
+    for log_q in (None, 0 * scores):
+        best = best_of_n(scores, scores, 2, log_q)
+        assert best.dtype == torch.float64 and best.tolist() == [30]
 
 
 # ---- metrics and the jackknife ----
@@ -417,8 +431,22 @@ def test_best_of_n_metrics_match_hand_computation():
     torch.testing.assert_close(got, f64(score, gold, LN2 - 0.5).view(3, 1))
 
 
-def test_column_of_no_judge_is_nan():
-    assert column([one(1, 0)], "gold").isnan().all()
+def test_response_metrics_have_a_row_for_each_and_gold_of_no_judge_is_nan():
+    expected = f64([1, 4], [3, 6], [2, 5])
+    assert torch.equal(response_metrics([one(1, 2, 3.0), one(4, 5, 6)]), expected)
+    score, gold, kl_ref = response_metrics([one(1, 2)])
+    assert gold.isnan().all() and (score.item(), kl_ref.item()) == (1, 2)
+
+
+def test_columns_match_hand_computation():
+    """Two prompts, kl_coef 2. J is 4 - 2 and 8 - 4: 2 and 4. That of the reference is 0 and 2, of
+    the best 3 and 5, so R = 2/3, and it is the same on both prompts. Gold is not known."""
+    reference = f64([0, 2], [math.nan] * 2, [0, 0])
+    policy = f64([4, 8], [math.nan] * 2, [1, 2])
+    best = f64([5, 9], [math.nan] * 2, [1, 2])
+    got = columns(policy, reference, best, 2.0)
+    expected = {"score": 6, "gold": None, "kl_ref": 1.5, "objective": 3}
+    assert got == pytest.approx(expected | {"optimality": 2 / 3, "optimality_se": 0})
 
 
 # ---- optimality and its standard error ----
@@ -453,8 +481,8 @@ def test_optimality_matches_hand_computation():
     If it lacks 1/2 and 3/2, they are 0 and 0: the prompts differ, and the ratio does not."""
     gain = f64(1, 3)
     for lacking, error in ((f64(1.5, 0.5), 2 / 9), (f64(0.5, 1.5), 0)):
-        got = optimality(gain, gain + lacking, 2)
-        assert got == pytest.approx({"optimality": 2 / 3, "optimality_se": error}, abs=1e-12)
+        ratio, got = optimality(gain, gain + lacking)
+        assert (ratio.item(), got.item()) == pytest.approx((2 / 3, error), abs=1e-12)
 
 
 def test_optimality_of_more_prompts_matches_hand_computation():
@@ -462,17 +490,17 @@ def test_optimality_of_more_prompts_matches_hand_computation():
     two: R = 2/3. The first prompt adds 1/3 * -2 / sqrt(4 * 3) - 2/3 * 1/2 / sqrt(2 * 1) to the
     error, the second the opposite, the others nothing. The best policy gains 3."""
     gain = f64(0, 4, 2, 2)
-    got = optimality(gain, best_beside(gain, f64(1.5, 0.5)), 2)
+    ratio, got = optimality(gain, best_beside(gain, f64(1.5, 0.5)))
     error = (2 / 3 / 12**0.5 + 1 / 3 / 2**0.5) * 2**0.5 / 3
-    assert got == pytest.approx({"optimality": 2 / 3, "optimality_se": error})
+    assert (ratio.item(), got.item()) == pytest.approx((2 / 3, error))
 
 
 def test_optimality_of_one_prompt_has_no_error_and_without_gain_there_is_none():
+    ratio, error = optimality(f64(2), f64(3))
+    assert ratio.item() == pytest.approx(2 / 3) and error.isnan()
     gain = f64(1, 3)
-    got = optimality(gain, best_beside(gain, f64(1)), 1)
-    assert got == {"optimality": pytest.approx(2 / 3), "optimality_se": None}
     for lacking in (-2.0, -5.0):
-        assert optimality(gain, gain + lacking, 2) == {"optimality": None, "optimality_se": None}
+        assert all(x.isnan() for x in optimality(gain, gain + lacking))
 
 
 # ---- the estimators in the exact world ----

@@ -201,7 +201,7 @@ def test_config_gives_back_the_settings_that_to_json_wrote(tmp_path):
     """Numbers with an exponent, infinity, text that begins with a dash, several values."""
     cfg = RewardConfig(lr=1e-20, out="-x y", comparison_files=("a b", "c"))
     assert parse_cli(RewardConfig, ["--config", config_file(tmp_path, to_json(cfg))]) == cfg
-    cfg = PPOConfig(missing_eos_score=None, reward=("x.py:f", "r.pt"), reward_weights=(0.5, 2.0))
+    cfg = PPOConfig(missing_eos_score=None, reward=("r.pt", "x.py:f"), reward_weights=(0.5, 2.0))
     assert parse_cli(PPOConfig, ["--config", config_file(tmp_path, to_json(cfg))]) == cfg
     cfg = PPOConfig(
         missing_eos_score=-1e-20,

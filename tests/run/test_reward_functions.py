@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlhf.run.errors import InputError
-from rlhf.run.reward_functions import Rewards, function_digests, named_rewards, part_means
+from rlhf.run.reward_functions import Rewards, named_rewards, part_means
 
 DEFAULT = Path("runs/reward.pt")
 
@@ -24,7 +24,7 @@ def write(path, *lines):
         ((), (0.5,), Rewards(DEFAULT, (), (0.5,))),
         (("a/b.pt",), (), Rewards(Path("a/b.pt"), (), (1.0,))),
         (("x.py",), (2.0,), Rewards(None, ("x.py",), (2.0,))),
-        (("x.py:f", "m.pt"), (2.0, 3.0), Rewards(Path("m.pt"), ("x.py:f",), (3.0, 2.0))),
+        (("m.pt", "x.py:f"), (2.0, 3.0), Rewards(Path("m.pt"), ("x.py:f",), (2.0, 3.0))),
         (("C:\\x.py:f",), (), Rewards(None, ("C:\\x.py:f",), (1.0,))),
     ],
 )
@@ -35,9 +35,14 @@ def test_flags_name_a_model_and_functions_with_weights_of_their_own(names, weigh
 @pytest.mark.parametrize(
     ("names", "weights", "message"),
     [
-        (("a.pt", "b.pt"), (), "--reward a.pt b.pt: give one reward model FILE.pt at most"),
+        (("a.pt", "b.pt"), (), "--reward a.pt b.pt: give a reward model FILE.pt first, if any"),
+        (("x.py", "a.pt"), (), "--reward x.py a.pt: give a reward model FILE.pt first, if any"),
         (("a.pt", "x.py:"), (), "FILE.py:FUNCTION"),
-        (("rules",), (), "--reward rules: give one reward model FILE.pt at most"),
+        (("rules",), (), "--reward rules: give a reward model FILE.pt first, if any"),
+        (("a/x.py", "x.py"), (), "two metrics would be score_x; rename a function or its file"),
+        (("a.py:f", "b.py:f"), (), "two metrics would be score_f"),
+        (("std.py",), (), "two metrics would be score_std"),
+        (("a.py:model",), (), "two metrics would be score_model"),
         (("x.py",), (1.0, 2.0), "2 weights for 1 rewards"),
         ((), (1.0, 2.0), "2 weights for 1 rewards"),
     ],
@@ -68,9 +73,6 @@ def test_functions_are_found_in_their_files(tmp_path):
     assert [function.name for function in functions] == ["rules", "short", "asks"]
     got = [function(["abc", "d"], ["x", ""]) for function in functions]
     assert got == [[1.0, 0.0], [-1.0, 0.0], [3.0, 1.0]]
-    digests = function_digests(functions)
-    assert list(digests) == ["reward rules", "reward short", "reward asks"]
-    assert digests["reward rules"] == digests["reward short"] != digests["reward asks"]
 
 
 def test_functions_get_lists_of_their_own(tmp_path):
@@ -100,13 +102,13 @@ def test_missing_functions_are_one_line(tmp_path, spec, message):
         load(str(tmp_path / spec))
 
 
-def test_two_functions_of_one_name_are_refused(tmp_path):
-    """Their metrics would have one name."""
-    (tmp_path / "a").mkdir()
-    text = "def score(prompts, responses): return []"
-    paths = [write(tmp_path / "x.py", text), write(tmp_path / "a" / "x.py", text)]
-    with pytest.raises(InputError, match="the metric score_x exists already"):
-        load(*paths)
+def test_files_have_the_names_of_their_rewards():
+    """Of the functions' metrics; the reward model's comes last."""
+    rewards = named_rewards(("m.pt", "a/rules.py", "a/rules.py:short"), (), DEFAULT)
+    rules = Path("a/rules.py")
+    expected = {"reward rules": rules, "reward short": rules, "reward": Path("m.pt")}
+    assert list(rewards.files().items()) == list(expected.items())
+    assert named_rewards(("x.py",), (), DEFAULT).files() == {"reward x": Path("x.py")}
 
 
 def test_a_file_may_import_those_beside_it(tmp_path, monkeypatch):
@@ -114,13 +116,6 @@ def test_a_file_may_import_those_beside_it(tmp_path, monkeypatch):
     write(tmp_path / "numbers_beside_it.py", "ONE = 1")
     text = "from numbers_beside_it import ONE\ndef score(prompts, responses): return [ONE]"
     assert load(write(tmp_path / "x.py", text))[0](["a"], ["b"]) == [1.0]
-
-
-@pytest.mark.parametrize("name", ["std", "model"])
-def test_names_of_other_columns_are_refused(tmp_path, name):
-    path = write(tmp_path / f"{name}.py", "def score(prompts, responses): return []")
-    with pytest.raises(InputError, match=f"the metric score_{name} exists already"):
-        load(path)
 
 
 @pytest.mark.parametrize(

@@ -186,11 +186,11 @@ def test_optimality_samples_and_scores_as_the_run_did(trained, tmp_path, rules):
     for name in ("tokenizer.tiktoken", "prompts.csv"):
         (data / name).write_bytes((trained[0] / name).read_bytes())
     out = tmp_path / "out"
-    rewards = [trained[1] / "reward.pt", f"{rules}:letters"]
-    settings = "--reward-weights 0.5 0.1 --max-new-tokens 3 9 --heldout 0.5 --missing-eos-score"
+    rewards = [trained[1] / "reward.pt", f"{rules}:letters", f"{rules}:kinds"]
+    settings = "--reward-weights 0.5 0.1 1 --max-new-tokens 3 9 --heldout 0.5 --missing-eos-score"
     flags = [*flags_for(data, trained[1], out, *rewards), *settings.split(), "none", "--steps", 2]
     _, frozen, _ = train_ppo.load_models(parse_cli(train_ppo.PPOConfig, tiny("ppo", *flags)), CPU)
-    assert (frozen.weights, frozen.shortest_limit, frozen.max_new_tokens) == ((0.5, 0.1), 3, 9)
+    assert (frozen.weights, frozen.shortest_limit, frozen.max_new_tokens) == ((0.5, 0.1, 1), 3, 9)
     script("ppo", *flags)
     before = rows(out / "evaluation.csv")
     assert before[0]["prompts"] == "10"  # --eval-prompts; of 40 prompts a tenth is four
@@ -200,5 +200,6 @@ def test_optimality_samples_and_scores_as_the_run_did(trained, tmp_path, rules):
     for old, new in zip(before, rows(out / "evaluation.csv")):
         for name in ("score", "kl_ref", "length", "prompts"):
             assert float(new[name]) == pytest.approx(float(old[name]), rel=1e-4, abs=1e-5)
+    other_order = [rewards[0], *rewards[:0:-1]]
     with pytest.raises(InputError, match="give the same rewards, in this order"):
-        tool(optimality, optimality.OptimalityConfig, *run_flags, "--reward", *rewards[::-1])
+        tool(optimality, optimality.OptimalityConfig, *run_flags, "--reward", *other_order)
