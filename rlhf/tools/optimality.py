@@ -31,7 +31,7 @@ from rlhf.model import GPT
 from rlhf.rollout import Frozen, Rollout
 from rlhf.run import program
 from rlhf.run.checkpoints import check_input
-from rlhf.run.device import autocast, setup
+from rlhf.run.device import Compute, autocast, setup
 from rlhf.run.errors import InputError
 from rlhf.run.files import check_file, write_csv
 from rlhf.run.flags import DEVICES, arg
