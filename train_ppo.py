@@ -34,14 +34,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from rlhf import evaluate
-from rlhf.advantages import explained_variance, gae, response_advantages
+from rlhf.advantages import explained_variance
 from rlhf.data import Prompt, choose_batch, load_prompts, pad_prompts
-from rlhf.masked import masked_whiten
 from rlhf.model import GPT, PolicyWithoutValue, PolicyWithValue, RewardModel
-from rlhf.ppo import Experience, make_experience, update
+from rlhf.ppo import Experience, assign_credit, update
 from rlhf.rewards import adapt_kl_coef, kl_k1, shape_rewards
 from rlhf.rollout import Frozen, Rollout, collect
 from rlhf.run import loading, program, warnings
@@ -54,7 +52,6 @@ from rlhf.run.optimizer import linear_schedule, make_optimizer, set_lr
 from rlhf.run.progress import print_responses
 from rlhf.run.reward_functions import Rewards, named_rewards, part_means
 from rlhf.run.training import Training
-from rlhf.tokenizer import Tokenizer
 
 SHOWN = ("score", "gold", "kl_ref", "value_loss", "entropy", "clip_fraction", "eos_rate")
 MUST_BE_FINITE = ("score", "kl_ref", "policy_loss", "value_loss")
@@ -99,7 +96,6 @@ class PPOConfig(TrainConfig):
     value_clip_eps: float = arg(0.0, "value clip range (0: off)")
     value_coef: float = arg(0.5, "value loss coefficient")
     entropy_coef: float = arg(0.0, "entropy bonus coefficient")
-    ptx_coef: float = arg(0.0, "coefficient of the loss on demonstrations (0: off)")
 
     def __post_init__(self):
         super().__post_init__()
@@ -132,7 +128,6 @@ def main(cfg: PPOConfig) -> None:
     tokenizer = frozen.tokenizer
     judge = load_judge(cfg.data)
     prompts, heldout = load_both_prompts(cfg, frozen)
-    pretraining_mix = load_pretraining_mix(cfg, policy.gpt, tokenizer, compute)
 
     # No decay: it would pull the policy away from its reference. eps is that of OpenAI's baselines,
     # whose gradients have another scale; others were not tried. Policy and value network share one
@@ -159,7 +154,7 @@ def main(cfg: PPOConfig) -> None:
         experience = assign_credit(rollout, rewards, cfg)
         # ---- 5 losses, 6 update ----
         lr = set_lr(optimizer, cfg.lr * linear_schedule(step, cfg.steps, cfg.warmup))
-        update_metrics = update(policy, optimizer, compute, experience, cfg, step, pretraining_mix)
+        update_metrics = update(policy, optimizer, compute, experience, cfg, step)
 
         done = step + 1
         # For the log only: nothing is trained on it.
@@ -199,8 +194,6 @@ def load_models(
         cfg, rewards, compute.device
     )
     inputs |= digests(prompts=csv_path(cfg.data, "prompts"))
-    if cfg.ptx_coef:
-        inputs |= digests(demonstrations=csv_path(cfg.data, "demonstrations"))
 
     gpt.temperature = cfg.temperature
     generator = make_generator("cpu", cfg.seed, "adapters")
@@ -253,14 +246,6 @@ def load_both_prompts(cfg: PPOConfig, frozen: Frozen) -> tuple[list[Prompt], lis
     return prompts, heldout[: cfg.eval_prompts]
 
 
-def load_pretraining_mix(cfg: PPOConfig, gpt: GPT, tokenizer: Tokenizer, compute: Compute):
-    if not cfg.ptx_coef:
-        return None
-    from rlhf.methods.ptx import PretrainingMix
-
-    return PretrainingMix(cfg, tokenizer, gpt.config.block_size, compute)
-
-
 def choose_prompts(prompts: list[Prompt], step: int, cfg: PPOConfig) -> list[Prompt]:
     """The prompts of a step; each stands group_size times in a row."""
     chosen = choose_batch(prompts, cfg.batch_size // cfg.group_size, step, cfg.seed)
@@ -268,20 +253,6 @@ def choose_prompts(prompts: list[Prompt], step: int, cfg: PPOConfig) -> list[Pro
 
 
 # ---- 4 credit ----
-
-
-def assign_credit(rollout: Rollout, rewards: Tensor, cfg: PPOConfig) -> Experience:
-    """The rollout with an advantage and a return for each action. rewards: (B, T-1)."""
-    mask = rollout.mask
-    if cfg.advantage == "gae":
-        advantages, returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.lam)
-        # Subtracting the mean is one more baseline. The division keeps the balance with the other
-        # losses and with gradient clipping whatever the scale of the scores; AdamW already removes
-        # most of the scale.
-        advantages = masked_whiten(advantages, mask)  # (B, T-1)
-    else:  # no value network: values and returns are 0
-        advantages, returns = response_advantages(rewards, mask, cfg.advantage, cfg.group_size)
-    return make_experience(rollout, advantages, returns)
 
 
 # ---- metrics ----

@@ -53,7 +53,7 @@ Reading order
 -------------
 Fifteen minutes: the convention above; `action_slots` and `chosen_logprobs` in masked.py;
 `collect_rows` and `score_rows` in rollout.py; rewards.py; `gae` in advantages.py; `policy_loss` in
-losses.py; `minibatch_loss` and `update` in ppo.py; `main` and `assign_credit` in ../train_ppo.py.
+losses.py; `assign_credit`, `minibatch_loss` and `update` in ppo.py; `main` in ../train_ppo.py.
 One hour, in this order:
 
     model.py         a GPT and its cache, a policy with a value head, a reward model
@@ -74,6 +74,6 @@ Not needed to understand RLHF:
 
     run/             what any training program needs: flags, checkpoints, files, device, ...
     networks/        other networks in the GPT's place: LoRA, GPT-2's weights, transformers' models
-    methods/         optional features: DPO, rankings, the pretraining mix, the optimum
+    methods/         optional features: DPO, rankings, the optimum
     tools/           programs, `python -m rlhf.tools.NAME`
 """

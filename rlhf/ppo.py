@@ -1,4 +1,5 @@
-"""Parts 5 and 6 of a PPO step: the loss of one minibatch, and the update that takes its gradients.
+"""Parts 4 to 6 of a PPO step: the credit of each action, the loss of one minibatch, and the update
+that takes its gradients.
 
 One minibatch of b = 4 rows; prompts (p), the policy's actions (a) and pads (.):
 
@@ -32,8 +33,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf.advantages import gae, response_advantages
 from rlhf.losses import mean_entropy, policy_loss, value_loss
-from rlhf.masked import action_slots, chosen_logprobs, log_softmax, masked_mean
+from rlhf.masked import (
+    action_slots,
+    chosen_logprobs,
+    log_softmax,
+    masked_mean,
+    masked_whiten,
+)
 from rlhf.model import PolicyWithoutValue, PolicyWithValue
 from rlhf.rewards import kl_k3
 from rlhf.rollout import Rollout
@@ -67,6 +75,23 @@ class Experience(NamedTuple):
         tokens = self.tokens[on_device, : width + 1]
         per_slot = [x[on_device, :width] for x in self[1:-1]]  # mask to returns
         return Experience(tokens, *per_slot, self.widths[rows])
+
+
+def assign_credit(rollout: Rollout, rewards: Tensor, cfg) -> Experience:
+    """The rollout with an advantage and a return for each action.
+
+    Args: rewards: (B, T-1); cfg: a PPOConfig.
+    """
+    mask = rollout.mask
+    if cfg.advantage == "gae":
+        advantages, returns = gae(rewards, rollout.values, mask, cfg.gamma, cfg.lam)
+        # Subtracting the mean is one more baseline. The division keeps the balance with the other
+        # losses and with gradient clipping whatever the scale of the scores; AdamW already removes
+        # most of the scale.
+        advantages = masked_whiten(advantages, mask)  # (B, T-1)
+    else:  # no value network: values and returns are 0
+        advantages, returns = response_advantages(rewards, mask, cfg.advantage, cfg.group_size)
+    return make_experience(rollout, advantages, returns)
 
 
 def make_experience(rollout: Rollout, advantages: Tensor, returns: Tensor) -> Experience:
@@ -146,7 +171,6 @@ def update(
     experience: Experience,
     cfg,
     step: int,
-    pretraining_mix=None,
 ) -> dict[str, float]:
     """Several epochs over one rollout, in random minibatches.
 
@@ -154,7 +178,7 @@ def update(
     is not the one that sampled: that is what the ratio and the clip in policy_loss are for.
     Advantages and returns stay fixed.
 
-    Args: cfg: a PPOConfig; step: of PPO, for the random order; pretraining_mix: --ptx-coef.
+    Args: cfg: a PPOConfig; step: of PPO, for the random order.
     Returns: the update's metrics.
     """
     history = GradientStepMetrics()
@@ -170,8 +194,6 @@ def update(
                 loss, metrics = minibatch_loss(outputs, micro_batch, cfg)
                 compute.scaler.scale(weight * loss).backward()
                 history.add(weight, metrics)
-            if pretraining_mix is not None:
-                pretraining_mix.backward(policy.gpt, compute.scaler, step, len(grad_norms))
             grad_norm = optimizer_step(policy, optimizer, compute.scaler, cfg.max_grad_norm)
             grad_norms.append(grad_norm)
     return {

@@ -38,7 +38,7 @@ from docs.experiments.measure import (
 )
 from docs.experiments.trl import trl_iterations
 from rlhf.model import GPT, GPTConfig, PolicyWithValue, RewardModel
-from rlhf.ppo import update
+from rlhf.ppo import assign_credit, update
 from rlhf.rewards import shape_rewards
 from rlhf.rollout import Frozen, Rollout, score_rows
 from rlhf.run.device import Compute, setup
@@ -47,7 +47,7 @@ from rlhf.run.optimizer import make_optimizer
 from rlhf.run.program import run
 from rlhf.run.progress import print_table
 from rlhf.sampling import generate
-from train_ppo import PPOConfig, assign_credit
+from train_ppo import PPOConfig
 
 NO_EOS = -1  # an id that is never sampled
 DOUBLED = ("batch", "response", "n_embd", "vocab")

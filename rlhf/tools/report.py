@@ -18,12 +18,10 @@ import pandas
 import torch
 from torch import Tensor
 
-from rlhf.advantages import gae
 from rlhf.data import Prompt, pad_prompts
 from rlhf.evaluate import describe
-from rlhf.masked import masked_whiten
 from rlhf.model import PolicyWithValue
-from rlhf.ppo import make_experience, update
+from rlhf.ppo import assign_credit, update
 from rlhf.rewards import shape_rewards
 from rlhf.rollout import Rollout, collect, score_rows
 from rlhf.run.checkpoints import load_weights
@@ -159,13 +157,11 @@ def take_step(run: Run, prompts: list[Prompt], seed: int = 0) -> tuple[Rollout, 
     kl_coef = run.checkpoint["kl_coef"]
     rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef)
     # ---- 4 credit ----
-    advantages, returns = gae(rewards, rollout.values, mask, config["gamma"], config["lam"])
-    whitened = masked_whiten(advantages, mask)
-    # ---- 5 losses, 6 update ----
-    experience = make_experience(rollout, whitened, returns)
-    optimizer = make_optimizer(policy, config["lr"], weight_decay=0.0, eps=1e-5)
     one_minibatch = {"inner_epochs": 1, "minibatch_size": len(prompts)}
     cfg = SimpleNamespace(**config | one_minibatch)
+    experience = assign_credit(rollout, rewards, cfg)
+    # ---- 5 losses, 6 update ----
+    optimizer = make_optimizer(policy, cfg.lr, weight_decay=0.0, eps=1e-5)
     update(policy, optimizer, compute, experience, cfg, step=0)
     with torch.no_grad():
         after = score_rows(policy, run.frozen, rollout.tokens, mask, prompt_lens)
@@ -174,9 +170,9 @@ def take_step(run: Run, prompts: list[Prompt], seed: int = 0) -> tuple[Rollout, 
         "ref": rollout.ref_logprobs,
         "reward": rewards,
         "value": rollout.values,
-        "advantage": advantages,
-        "whitened": whitened,
-        "return": returns,
+        "advantage": experience.returns - rollout.values,
+        "whitened": experience.advantages,
+        "return": experience.returns,
         "new_logprob": after.logprobs,
         "new_value": after.values,
     }

@@ -167,11 +167,11 @@ class Recorder:
         return 1.0
 
 
-def record(policy, experience, cfg, step=0, pretraining_mix=None):
+def record(policy, experience, cfg, step=0):
     """update with a Recorder. Returns it and the metrics."""
     recorder = Recorder(policy)
     compute = CPU._replace(scaler=recorder)
-    return recorder, update(policy, recorder, compute, experience, cfg, step, pretraining_mix)
+    return recorder, update(policy, recorder, compute, experience, cfg, step)
 
 
 def run(policy, experience, cfg, lr):
@@ -374,21 +374,3 @@ def test_grad_norm_leaves_out_a_step_that_the_scaler_skips(policy, experience, m
     monkeypatch.setattr(ppo, "optimizer_step", lambda *args: next(norms))
     cfg = train_ppo.PPOConfig(batch_size=6, minibatch_size=2, inner_epochs=1)
     assert record(policy, experience, cfg)[1]["grad_norm"] == 3
-
-
-def test_update_adds_the_gradient_of_the_pretraining_mix(policy, experience):
-    """It is asked once for each gradient step, with its number, before the step is made."""
-    asked = []
-
-    class Mix:
-        def backward(self, gpt, scaler, step, gradient_step):
-            asked.append((step, gradient_step))
-            scaler.scale(3 * gpt.ln_f.bias.sum()).backward()
-
-    cfg = train_ppo.PPOConfig(batch_size=6, minibatch_size=3, inner_epochs=2)
-    plain, _ = record(policy, experience, cfg, step=5)
-    mixed, _ = record(policy, experience, cfg, step=5, pretraining_mix=Mix())
-    assert asked == [(5, 0), (5, 1), (5, 2), (5, 3)]
-    for without, with_mix in zip(plain.gradients, mixed.gradients, strict=True):
-        for name, gradient in without.items():
-            assert_close(with_mix[name], gradient + (3 if name == "gpt.ln_f.bias" else 0))

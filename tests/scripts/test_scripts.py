@@ -222,7 +222,7 @@ def test_run_resumed_in_a_new_process_equals_the_uninterrupted_run(trained, tmp_
         ["--amp", "bf16"],
         ["--amp", "fp16"],
         ["--value-network", "shared"],
-        "--entropy-coef 0.01 --value-clip-eps 0.2 --ptx-coef 1 --temperature 0.7".split(),
+        "--entropy-coef 0.01 --value-clip-eps 0.2 --temperature 0.7".split(),
         "--max-new-tokens 4 9 --missing-eos-score none".split(),
     ],
 )
@@ -327,7 +327,6 @@ DIVERGING = [
     ("ppo", ["--value-coef", "1e25"]),
     ("ppo", ["--value-coef", "1e25", "--amp", "bf16", "--steps", "1"]),
     ("ppo", ["--entropy-coef", "1e25", "--value-network", "shared"]),
-    ("ppo", ["--ptx-coef", "1e25", "--advantage", "reinforce"]),
 ]
 
 

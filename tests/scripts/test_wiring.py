@@ -252,7 +252,7 @@ def test_half_precision_is_used_in_every_forward_pass(seen, monkeypatch, tmp_pat
 
     monkeypatch.setattr(GPT, "hidden", spy_on_hidden)
     monkeypatch.setattr(ppo, "chosen_logprobs", spy_on_logprobs)
-    train_policy(seen, tmp_path, "--steps", "1", "--amp", "bf16", "--ptx-coef", "1")
+    train_policy(seen, tmp_path, "--steps", "1", "--amp", "bf16")
     assert under_autocast == {True} and dtypes == {torch.float32}
 
 

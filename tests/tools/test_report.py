@@ -215,6 +215,7 @@ LOGPROBS, REF, VALUES = [-1.0, -2.0, -0.5], [-1.5, -1.0, -0.25], [0.3, 0.6, 1.1]
 CONFIG = {"gamma": 0.9, "lam": 0.8, "lr": 0.05, "seed": 0, "micro_batch_size": 0}
 CONFIG |= {"clip_eps": 0.2, "value_clip_eps": 0.0, "value_coef": 0.5, "entropy_coef": 0.0}
 CONFIG |= {"max_grad_norm": 1.0, "inner_epochs": 7, "minibatch_size": 1}
+CONFIG |= {"advantage": "gae", "group_size": 4}
 
 
 @pytest.fixture
