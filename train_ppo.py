@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rlhf import evaluate
 from rlhf.advantages import explained_variance
@@ -41,15 +42,15 @@ from rlhf.data import Prompt, choose_batch, load_prompts, pad_prompts
 from rlhf.model import GPT, PolicyWithoutValue, PolicyWithValue, RewardModel
 from rlhf.ppo import Experience, assign_credit, update
 from rlhf.rewards import adapt_kl_coef, kl_k1, shape_rewards
-from rlhf.rollout import Frozen, Rollout, collect
+from rlhf.rollout import Frozen, Rollout, collect, score_rows
 from rlhf.run import loading, program, warnings
 from rlhf.run.checks import check_finite, check_first_step
 from rlhf.run.device import Compute, make_generator, setup
-from rlhf.run.files import csv_path, digests
+from rlhf.run.files import csv_path, digests, write_csv
 from rlhf.run.flags import TrainConfig, arg, check_positive, check_range
 from rlhf.run.judge import load_judge
 from rlhf.run.optimizer import linear_schedule, make_optimizer, set_lr
-from rlhf.run.progress import print_responses
+from rlhf.run.progress import print_responses, token_rows
 from rlhf.run.reward_functions import Rewards, named_rewards, part_means
 from rlhf.run.training import Training
 
@@ -158,7 +159,8 @@ def main(cfg: PPOConfig) -> None:
 
         done = step + 1
         # For the log only: nothing is trained on it.
-        gold = evaluate.mean(evaluate.describe(batch, rollout, tokenizer, judge), "gold")
+        responses = evaluate.describe(batch, rollout, tokenizer, judge)
+        gold = evaluate.mean(responses, "gold")
         metrics = step_metrics(cfg, frozen, rollout, experience, update_metrics, gold, kl_coef)
         metrics["lr"] = lr
         check_finite(policy, done, *[metrics[name] for name in MUST_BE_FINITE])
@@ -175,9 +177,10 @@ def main(cfg: PPOConfig) -> None:
             # The update may have broken the policy: no checkpoint then.
             check_finite(policy, done, *[sample.kl_ref for sample in samples])
             run.save(done, kl_coef=kl_coef)
+            if done <= cfg.eval_every:  # to look at: a step in the middle of learning
+                write_tokens(run.path, policy, frozen, responses, prompt_lens, rewards, experience)
     # The closing evaluation has no first ratio to keep at 1, so it scores more rows at once.
     frozen = frozen._replace(rows=cfg.micro_batch_size or 128)
-    print("\nbefore and after, on held-out prompts:")
     results = evaluate.compare(policy.gpt, heldout, frozen, judge, kl_coef, cfg.seed)
     run.close_policy(*results)
 
@@ -256,6 +259,26 @@ def choose_prompts(prompts: list[Prompt], step: int, cfg: PPOConfig) -> list[Pro
 
 
 # ---- metrics ----
+
+
+@torch.no_grad()
+def write_tokens(
+    checkpoint: Path,
+    policy: PolicyWithValue | PolicyWithoutValue,
+    frozen: Frozen,
+    responses: list[evaluate.Response],
+    prompt_lens: Tensor,
+    rewards: Tensor,
+    experience: Experience,
+) -> None:
+    """Write ppo_tokens.csv: the numbers of a step's first responses, also after its update."""
+    few = slice(12)
+    tokens = experience.tokens[few]  # (b, T)
+    after = score_rows(policy, frozen, tokens, experience.mask[few], prompt_lens[few])
+    write_csv(
+        checkpoint.with_name("ppo_tokens.csv"),
+        token_rows(responses[few], rewards, experience, after, frozen.tokenizer),
+    )
 
 
 def step_metrics(

@@ -11,21 +11,26 @@ docs/one_response.md has a sentence for each column.
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from rlhf.data import Prompt
+from rlhf.data import Prompt, pad_prompts
 from rlhf.evaluate import Response, describe
 from rlhf.losses import policy_loss, value_loss
-from rlhf.rewards import kl_k1
-from rlhf.rollout import Rollout
+from rlhf.model import PolicyWithValue
+from rlhf.ppo import assign_credit, update
+from rlhf.rewards import kl_k1, shape_rewards
+from rlhf.rollout import Rollout, collect, score_rows
 from rlhf.run import program
+from rlhf.run.checkpoints import load_weights
+from rlhf.run.device import make_generator
 from rlhf.run.errors import InputError, printable
 from rlhf.run.flags import arg
+from rlhf.run.optimizer import make_optimizer
 from rlhf.tokenizer import Tokenizer
-from rlhf.tools.optimality import RunConfig, load_run
-from rlhf.tools.report import take_step
+from rlhf.tools.optimality import Run, RunConfig, load_run
 
 BATCH = 32  # responses in the rollout
 SUMMED = ("kl cost", "reward")  # columns that have a sum
@@ -66,6 +71,69 @@ def choose_prompts(prompts: list[Prompt], first: int) -> list[Prompt]:
     if first >= count:
         raise InputError(f"--prompt {first}: there are {count} held-out prompts, numbered from 0")
     return [prompts[(first + i) % count] for i in range(BATCH)]
+
+
+# ---- the step ----
+
+
+def take_step(run: Run, prompts: list[Prompt], seed: int = 0) -> tuple[Rollout, dict[str, Tensor]]:
+    """Sample responses to the prompts, and take one gradient step on all of them.
+
+    It is a step of train_ppo.py with GAE and a new optimizer.
+
+    Returns: the rollout; {name: (B, T-1)}, where new_ means after the step.
+    """
+    config = run.checkpoint["config"]
+    compute = run.compute
+    policy = with_values(run)
+    # ---- 1 generate, 2 score ----
+    tokens, prompt_lens = pad_prompts(prompts, run.frozen.tokenizer.pad_id, compute.device)
+    generator = make_generator(compute.device, seed, "walk")
+    rollout = collect(policy, run.frozen, tokens, prompt_lens, generator, prompts)
+    mask = rollout.mask
+    # ---- 3 shape ----
+    kl_coef = run.checkpoint["kl_coef"]
+    rewards = shape_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef)
+    # ---- 4 credit ----
+    one_minibatch = {"inner_epochs": 1, "minibatch_size": len(prompts)}
+    cfg = SimpleNamespace(**config | one_minibatch)
+    experience = assign_credit(rollout, rewards, cfg)
+    # ---- 5 losses, 6 update ----
+    optimizer = make_optimizer(policy, cfg.lr, weight_decay=0.0, eps=1e-5)
+    update(policy, optimizer, compute, experience, cfg, step=0)
+    with torch.no_grad():
+        after = score_rows(policy, run.frozen, rollout.tokens, mask, prompt_lens)
+    return rollout, {
+        "logprob": rollout.logprobs,
+        "ref": rollout.ref_logprobs,
+        "reward": rewards,
+        "value": rollout.values,
+        "advantage": experience.returns - rollout.values,
+        "whitened": experience.advantages,
+        "return": experience.returns,
+        "new_logprob": after.logprobs,
+        "new_value": after.values,
+    }
+
+
+def with_values(run: Run) -> PolicyWithValue:
+    """The policy with its value network, or with the value head on its own network.
+
+    Raises InputError if there is neither.
+    """
+    config = run.checkpoint["config"]
+    if config.get("advantage") != "gae":  # DPO has none
+        raise InputError(
+            f"{run.path} has no value network to follow: give a ppo.pt of --advantage gae"
+        )
+    value_gpt = None
+    if config["value_network"] != "shared":
+        # It has the sizes of the reward model or, without one, of the policy.
+        sized = run.frozen.reward_model or run
+        value_gpt = type(sized.gpt)(sized.gpt.config)
+    policy = PolicyWithValue(run.gpt, value_gpt)
+    load_weights(run.path, policy, run.checkpoint["model"])
+    return policy.to(run.compute.device)
 
 
 # ---- the numbers ----

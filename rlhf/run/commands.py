@@ -25,7 +25,7 @@ PROGRAMS = {
 # The flags that a tool gets from the run that it goes on from.
 TOOL_FLAGS = {
     "optimality": ("data", "sft", "reward"),
-    "report": ("data", "sft", "reward"),
+    "report": ("data",),
     "sample": ("data", "reward", "reward_weights"),
     "export": ("data",),
 }

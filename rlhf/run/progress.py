@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import pandas
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf.run.errors import printable
 from rlhf.run.messages import in_one_line, last_turn
@@ -53,6 +53,36 @@ def sample_rows(before: list, after: list) -> list[dict]:
             "gold_after": new.gold,
         }
         rows.append(row)
+    return rows
+
+
+def token_rows(
+    responses: list, rewards: Tensor, experience, after, tokenizer: Tokenizer
+) -> list[dict]:
+    """Rows of ppo_tokens.csv: each token of some responses, and the numbers of its slot.
+
+    Args: responses: rlhf.evaluate.Response of the first rows of a step's rewards (B, T-1) and
+        rlhf.ppo.Experience; after: their rlhf.rollout.Rollout after the update.
+    """
+    columns = {
+        "logprob": experience.old_logprobs,
+        "ref_logprob": after.ref_logprobs,
+        "reward": rewards,
+        "value": experience.old_values,
+        "advantage": experience.advantages,
+        "return": experience.returns,
+        "new_logprob": after.logprobs,
+        "new_value": after.values,
+    }
+    rows = []
+    for number, response in enumerate(responses):
+        about = {"response": number, "prompt": last_turn(response.prompt)}
+        about |= {"score": response.score, "gold": response.gold}
+        about |= {"length": response.length, "ended": int(response.ended)}
+        for slot in after.mask[number].nonzero().flatten().tolist():
+            token = tokenizer.decode([after.tokens[number, slot + 1].item()])
+            numbers = {name: x[number, slot].item() for name, x in columns.items()}
+            rows.append({**about, "token": token, **numbers})
     return rows
 
 

@@ -245,6 +245,7 @@ class Training:
         samples = f"{self.cfg.kind}_samples.csv"
         write_csv(self.path.with_name("evaluation.csv"), rows)
         write_csv(self.path.with_name(samples), sample_rows(before, after))
+        print("\nbefore and after, on held-out prompts:")
         print_responses(before=before[:3], after=after[:3])
         print(f"\nevaluation.csv and {samples}, beside the checkpoint:\n")
         print_table(rows)

@@ -125,7 +125,7 @@ def test_command_of_a_stage_names_a_file_of_the_clone(started, name):
         (
             PPOConfig(data="d", out="x", reward=("f.py",), reward_weights=(2.0,)),
             "report",
-            "python -m rlhf.tools.report x --data d --reward f.py",
+            "python -m rlhf.tools.report x --data d",
         ),
         (
             PPOConfig(out="x", sft="s.pt", reward=("a b.pt", "f.py:g"), reward_weights=(1, 0.2)),

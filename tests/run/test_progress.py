@@ -1,8 +1,10 @@
 """The lines printed while a program runs."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from rlhf.evaluate import Response
 from rlhf.run.progress import (
@@ -12,6 +14,7 @@ from rlhf.run.progress import (
     print_table,
     sample_rows,
     ticker,
+    token_rows,
 )
 
 # ---- Progress ----
@@ -180,3 +183,36 @@ def test_print_responses_shows_the_last_turn_of_a_dialogue(capsys):
     prompt = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: What is\n\nit?\n\nAssistant:"
     print_responses(now=[dataclasses.replace(BEFORE, prompt=prompt)])
     assert capsys.readouterr().out.splitlines()[0] == "    Human: What is it?"
+
+
+# ---- ppo_tokens.csv ----
+
+
+def test_token_rows_have_the_numbers_of_each_slot():
+    """The action of slot t is token t + 1. Two rows of a step; the first is asked for. Each number
+    is 10 times its column plus its slot."""
+    names = ["logprob", "ref_logprob", "reward", "value", "advantage", "return", "new_logprob"]
+    slots = torch.arange(3.0)
+    column = {name: torch.stack([10 * i + slots, slots - 99]) for i, name in enumerate(names)}
+    column["new_value"] = torch.stack([70 + slots, slots - 99])
+    experience = SimpleNamespace(
+        old_logprobs=column["logprob"],
+        old_values=column["value"],
+        advantages=column["advantage"],
+        returns=column["return"],
+    )
+    after = SimpleNamespace(
+        tokens=torch.tensor([[4, 5, 6, 7]]),
+        mask=torch.tensor([[False, True, True]]),
+        logprobs=column["new_logprob"][:1],
+        ref_logprobs=column["ref_logprob"][:1],
+        values=column["new_value"][:1],
+    )
+    tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids}>")
+    rows = token_rows([AFTER], column["reward"], experience, after, tokenizer)
+    about = {"response": 0, "prompt": "Hi.", "score": AFTER.score, "gold": AFTER.gold}
+    about |= {"length": AFTER.length, "ended": int(AFTER.ended)}
+    for slot, token, row in zip((1, 2), ("<[6]>", "<[7]>"), rows, strict=True):
+        numbers = {name: 10.0 * i + slot for i, name in enumerate([*names, "new_value"])}
+        assert row == {**about, "token": token, **numbers}
+        assert list(row)[6:] == ["token", *names, "new_value"]

@@ -1,30 +1,21 @@
 """rlhf.tools.report: what goes into the page, that text stays text, and the page in a browser."""
 
 import base64
-import copy
 import hashlib
 import json
-import math
 import re
 import shutil
-import statistics
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pandas
 import pytest
-import torch
 
-from rlhf.data import Prompt
-from rlhf.rollout import Frozen, Rollout
-from rlhf.run.checkpoints import load_checkpoint
 from rlhf.run.errors import InputError
 from rlhf.run.flags import parse_cli
 from rlhf.tools import report
-from rlhf.tools.optimality import Run, RunConfig, load_run
-from rlhf.tools.report import ReportConfig, main, make_page, read_table, take_step, with_values
-from tests.helpers import CPU, ROOT, Digits, f64, noisy, script
+from rlhf.tools.report import ReportConfig, main, make_page, read_table
+from tests.helpers import ROOT
 
 TEMPLATE = (ROOT / "rlhf" / "tools" / "report.html").read_text(encoding="utf-8")
 ATTACK = "</script><script>alert(1)</script> <img src=x onerror=alert(1)> & \u2028 \"q\" 'q'"
@@ -72,7 +63,7 @@ def test_page_holds_the_files_of_the_folder(tmp_path):
     assert files.keys() == texts.keys() | tables.keys()
     assert {name: files[name] for name in texts} == texts
     assert contents["commands"]["sft"].endswith("train_sft.py")
-    assert "responses" not in contents and "ppo.pt does not exist" in contents["missing"]
+    assert "max_gold" not in contents
 
 
 def test_folder_of_the_run_needs_no_flag():
@@ -142,7 +133,6 @@ def test_page_of_a_long_run_with_long_texts_stays_below_500_kb(tmp_path, monkeyp
     files = {name: curves for name in ("sft.csv", "reward.csv", "reward_margins.csv", "ppo.csv")}
     files["ppo_samples.csv"] = SAMPLES + "\n".join([line] * 1_000)
     folder = write(tmp_path / "run", files)
-    monkeypatch.setattr(report, "ask_models", long_responses)
     contents_of(folder)
     assert (folder / "report.html").stat().st_size < 500_000
 
@@ -151,34 +141,26 @@ def test_page_of_a_long_run_with_long_texts_stays_below_500_kb(tmp_path, monkeyp
 
 
 def by_response(contents):
-    """Each response with {column: numbers of its tokens}."""
-    table = contents["tokens"]
-    tokens = [dict(zip(table["columns"], row)) for row in table["data"]]
-    responses = contents["responses"]
-    for row in responses["data"]:
-        response = dict(zip(responses["columns"], row))
-        own, tokens = tokens[: response["length"]], tokens[response["length"] :]
-        yield response, {name: [token[name] for token in own] for name in table["columns"]}
-    assert not tokens
+    """For each response of ppo_tokens.csv: what its rows have in common, and its columns."""
+    table = contents["files"]["ppo_tokens.csv"]
+    frame = pandas.DataFrame(table["data"], columns=table["columns"])
+    for _, rows in frame.groupby("response"):
+        yield rows.iloc[0], {name: rows[name].tolist() for name in rows}
 
 
-def test_page_of_a_finished_run_has_its_models_numbers(trained, tmp_path):
-    """The tokens of a response are its text. Its rewards sum to the score minus the KL cost, and a
-    return is value plus advantage."""
+def test_page_of_a_finished_run_has_the_numbers_of_a_step(trained, tmp_path):
+    """The rewards of a response sum to the score minus the KL cost."""
     data, out, printed = trained
     folder = shutil.copytree(out, tmp_path / "run")
     contents = contents_of(folder, "--data", data)
-    assert "missing" not in contents and contents["max_gold"] == 3.0
-    assert len(contents["responses"]["data"]) == 10  # prompts held out
-    for response, columns in by_response(contents):
-        texts = [text for text in columns["token"] if text != "<|endoftext|>"]
-        assert "".join(texts).strip() == response["text"]
-        paid = contents["kl_coef"] * response["kl_ref"]
-        assert sum(columns["reward"]) == pytest.approx(response["score"] - paid, abs=2e-3)
-        for value, advantage, target in zip(
-            columns["value"], columns["advantage"], columns["return"]
-        ):
-            assert target == pytest.approx(value + advantage, abs=2e-4)
+    assert contents["max_gold"] == 3.0
+    kl_coef = json.loads(contents["files"]["ppo.json"])["kl_coef"]
+    responses = list(by_response(contents))
+    assert len(responses) == 8  # --batch-size
+    for first, columns in responses:
+        assert len(columns["token"]) == first["length"]
+        kl_ref = sum(columns["logprob"]) - sum(columns["ref_logprob"])
+        assert sum(columns["reward"]) == pytest.approx(first["score"] - kl_coef * kl_ref, abs=1e-4)
     for stage, text in printed.items():
         warned = {line for line in text.splitlines() if line.startswith("warning: ")}
         found = contents["files"][f"{stage}.warnings.txt"].split("\n")
@@ -190,135 +172,7 @@ def test_page_shows_no_more_tokens_than_it_may(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "TOKENS", 3)
     data, out, _ = trained
     contents = contents_of(shutil.copytree(out, tmp_path / "run"), "--data", data)
-    assert len(contents["tokens"]["data"]) == 3
-
-
-def test_models_that_cannot_be_asked_leave_a_sentence(tmp_path, monkeypatch):
-    """As for a run with reward functions, which run only if the user names them."""
-
-    def refuse(cfg):
-        assert (cfg.checkpoint, cfg.sft) == (str(folder / "ppo.pt"), "a.pt")
-        assert (cfg.reward, cfg.data) == (("brief.py",), "d")
-        raise InputError("give --reward brief.py")
-
-    folder = write(tmp_path / "run", {"ppo.csv": PPO})
-    monkeypatch.setattr(report, "load_run", refuse)
-    contents = contents_of(folder, "--sft", "a.pt", "--reward", "brief.py", "--data", "d")
-    assert contents["missing"] == "give --reward brief.py" and "responses" not in contents
-
-
-# ---- a PPO step ----
-
-MASK = torch.tensor([[False, True, True, True], [True, True, False, False]])
-TOKENS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])
-LOGPROBS, REF, VALUES = [-1.0, -2.0, -0.5], [-1.5, -1.0, -0.25], [0.3, 0.6, 1.1]
-CONFIG = {"gamma": 0.9, "lam": 0.8, "lr": 0.05, "seed": 0, "micro_batch_size": 0}
-CONFIG |= {"clip_eps": 0.2, "value_clip_eps": 0.0, "value_coef": 0.5, "entropy_coef": 0.0}
-CONFIG |= {"max_grad_norm": 1.0, "inner_epochs": 7, "minibatch_size": 1}
-CONFIG |= {"advantage": "gae", "group_size": 4}
-
-
-@pytest.fixture
-def step(policy, monkeypatch):
-    """A step on two responses, of 3 and 2 tokens; kl_coef 0.5."""
-    rollout = Rollout(
-        TOKENS,
-        MASK,
-        f64([0, *LOGPROBS], [-1, -1, 0, 0]),
-        f64([0, *REF], [-2, -1, 0, 0]),
-        f64([9, *VALUES], [0.5, -0.5, 9, 9]),
-        f64(2.0, -1.0),
-    )
-    monkeypatch.setattr(report, "collect", lambda *arguments: rollout)
-    monkeypatch.setattr(report, "with_values", lambda run: policy)
-    frozen = Frozen(copy.deepcopy(policy.gpt), None, Digits())
-    checkpoint = {"config": CONFIG, "kl_coef": 0.5}
-    run = Run(Path("ppo.pt"), checkpoint, policy.gpt, frozen, None, [], CPU)
-    return take_step(run, [Prompt("12", [1, 2]), Prompt("6", [6])])
-
-
-def test_numbers_before_the_step_recomputed_in_plain_arithmetic(step):
-    """The first row by hand, from its end: rewards -0.5 * (logprob - ref), plus the score 2 on the
-    last; gamma 0.9, lambda 0.8. The second row: rewards -0.5 and -1, deltas -0.5 + 0.9 * -0.5 - 0.5
-    and -1 + 0.5."""
-    _, columns = step
-    costs = [0.5 * (a - b) for a, b in zip(LOGPROBS, REF)]
-    rewards = [-costs[0], -costs[1], 2 - costs[2]]
-    deltas = [r + 0.9 * after - v for r, after, v in zip(rewards, [*VALUES[1:], 0.0], VALUES)]
-    third = deltas[2]
-    second = deltas[1] + 0.9 * 0.8 * third
-    advantages = [deltas[0] + 0.9 * 0.8 * second, second, third]
-    others = [-1.45 + 0.72 * -0.5, -0.5]
-    mean, std = statistics.fmean(advantages + others), statistics.pstdev(advantages + others)
-    expected = {
-        "logprob": LOGPROBS,
-        "ref": REF,
-        "reward": rewards,
-        "value": VALUES,
-        "advantage": advantages,
-        "whitened": [(a - mean) / math.sqrt(std**2 + 1e-8) for a in advantages],
-        "return": [a + v for a, v in zip(advantages, VALUES)],
-    }
-    assert [*columns] == [*expected, "new_logprob", "new_value"]
-    for name, numbers in expected.items():
-        assert columns[name][0, 1:].tolist() == pytest.approx(numbers, abs=1e-12), name
-
-
-def test_new_numbers_are_those_of_the_policy_after_one_gradient_step(step, policy):
-    """Its weights have moved by at most the learning rate of AdamW's first step. The config's
-    epochs and minibatches do not count."""
-    _, columns = step
-    with torch.no_grad():
-        logits, values = policy(TOKENS)
-    for row, slot in MASK.nonzero().tolist():
-        expected = logits[row, slot].log_softmax(0)[TOKENS[row, slot + 1]].item()
-        assert columns["new_logprob"][row, slot].item() == pytest.approx(expected, abs=1e-9)
-        assert columns["new_value"][row, slot].item() == values[row, slot].item()
-
-
-def test_step_is_one_gradient_step(policy, step, gpt):
-    """AdamW's first step moves no weight by more than the learning rate; seven epochs would."""
-    before = noisy(type(gpt)(gpt.config).double())  # as the fixture made it
-    moved = []
-    for old, new in zip(before.parameters(), policy.gpt.parameters()):
-        moved.append((new - old).abs().max().item())
-    assert 0.04 < max(moved) <= 0.05 + 1e-9
-
-
-# ---- the value network ----
-
-
-def loaded(out, data, sft, reward):
-    cfg = RunConfig(str(out / "ppo.pt"), str(sft), (str(reward),), str(data), "cpu")
-    return with_values(load_run(cfg))
-
-
-@pytest.mark.parametrize("value_network", ["reward", "shared", "of a function"])
-def test_with_values_loads_all_weights_of_the_run(trained, tmp_path, value_network):
-    """The value network: the reward model's, the policy's own, or one that started from the
-    fine-tuned model, because a function is the only reward."""
-    data, out, _ = trained
-    sft, reward = out / "sft.pt", out / "reward.pt"
-    flags = ["--value-network", value_network]
-    if value_network == "of a function":
-        reward = tmp_path / "rules.py"
-        reward.write_text("def score(prompts, responses): return [len(x) for x in responses]")
-        flags = []
-    files = ["--data", data, "--sft", sft, "--reward", reward, "--out", tmp_path]
-    script("ppo", *files, *flags, "--steps", 1)
-    policy = loaded(tmp_path, data, sft, reward)
-    assert (policy.value_gpt is None) == (value_network == "shared")
-    expected = load_checkpoint(tmp_path / "ppo.pt", "ppo")["model"]
-    torch.testing.assert_close(dict(policy.state_dict()), expected, atol=0, rtol=0)
-
-
-def test_step_needs_a_value_network(trained, tmp_path):
-    data, out, _ = trained
-    sft, reward = out / "sft.pt", out / "reward.pt"
-    files = ["--data", data, "--sft", sft, "--reward", reward, "--out", tmp_path]
-    script("ppo", *files, "--advantage", "rloo", "--group-size", 2, "--steps", 1)
-    with pytest.raises(InputError, match="ppo.pt has no value network to follow"):
-        loaded(tmp_path, data, sft, reward)
+    assert len(contents["files"]["ppo_tokens.csv"]["data"]) == 3
 
 
 # ---- the page ----
@@ -492,7 +346,8 @@ def test_browser_shows_one_response_token_by_token(opened, trained, tmp_path, wi
     assert f"log-probability {minus(columns['logprob'][0])}" in shown
     page.check("input[value=advantage]")
     numbers = page.locator(".tokens small").all_inner_texts()
-    assert numbers == [minus(x) for x in columns["advantage"]]
+    whole = [target - value for target, value in zip(columns["return"], columns["value"])]
+    assert numbers == [minus(x) for x in whole]
     assert page.faults == []
 
 
