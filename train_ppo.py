@@ -307,7 +307,7 @@ def step_metrics(
         "explained_variance": explained.item(),
         "length": rollout.mask.sum(dim=1).float().mean().item(),
         "eos_rate": rollout.ended(frozen.tokenizer.stop_ids).float().mean().item(),
-        **part_means(frozen.reward_model, frozen.functions, rollout.parts),
+        **part_means(frozen.functions, rollout.parts),
     }
     if cfg.advantage != "gae":
         metrics |= dict.fromkeys(VALUE_METRICS)  # empty cells: there is no value network

@@ -156,58 +156,49 @@ def best_of_n_kl(n: float) -> float:
 
 def matching_n(kl: float) -> int:
     """The n, from 1 to LARGEST_N, whose best_of_n_kl is nearest to kl."""
-    lower = bisect.bisect(range(1, LARGEST_N), kl, key=best_of_n_kl)  # the last n with KL <= kl
-    neighbours = (max(1, lower), lower + 1)
-    return min(neighbours, key=lambda n: abs(best_of_n_kl(n) - kl))
+
+    def middle(n: int) -> float:
+        return (best_of_n_kl(n) + best_of_n_kl(n + 1)) / 2
+
+    return 1 + bisect.bisect(range(1, LARGEST_N), kl, key=middle)  # how many lie below, plus one
 
 
 # ---- metrics of policies, from the same samples ----
 
-METRICS = ["score", "gold", "kl_ref"]  # the rows of (3, Q); the gold of no judge is NaN
+# Samples (4, M, Q, n) are n responses of each of M policies to each of Q prompts, in float64. The
+# first policy is the reference. Rows: METRICS, and log q - log pi_ref, see log_mixture.
+METRICS = ["score", "gold", "kl_ref"]  # also the rows of (3, Q); the gold of no judge is NaN
+KL_REF = 2  # its number
 COLUMNS = [*METRICS, "objective", "optimality", "optimality_se"]  # of evaluation.csv
 
 
-class Samples(NamedTuple):
-    """n responses of each of M policies to each of Q prompts, in float64. The first policy is the
-    reference."""
-
-    scores: Tensor  # (M, Q, n)
-    golds: Tensor  # (M, Q, n)
-    log_ratios: Tensor  # (M, M, Q, n): log of each policy - log of the reference, of all responses
-
-    def half(self, which: int) -> "Samples":
-        """Every second response, from number `which` on: 0 or 1."""
-        return Samples(*[x[..., which::2] for x in self])
-
-    def pooled(self) -> list[Tensor]:
-        """Scores, golds, and log q - log pi_ref of all samples of a prompt: (Q, M n) each."""
-        columns = (self.scores, self.golds, log_mixture(self.log_ratios))  # (M, Q, n) each
-        return [x.transpose(0, 1).flatten(1) for x in columns]
+def pooled(samples: Tensor) -> Tensor:
+    """The samples of all policies together: (4, M, Q, n) -> (4, Q, M n)."""
+    return samples.transpose(1, 2).flatten(2)
 
 
-def policy_metrics(samples: Samples, number: int) -> Tensor:
+def policy_metrics(samples: Tensor, number: int) -> Tensor:
     """(3, Q) of policy `number`, from its own samples."""
-    own = (samples.scores[number], samples.golds[number], samples.log_ratios[number, number])
-    return torch.stack(own).mean(dim=2)
+    return samples[:3, number].mean(dim=2)
 
 
-def best_of_n_metrics(samples: Samples, n: int) -> Tensor:
+def best_of_n_metrics(samples: Tensor, n: int) -> Tensor:
     """(3, Q) of best-of-n, from all samples. Its KL is the same for every prompt."""
-    scores, golds, log_q = samples.pooled()  # (Q, N) each
+    scores, golds, _, log_q = pooled(samples)  # (Q, N) each
     score = best_of_n(scores, scores, n, log_q)  # (Q,)
     gold = best_of_n(scores, golds, n, log_q)  # (Q,)
     return torch.stack([score, gold, torch.full_like(score, best_of_n_kl(n))])
 
 
-def optimal_metrics(samples: Samples, kl_coef: float) -> Tensor:
+def optimal_metrics(samples: Tensor, kl_coef: float) -> Tensor:
     """(3, Q) of the optimum, from all samples."""
-    scores, golds, log_q = samples.pooled()  # (Q, N) each
+    scores, golds, _, log_q = pooled(samples)  # (Q, N) each
     best = optimum(scores, kl_coef, log_q)
     gold = (best.weights * golds).sum(dim=1)  # (Q,)
     return torch.stack([best.score, gold, best.kl_ref])
 
 
-def jackknife(estimator: Callable[..., Tensor], samples: Samples, setting: float) -> Tensor:
+def jackknife(estimator: Callable[..., Tensor], samples: Tensor, setting: float) -> Tensor:
     """2 * (the estimate from all samples) - (the mean of those from each half).
 
     Half of the samples have about twice the bias of all of them, if that is proportional to 1/N, so
@@ -215,7 +206,7 @@ def jackknife(estimator: Callable[..., Tensor], samples: Samples, setting: float
 
     Args: estimator: one of the functions above; setting: its second argument.
     """
-    halves = [estimator(samples.half(which), setting) for which in (0, 1)]
+    halves = [estimator(samples[..., first::2], setting) for first in (0, 1)]
     return 2 * estimator(samples, setting) - sum(halves) / 2
 
 
@@ -285,7 +276,7 @@ class Estimate(NamedTuple):
 
 def estimate_optimum(
     evaluations: list[tuple[list[dict], list[Response], list[Response]]],
-    samples: Samples,
+    samples: Tensor,
     kl_coef: float,
 ) -> list[Estimate]:
     """Each policy beside best-of-n with its KL, and beside the optimum, which is the same for all.
@@ -299,19 +290,20 @@ def estimate_optimum(
     0 for the reference, 1 for the best policy that this objective has, and its standard error.
 
     Args: evaluations: of the K policies, a good one first, as evaluate.compare returns them;
-        samples: of the reference and of these policies, on the first Q of the P prompts.
+        samples (4, 1 + K, Q, n): of the reference and of these policies, on the first Q of the P
+        prompts.
     """
     _, before, after = evaluations[0]
     reference = response_metrics(before)  # (3, P)
     first = response_metrics(after)  # (3, P)
     paired = policy_metrics(samples, 1)  # (3, Q)
     best = extend(first, jackknife(optimal_metrics, samples, kl_coef) - paired)  # (3, P)
-    scores, _, log_q = samples.pooled()  # (Q, N) each
+    scores, _, _, log_q = pooled(samples)  # (Q, N) each
     ess = optimum(scores, kl_coef, log_q).ess
 
     estimates = []
     for number, (rows, _, after) in enumerate(evaluations, start=1):
-        n = matching_n(samples.log_ratios[number, number].mean().item())
+        n = matching_n(samples[KL_REF, number].mean().item())
         best_of = extend(first, jackknife(best_of_n_metrics, samples, n) - paired)  # (3, P)
         empty = dict.fromkeys(rows[0]) | {"prompts": paired.size(1)}
         table = [

@@ -11,6 +11,7 @@ once rather than once per pair (Ouyang et al. 2022, section 3.5).
 
 from typing import NamedTuple
 
+from pandas import to_numeric
 from torch import Tensor
 
 from rlhf.data import pad_rows
@@ -27,7 +28,7 @@ from rlhf.tokenizer import Tokenizer
 
 class Ranking(NamedTuple):
     responses: list[list[int]]  # prompt, response and end-of-text of each
-    ranks: list[int]
+    ranks: list[int]  # 1, 2, ...; equal ranks are ties
 
     @property
     def size(self) -> int:
@@ -46,7 +47,9 @@ def load_rankings(
     number of rows that are left out is printed.
     """
     [(path, frame)] = read_rows(folder, "rankings", heldout=False, share=share)
-    check_rows(path, "Rank", [rank_fault(rank) for rank in frame["Rank"]], index=frame.index)
+    ranks = to_numeric(frame["Rank"], errors="coerce")
+    faults = ["is not a number" if is_nan else "" for is_nan in ranks.isna()]
+    check_rows(path, "Rank", faults, index=frame.index)
     tokens = []
     for row in frame.itertuples():
         tokens.append(tokenizer.prompt_ids(row.Prompt) + tokenizer.response_ids(row.Response))
@@ -54,12 +57,13 @@ def load_rankings(
     check_lengths(path, frame.index, lengths, limit, "the prompt with its response")
 
     keys = [name for name in ("PromptCell", "Group") if name in frame]
-    frame = frame.assign(tokens=tokens, Rank=frame["Rank"].astype(int))
+    frame = frame.assign(tokens=tokens, Rank=ranks)
     different = frame.drop_duplicates([*keys, "Response"])
     rankings = []
     for _, rows in different.groupby(keys, sort=False):
-        if rows["Rank"].nunique() > 1:
-            rankings.append(Ranking(rows["tokens"].tolist(), rows["Rank"].tolist()))
+        places = rows["Rank"].rank(method="dense").astype(int).tolist()
+        if max(places) > 1:
+            rankings.append(Ranking(rows["tokens"].tolist(), places))
     if not rankings:
         raise InputError(
             f"{path}: no ranking has two responses of different rank; there is nothing to learn"
@@ -71,13 +75,6 @@ def load_rankings(
             f"ranking, and rankings without two ranks"
         )
     return rankings
-
-
-def rank_fault(rank: str) -> str:
-    """What is wrong with a rank, or ""."""
-    if rank.isdecimal() and len(rank) < 11 and int(rank) < 2**31:
-        return ""
-    return f"is {rank[:40]!r}; it must be a whole number below 2**31"
 
 
 # ---- the loss ----

@@ -64,14 +64,11 @@ def read_rows(
     prompts = [cell for _, frame in tables for cell in frame["PromptCell"]]
     chosen = choose_heldout(prompts, share)
     if heldout:
-        names = ", ".join(map(str, files))
         if not chosen:
-            raise InputError(
-                f"{names}: there is one prompt only, so none can be held out; write {twin}"
-            )
+            raise InputError(f"there is one prompt only, so none can be held out; write {twin}")
         print(
-            f"no {twin.name}: {len(chosen)} of {len(set(prompts))} prompts of {names} are held "
-            f"out, chosen by a hash (--heldout {share:g})"
+            f"no {twin.name}: {len(chosen)} of {len(set(prompts))} prompts are held out, chosen by "
+            f"a hash (--heldout {share:g})"
         )
     return [(path, frame[frame["PromptCell"].isin(chosen) == heldout]) for path, frame in tables]
 
@@ -94,8 +91,9 @@ def with_a_winner(path: Path, frame: DataFrame) -> DataFrame:
     faults = ["" if x in ANSWERS else fault.format(x) for x in frame["Answer"]]
     check_rows(path, "Answer", faults)
     kept = frame[frame["Answer"].isin(ANSWERS[:2])]
-    if len(kept) < len(frame):
-        print(f"{path}: {len(frame) - len(kept)} of {len(frame)} rows name no better side")
+    left_out = len(frame) - len(kept)
+    if left_out:
+        print(f"{path}: {left_out} of {len(frame)} rows name no better side")
     return kept
 
 

@@ -43,14 +43,12 @@ def vote_probabilities(
     """
     if not hasattr(judge, "preference_probability"):
         return None
-    probabilities = []
-    for golds in zip(first, second):
-        p = float(judge.preference_probability(*golds))
+    probabilities = [float(judge.preference_probability(*golds)) for golds in zip(first, second)]
+    for p in probabilities:
         if not 0 <= p <= 1:
             raise InputError(
                 f"{judge.__file__}: preference_probability() gave {p}, not a number from 0 to 1"
             )
-        probabilities.append(p)
     return probabilities
 
 
@@ -59,8 +57,7 @@ def share_positive(margins: Tensor) -> float:
 
     margins: (N,) score of the chosen side minus that of the rejected one.
     """
-    wins = (margins > 0).float() + 0.5 * (margins == 0).float()
-    return wins.mean().item()
+    return (margins.sign().float().mean().item() + 1) / 2
 
 
 def judge_accuracies(judge: ModuleType | None, rows: list) -> dict[str, float]:

@@ -12,10 +12,10 @@ import torch
 
 from rlhf.model import GPT, GPTConfig, RewardModel
 from rlhf.run.checkpoints import check_input, check_tokenizer, load_checkpoint, load_weights
-from rlhf.run.errors import InputError, printable
+from rlhf.run.errors import InputError
 from rlhf.run.files import BUNDLED, check_folder, data_folder, digests
 from rlhf.run.judge import load_judge
-from rlhf.run.reward_functions import RewardFunction, Rewards
+from rlhf.run.reward_functions import RewardFunction, Rewards, load_function
 from rlhf.tokenizer import Tokenizer, load_tokenizer
 
 # ---- networks ----
@@ -135,7 +135,7 @@ def load_rewards(
     Args: tokenizer: the policy's; sft_path: what the reward model must have been made from.
     Raises: InputError if it was made from another sft.pt or has another tokenizer.
     """
-    functions = rewards.load_functions()
+    functions = tuple(map(load_function, rewards.functions))
     path = rewards.model
     if path is None:
         return None, functions
@@ -211,18 +211,15 @@ def find_own_tokenizer(checkpoint: dict, folder: str) -> Tokenizer:
     return find_tokenizer(folder, checkpoint["tokenizer_name"])
 
 
-def judge_of(given: str, named: str, needed: bool = True) -> ModuleType | None:
+def judge_of(given: str, named: str) -> ModuleType | None:
     """The judge of the folder given with --data or, without the flag, named by a checkpoint.
 
     A folder that only the checkpoint names must be the bundled data set's, because a checkpoint
-    must not decide which code runs. If it is another one and has a judge, raises InputError or, if
-    no judge is needed, says so and returns None.
+    must not decide which code runs. Raises InputError if it is another one and has a judge.
     """
     path = data_folder(named) / "judge.py"
     if not given and path.is_file() and path.resolve().parent != BUNDLED:
-        text = f"{path} is code that only the checkpoint names; give --data {named} to run it"
-        if needed:
-            raise InputError(text)
-        print(f"going on without gold: {printable(text)}")
-        return None
+        raise InputError(
+            f"{path} is code that only the checkpoint names; give --data {named} to run it"
+        )
     return load_judge(given or named)

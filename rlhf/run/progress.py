@@ -47,8 +47,8 @@ def sample_rows(before: list, after: list) -> list[dict]:
             "last_turn": last_turn(old.prompt),
             "Before": old.text,
             "After": new.text,
-            "score_before": round(old.score, 4),
-            "score_after": round(new.score, 4),
+            "score_before": old.score,
+            "score_after": new.score,
             "gold_before": old.gold,
             "gold_after": new.gold,
         }
@@ -103,10 +103,9 @@ def count_parameters(model: nn.Module) -> str:
 
 def print_adapters(model: nn.Module) -> None:
     """With adapters (LoRA), print how many numbers are trained, and the names of their layers."""
-    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    layers = {name.split(".")[-2] for name in trained if name.endswith(".A")}
+    layers = {name.split(".")[-2] for name, _ in model.named_parameters() if name.endswith(".A")}
     if layers:
-        count = sum(trained.values())
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"LoRA trains {count:,} numbers, with adapters in {', '.join(sorted(layers))}")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlhf.run.errors import InputError
 from rlhf.run.files import check_file
-from rlhf.run.user_code import PREFIX, call_score, load_code
+from rlhf.run.user_code import call_score, load_code
 
 OTHER_METRICS = ("model", "std")  # ppo.csv has score_model and score_std
 SPEC = re.compile(r"(.+\.py)(?::(\w+))?")  # FILE.py or FILE.py:FUNCTION
@@ -45,13 +45,6 @@ class Rewards(NamedTuple):
     functions: tuple[str, ...]  # FILE.py or FILE.py:FUNCTION
     weights: tuple[float, ...]  # of the model, then of the functions
 
-    def load_functions(self) -> tuple[RewardFunction, ...]:
-        """Execute the files, and find the functions: `score` if none is named.
-
-        Raises InputError if a file is missing or has no such function.
-        """
-        return tuple(map(load_function, self.functions))
-
     def files(self) -> dict[str, Path]:
         """{"reward NAME": the file of a function, "reward": the reward model's}."""
         files = {}
@@ -70,8 +63,8 @@ def named_rewards(names: tuple[str, ...], weights: tuple[float, ...], default: P
     would have one name, or if there are weights of another number.
     """
     names = names or (str(default),)
-    models = names[:1] if names[0].endswith(".pt") else ()
-    functions = names[len(models) :]
+    model = Path(names[0]) if names[0].endswith(".pt") else None
+    functions = names[1:] if model else names
     if not all(map(SPEC.fullmatch, functions)):
         raise ValueError(
             f"--reward {' '.join(names)}: give a reward model FILE.pt first, if any, and then "
@@ -85,7 +78,6 @@ def named_rewards(names: tuple[str, ...], weights: tuple[float, ...], default: P
             )
     if weights and len(weights) != len(names):
         raise ValueError(f"--reward-weights: {len(weights)} weights for {len(names)} rewards")
-    model = Path(models[0]) if models else None
     return Rewards(model, functions, weights or (1.0,) * len(names))
 
 
@@ -97,25 +89,27 @@ def parse(spec: str) -> tuple[Path, str, str]:
 
 
 def load_function(spec: str) -> RewardFunction:
-    """The function of FILE.py or FILE.py:FUNCTION. Raises InputError if there is none."""
+    """Execute the file of FILE.py or FILE.py:FUNCTION, and find the function: `score` if none is
+    named.
+
+    Raises InputError if the file is missing or has no such function.
+    """
     path, attribute, name = parse(spec)
     check_file(path, "give --reward a file with a function score(prompts, responses)")
     sys.path.append(str(path.resolve().parent))  # it may import files beside it
-    function = getattr(load_code(path, PREFIX + spec), attribute, None)
+    function = getattr(load_code(path, spec), attribute, None)
     if not callable(function):
         raise InputError(f"--reward {spec}: {path} has no function {attribute}")
     return RewardFunction(name, path, function)
 
 
-def part_means(model, functions: tuple[RewardFunction, ...], parts: Tensor) -> dict[str, float]:
+def part_means(functions: tuple[RewardFunction, ...], parts: Tensor) -> dict[str, float]:
     """The mean of each reward's scores, parts (B, K), by name; empty if there is only one reward.
 
-    model: the reward model, or None.
+    The K columns are those of the functions, after that of the reward model if there is one.
     """
-    names = [function.name for function in functions]
-    if model is not None:
-        names.insert(0, "model")
-    if len(names) == 1:
-        return {}
     means = parts.mean(dim=0).tolist()
-    return {f"score_{name}": mean for name, mean in zip(names, means)}
+    if len(means) == 1:
+        return {}
+    names = ["model", *[function.name for function in functions]]
+    return {f"score_{name}": mean for name, mean in zip(names[-len(means) :], means)}

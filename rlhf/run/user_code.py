@@ -12,8 +12,6 @@ from types import ModuleType
 
 from rlhf.run.errors import InputError
 
-PREFIX = "code of "  # begins the name of a module that load_code made of a reward function's file
-
 
 def load_code(path: Path, name: str) -> ModuleType:
     """Execute a file as a module of this name."""

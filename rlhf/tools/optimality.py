@@ -26,7 +26,13 @@ from torch import Tensor
 from rlhf import evaluate
 from rlhf.data import Prompt, load_prompts
 from rlhf.methods.dpo import response_logprobs
-from rlhf.methods.optimum import LARGEST_N, Estimate, Samples, estimate_optimum, response_metrics
+from rlhf.methods.optimum import (
+    LARGEST_N,
+    Estimate,
+    estimate_optimum,
+    log_mixture,
+    response_metrics,
+)
 from rlhf.model import GPT
 from rlhf.rollout import Frozen, Rollout
 from rlhf.run import program
@@ -81,13 +87,12 @@ class OptimalityConfig(RunConfig):
         super().__post_init__()
         if self.prompts < 2:
             raise ValueError(f"--prompts is {self.prompts}: give 2 or more")
-        if self.samples < 4 or self.samples % 2:
-            raise ValueError(f"--samples is {self.samples}: give an even number, 4 or more")
+        if self.samples < 4:
+            raise ValueError(f"--samples is {self.samples}: give 4 or more")
 
     def lock_file(self) -> Path | None:
         """Until the tables are written, no run may begin there."""
-        path = Path(self.checkpoint)
-        return path.with_name(".lock") if path.is_file() else None
+        return program.lock_of_run(Path(self.checkpoint).parent)
 
 
 def main(cfg: OptimalityConfig) -> None:
@@ -101,10 +106,10 @@ def compare_with_optimum(runs: list[Run], cfg: OptimalityConfig) -> None:
     seed = first.checkpoint["config"]["seed"]
     kl_coef = first.checkpoint["kl_coef"]
     models = (first.frozen, first.judge)
-    evaluations = []
-    for run in runs:
-        kind = run.checkpoint["kind"]
-        evaluations.append(evaluate.compare(run.gpt, first.prompts, *models, kl_coef, seed, kind))
+    evaluations = [
+        evaluate.compare(run.gpt, first.prompts, *models, kl_coef, seed, run.checkpoint["kind"])
+        for run in runs
+    ]
     policies = [first.frozen.reference, *[run.gpt for run in runs]]
     samples = sample_all(policies, *models, first.prompts[: cfg.prompts], cfg.samples, seed)
     for run, estimate in zip(runs, estimate_optimum(evaluations, samples, kl_coef)):
@@ -189,9 +194,9 @@ def sample_all(
     prompts: list[Prompt],
     count: int,
     seed: int,
-) -> Samples:
-    """So many responses of each of the M policies, of which the first is the reference, to each of
-    Q prompts.
+) -> Tensor:
+    """(4, M, Q, n): the samples of rlhf/methods/optimum.py, `count` responses of each of the M
+    policies, of which the first is the reference, to each of Q prompts.
 
     The number is the same for every prompt. Sampling more only if the effective sample size is
     small would make J* too low: it is large on the prompts whose rare good responses happen to be
@@ -208,7 +213,9 @@ def sample_all(
     shape = (len(policies), len(prompts), count)  # (M, Q, n)
     scores, golds, _ = response_metrics(responses)  # (M Q n,) each
     logprobs = torch.cat(parts, dim=1).double().cpu().view(-1, *shape)  # (M, M, Q, n)
-    return Samples(scores.view(shape), golds.view(shape), logprobs - logprobs[0])
+    log_ratios = logprobs - logprobs[0]  # of each policy to the reference, of all responses
+    own = log_ratios.diagonal().movedim(-1, 0)  # (M, Q, n)
+    return torch.stack([scores.view(shape), golds.view(shape), own, log_mixture(log_ratios)])
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ gold, if there are any. At the terminal it is printed while it is sampled. --pro
 format of `prepare`; data/responses.py says what --out holds, and how a killed run continues.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ from rlhf.evaluate import Response
 from rlhf.rollout import Frozen
 from rlhf.run.device import pick_device
 from rlhf.run.errors import InputError, printable
-from rlhf.run.flags import arg, check_positive
+from rlhf.run.flags import DEVICES, arg, check_positive
 from rlhf.run.loading import judge_of, load_policy, load_rewards, tokenizer_of
 from rlhf.run.messages import TextOrMessages, as_text
 from rlhf.run.program import run
@@ -49,7 +50,7 @@ class SampleConfig:
     reward_weights: tuple[float, ...] = arg((), "weight of each reward (empty: 1)")
     temperature: float = arg(1.0, "sampling temperature")
     max_new_tokens: int = arg(0, "longest response (0: half the context, at most 200)")
-    device: str = arg("auto", "auto: a CUDA GPU if there is one", ("auto", "cpu", "cuda"))
+    device: str = arg("auto", "auto: a CUDA GPU if there is one", DEVICES)
     seed: int = arg(0, "random seed")
 
     def __post_init__(self):
@@ -100,6 +101,17 @@ class Policy:
 # ---- what is loaded ----
 
 
+@contextlib.contextmanager
+def going_on(note: str, unless: str | tuple = ""):
+    """Print an InputError after the note, and go on; unless the user has given this flag."""
+    try:
+        yield
+    except InputError as error:
+        if unless:
+            raise
+        print(f"{note}: {printable(str(error))}")
+
+
 def load_policies(cfg: SampleConfig) -> list[Policy]:
     """The policies that respond, on their device, without rewards."""
     policies = []
@@ -107,7 +119,9 @@ def load_policies(cfg: SampleConfig) -> list[Policy]:
         gpt, checkpoint = load_policy(path, "sft", "ppo")
         if not policies:
             data = cfg.data or checkpoint["config"]["data"]
-            judge = judge_of(cfg.data, data, needed=False)
+            judge = None
+            with going_on("going on without gold"):
+                judge = judge_of(cfg.data, data)
         tokenizer = tokenizer_of(path, checkpoint, data)
         gpt.temperature *= cfg.temperature
         longest = cfg.max_new_tokens or min(200, gpt.config.block_size // 2)
@@ -121,18 +135,10 @@ def load_policies(cfg: SampleConfig) -> list[Policy]:
 def give_rewards(policies: list[Policy], cfg: SampleConfig) -> None:
     """Give the rewards to all policies, or a reward model that reads tokens to those that have the
     first one's tokenizer.
-
-    Rewards that the user has not named may be missing, or be unfit for this policy.
     """
     first = policies[0].frozen.tokenizer
     rewards = cfg.rewards()
-    try:
-        reward_model, functions = load_rewards(rewards, first, pick_device(cfg.device))
-    except InputError as error:
-        if cfg.reward:
-            raise
-        print(f"going on without a reward model: {printable(str(error))}")
-        return
+    reward_model, functions = load_rewards(rewards, first, pick_device(cfg.device))
     for policy in policies:
         same_tokens = policy.frozen.tokenizer.fingerprint == first.fingerprint
         if reward_model is None or same_tokens:  # functions read text
@@ -204,13 +210,7 @@ def print_response(policy: Policy, prompt: Prompt, seed: int) -> str:
 def take_turn(policy: Policy, question: str, cfg: SampleConfig, turn: int) -> None:
     """Print a policy's responses to a question; the first one goes into its dialogue."""
     given = [*policy.dialogue, {"role": "user", "content": question}]
-    try:
-        prompt = fit(strip_blanks(question) if cfg.plain else given, policy, cfg)
-    except InputError as error:
-        if cfg.prompt:
-            raise
-        print(f"{policy.path}: {printable(str(error))}")  # the dialogue goes on
-        return
+    prompt = fit(strip_blanks(question) if cfg.plain else given, policy, cfg)
     seed = (1000 * cfg.seed + turn) * cfg.n
     texts = [print_response(policy, prompt, seed + number) for number in range(cfg.n)]
     if not cfg.plain:
@@ -227,7 +227,9 @@ def read_question() -> str:
 
 def main(cfg: SampleConfig) -> None:
     policies = load_policies(cfg)
-    give_rewards(policies, cfg)
+    # The reward.pt beside a checkpoint may be missing, or be unfit for this policy.
+    with going_on("going on without a reward model", unless=cfg.reward):
+        give_rewards(policies, cfg)
     if cfg.prompts:
         from data.responses import write_responses
 
@@ -239,7 +241,8 @@ def main(cfg: SampleConfig) -> None:
         questions = iter(read_question, "")
     for turn, question in enumerate(questions):
         for policy in policies:
-            take_turn(policy, question, cfg, turn)
+            with going_on(str(policy.path), unless=cfg.prompt):
+                take_turn(policy, question, cfg, turn)
 
 
 if __name__ == "__main__":

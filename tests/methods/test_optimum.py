@@ -9,7 +9,6 @@ import torch
 from rlhf.evaluate import Response, summarise
 from rlhf.methods.optimum import (
     LARGEST_N,
-    Samples,
     best_of_n,
     best_of_n_kl,
     best_of_n_metrics,
@@ -377,7 +376,14 @@ def samples_of(*prompts):
     log policy - log reference, gold)."""
     cells = torch.tensor(prompts, dtype=torch.float64)  # (Q, M, n, 3)
     scores, log_ratios, golds = cells.permute(3, 1, 0, 2)  # (M, Q, n) each
-    return Samples(scores, golds, torch.stack([torch.zeros_like(log_ratios), log_ratios]))
+    return stacked(scores, golds, log_ratios)
+
+
+def stacked(scores, golds, log_ratios):
+    """Samples (4, 2, Q, n). log_ratios (2, Q, n): log policy - log reference, of both samples."""
+    zeros = torch.zeros_like(log_ratios)
+    kl_refs = torch.stack([zeros[0], log_ratios[1]])  # of each policy, at its own samples
+    return torch.stack([scores, golds, kl_refs, log_mixture(torch.stack([zeros, log_ratios]))])
 
 
 # Of one prompt, kl_coef 2, see the test.
@@ -528,8 +534,7 @@ class Drawn:
         picked = torch.stack([self.responses(k, prompts, count) for k in (0, 1)])  # (2, Q, count)
         at = prompts[None, :, None].expand_as(picked)
         log_ratio = self.log_ratio[at, picked]
-        log_ratios = torch.stack([torch.zeros_like(log_ratio), log_ratio])
-        return Samples(self.scores[at, picked], torch.zeros_like(log_ratio), log_ratios)
+        return stacked(self.scores[at, picked], torch.zeros_like(log_ratio), log_ratio)
 
     def evaluation(self, prompts):
         """One response of each policy to each prompt."""

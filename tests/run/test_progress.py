@@ -149,7 +149,7 @@ def test_sample_rows_put_both_responses_side_by_side():
             "last_turn": "Hi.",
             "Before": "Go away.",
             "After": "Hello.",
-            "score_before": -0.1235,
+            "score_before": BEFORE.score,
             "score_after": 1.5,
             "gold_before": -1.0,
             "gold_after": 2.0,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlhf.run.errors import InputError
-from rlhf.run.reward_functions import Rewards, named_rewards, part_means
+from rlhf.run.reward_functions import Rewards, load_function, named_rewards, part_means
 
 DEFAULT = Path("runs/reward.pt")
 
@@ -53,7 +53,7 @@ def test_flags_that_do_not_fit_are_refused(names, weights, message):
 
 
 def load(*specs):
-    return named_rewards(specs, (), DEFAULT).load_functions()
+    return tuple(map(load_function, specs))
 
 
 def test_functions_are_found_in_their_files(tmp_path):
@@ -146,6 +146,10 @@ def test_part_means_name_each_of_several_rewards(tmp_path):
     path = write(tmp_path / "x.py", "def score(prompts, responses): return []")
     (function,) = load(path)
     parts = torch.tensor([[1.0, 10.0], [2.0, 30.0]])
-    assert part_means("a model", (function,), parts) == {"score_model": 1.5, "score_x": 20.0}
-    assert part_means(None, (function,), parts[:, 1:]) == {}
-    assert part_means("a model", (), parts[:, :1]) == {}
+    assert part_means((function,), parts) == {"score_model": 1.5, "score_x": 20.0}
+    assert part_means((function, function._replace(name="y")), parts) == {
+        "score_x": 1.5,
+        "score_y": 20.0,
+    }
+    assert part_means((function,), parts[:, 1:]) == {}
+    assert part_means((), parts[:, :1]) == {}

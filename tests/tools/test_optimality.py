@@ -24,6 +24,7 @@ from rlhf.methods.optimum import (
     optimal_metrics,
     optimum,
     policy_metrics,
+    pooled,
 )
 from rlhf.model import GPT
 from rlhf.rollout import Frozen
@@ -140,9 +141,9 @@ def test_all_policies_have_the_same_optimum():
     ratios = torch.ones(3, 3, 4).double()  # (policy, sampler, sample)
     ratios[1, 1] = 3
     ratios[2, 2] = 5
-    samples = samples_of([[(0, 0, 0)] * 4] * 2)._replace(
-        scores=scores[:, None], golds=scores[:, None], log_ratios=ratios.log()[:, :, None]
-    )
+    own = torch.stack([ratios[k, k] for k in range(3)])  # (3, 4)
+    columns = [scores, scores, own.log(), ratios.mean(dim=0).log()]
+    samples = torch.stack(columns)[:, :, None]  # (4, 3, 1, 4)
     sft = [one(0, 0, 1.0)] * 2
     evaluations = [
         evaluated(sft, [one(2, 1, 1.0), one(3, 1, 1.0)], 0.5),
@@ -193,7 +194,7 @@ def test_add_optimum_warns_of_nothing_if_the_samples_are_enough():
 
 def test_add_optimum_without_judge_has_no_gold():
     samples = samples_of(lacks(2, 3), lacks(2, 3))
-    samples = samples._replace(golds=samples.golds * math.nan)
+    samples[1] = math.nan
     evaluation = evaluated([one(0, 0)] * 2, [one(1, 0.1)] * 2, kl_coef=1.0)
     table, _ = add_optimum(evaluation, samples, 1.0)
     assert [row["gold"] for row in table] == [None] * 4
@@ -238,9 +239,9 @@ def world_samples():
     return world, torch.stack(exact), samples, asked
 
 
-def test_samples_have_the_log_ratios_of_every_policy(world_samples):
-    """Each sampled response has its exact log-probability under each policy, minus that under the
-    reference. The 40 responses have different texts."""
+def test_samples_have_their_log_ratios(world_samples):
+    """Each sampled response has its exact log-probability under its policy, and under the mixture
+    of all, minus that under the reference. The 40 responses have different texts."""
     world, exact, samples, asked = world_samples
     listed = ["".join(str(token) for token in tokens if token != EOS) for tokens in responses()]
     number = {text: at for at, text in enumerate(listed)}
@@ -248,11 +249,14 @@ def test_samples_have_the_log_ratios_of_every_policy(world_samples):
     at_prompt = torch.tensor([[int(p == str(q)) for q in PROMPTS] for p, _ in asked]).argmax(dim=1)
     picked = torch.tensor([number[text] for _, text in asked])
     expected = (exact - exact[0])[:, at_prompt, picked].view(3, 3, 3, 1500)
-    torch.testing.assert_close(samples.log_ratios, expected, atol=1e-4, rtol=1e-4)
+    own = torch.stack([expected[k, k] for k in range(3)])
+    torch.testing.assert_close(samples[2], own, atol=1e-4, rtol=1e-4)
+    mixture = expected.exp().mean(dim=0).log()
+    torch.testing.assert_close(samples[3], mixture, atol=1e-4, rtol=1e-4)
     scores = world.scores.view(3, -1)[at_prompt, picked].view(3, 3, 1500)
-    torch.testing.assert_close(samples.scores, scores, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(samples[0], scores.double(), atol=1e-5, rtol=1e-5)
     lengths = torch.tensor([float(len(text)) for _, text in asked]).view(3, 3, 1500)
-    torch.testing.assert_close(samples.golds, lengths.double())
+    torch.testing.assert_close(samples[1], lengths.double())
 
 
 def test_samples_give_the_exact_optimum(world_samples):
@@ -260,8 +264,8 @@ def test_samples_give_the_exact_optimum(world_samples):
     world, exact, samples, _ = world_samples
     scores, kl_coef = world.scores.view(3, -1), 1.5
     best = kl_coef * (exact[0] + scores / kl_coef).logsumexp(dim=1)
-    pooled, _, log_q = samples.pooled()
-    got = optimum(pooled, kl_coef, log_q)
+    pooled_scores, _, _, log_q = pooled(samples)
+    got = optimum(pooled_scores, kl_coef, log_q)
     error = kl_coef * (1 / got.ess - 1 / 4500) ** 0.5  # of J*, to first order
     assert ((got.objective - best).abs() < 4 * error).all() and (error < 0.03).all()
     for number, logprobs in enumerate(exact):
@@ -273,7 +277,7 @@ def test_samples_give_the_exact_optimum(world_samples):
 # ---- the program ----
 
 
-@pytest.mark.parametrize("flags", [["--samples", "15"], ["--samples", "2"], ["--prompts", "1"]])
+@pytest.mark.parametrize("flags", [["--samples", "3"], ["--prompts", "1"]])
 def test_optimality_rejects_impossible_counts(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_cli(OptimalityConfig, flags)
@@ -569,5 +573,5 @@ def test_optimality_makes_no_folder_for_a_missing_checkpoint(tmp_path):
         main(OptimalityConfig(checkpoint=str(tmp_path / "nothing/ppo.pt")))
     assert OptimalityConfig(checkpoint=str(tmp_path / "nothing/ppo.pt")).lock_file() is None
     assert not (tmp_path / "nothing").exists()
-    (tmp_path / "ppo.pt").touch()
+    (tmp_path / ".lock").touch()
     assert OptimalityConfig(checkpoint=str(tmp_path / "ppo.pt")).lock_file() == tmp_path / ".lock"

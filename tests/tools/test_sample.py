@@ -115,6 +115,15 @@ def test_unusable_reward_model_gives_a_note_or_an_error(trained, tmp_path, capsy
     assert "going on without a reward model" in shown and "score" not in shown and "gold" in shown
 
 
+def test_error_of_what_the_user_has_not_named_is_a_note_without_control_characters(capsys):
+    with sample.going_on("going on without gold", unless=()):
+        raise InputError("a\x1b[2Jb/judge.py is code")
+    assert capsys.readouterr().out == "going on without gold: a\\x1b[2Jb/judge.py is code\n"
+    with pytest.raises(InputError, match="garbled"):
+        with sample.going_on("", unless=("reward.pt",)):
+            raise InputError("garbled")
+
+
 def test_functions_score_policies_of_any_tokenizer_and_a_reward_model_those_of_one(trained):
     """The second policy has other tokens than the first."""
     _, out, _ = trained
