@@ -2,7 +2,7 @@
 ones become likelier.
 
     python train_ppo.py     # reads runs/sft.pt and runs/reward.pt; writes runs/ppo.pt, ppo.csv,
-                            # ppo_samples.csv and evaluation.csv
+                            # ppo_tokens.csv, ppo_samples.csv and evaluation.csv
 
 One to two minutes on two cores; gold goes from about -0.3 to 2.8, and the maximum is 3
 (docs/results.md).

@@ -142,7 +142,7 @@ def with_values(run: Run) -> PolicyWithValue:
 def before_step(numbers: dict[str, Tensor], kl_coef: float, gamma: float) -> dict[str, Tensor]:
     """What parts 1 to 4 give to each token of a response.
 
-    Args: numbers: of rlhf.tools.report.take_step, (slots,) each.
+    Args: numbers: of take_step, (slots,) each.
     """
     kl_costs = kl_coef * kl_k1(numbers["logprob"], numbers["ref"])
     values = numbers["value"]
