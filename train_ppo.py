@@ -50,7 +50,7 @@ from rlhf.run.files import csv_path, digests, write_csv
 from rlhf.run.flags import TrainConfig, arg, check_positive, check_range
 from rlhf.run.judge import load_judge
 from rlhf.run.optimizer import linear_schedule, make_optimizer, set_lr
-from rlhf.run.progress import print_responses, token_rows
+from rlhf.run.progress import token_rows
 from rlhf.run.reward_functions import Rewards, named_rewards, part_means
 from rlhf.run.training import Training
 
@@ -173,7 +173,7 @@ def main(cfg: PPOConfig) -> None:
         )
         if run.evaluates(done):
             samples = evaluate.respond(policy.gpt, heldout[:3], frozen, judge)
-            print_responses(now=samples)
+            run.show_responses(done, samples)
             # The update may have broken the policy: no checkpoint then.
             check_finite(policy, done, *[sample.kl_ref for sample in samples])
             run.save(done, kl_coef=kl_coef)

@@ -8,6 +8,7 @@ import textwrap
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,12 +22,37 @@ def test_metrics_page_lists_the_columns_of_the_csvs(trained):
     the same order."""
     _, out, _ = trained
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    for name in ("sft.csv", "reward.csv", "reward_margins.csv", "ppo.csv"):
+    for name in ("sft.csv", "reward.csv", "reward_margins.csv", "ppo.csv", "ppo_tokens.csv"):
         section = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
         documented = re.findall(r"^\| `(\w+)` \|", section, flags=re.M)
         assert documented == list(rows(out / name)[0]), (
             f"docs/metrics.md: one row per column of {name}"
         )
+
+
+def test_logger_of_the_metrics_page_sends_each_row_once(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    source = re.search(r"ten lines beside the training:\n\n((?: {4}.*\n)+)", page)[1]
+    sent = []
+
+    def log(row, step):
+        sent.append((step, row))
+
+    def sleep(seconds):
+        """The training writes a second row; after it, Ctrl-C."""
+        if len(sent) == 2:
+            raise KeyboardInterrupt
+        table.write_text(table.read_text() + "2,0.5,1\n")
+
+    table = tmp_path / "runs" / "ppo.csv"
+    table.parent.mkdir()
+    table.write_text("step,score,gold\n1,-0.5,\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda project: None, log=log))
+    with pytest.raises(KeyboardInterrupt):
+        exec(textwrap.dedent(source), {})
+    assert sent == [(1, {"step": 1, "score": -0.5}), (2, {"step": 2, "score": 0.5, "gold": 1})]
 
 
 def own_reward(heading, path, *changes):

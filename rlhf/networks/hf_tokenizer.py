@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import inspect
 import itertools
 from pathlib import Path
 
@@ -143,6 +144,9 @@ class HFTokenizer(Tokenizer):
         """
         if not self.template:
             return None
+        options = inspect.signature(self.original.apply_chat_template).parameters
+        if "sanitize_control_tokens" not in options:  # special tokens in messages would be read
+            raise InputError("a chat template needs transformers 5.20: pip install -U .[hf]")
         prompt = self.apply_template([QUESTION], tokenize=False)
         both = self.apply_template([QUESTION, ANSWER], tokenize=False)
         answer = ANSWER["content"]

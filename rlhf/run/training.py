@@ -29,6 +29,7 @@ from rlhf.run.device import Compute
 from rlhf.run.errors import InputError
 from rlhf.run.files import append_csv, check_file, replacing, write_csv
 from rlhf.run.flags import TrainConfig, to_json
+from rlhf.run.messages import last_turn
 from rlhf.run.optimizer import check_trained
 from rlhf.run.processes import is_first
 from rlhf.run.progress import Progress, print_adapters, print_responses, print_table, sample_rows
@@ -181,6 +182,14 @@ class Training:
                 if value is not None:
                     self.writer.add_scalar(f"{self.cfg.kind}/{name}", value, step)
             self.writer.flush()
+
+    def show_responses(self, step: int, responses: list) -> None:
+        """Print responses (rlhf.evaluate.Response), which TensorBoard gets too."""
+        print_responses(now=responses)
+        if self.writer:
+            for number, response in enumerate(responses):
+                name = f"{self.cfg.kind}/response {number}"
+                self.writer.add_text(name, f"{last_turn(response.prompt)}\n\n{response.text}", step)
 
     def write_records(self) -> None:
         """Write the metrics that belong to the checkpoint, and the settings for --config.

@@ -685,6 +685,12 @@ def test_streamed_response_of_a_model_of_transformers_is_what_is_sampled(chat, c
         assert shown.startswith(printable(expected.text)) and expected.length > 3
 
 
+def test_template_needs_a_release_in_which_special_tokens_of_a_user_are_text(folders, monkeypatch):
+    monkeypatch.setattr("inspect.signature", lambda function: SimpleNamespace(parameters={}))
+    with pytest.raises(InputError, match="a chat template needs transformers 5.20: pip install"):
+        hf_tokenizer.HFTokenizer(str(next(iter(folders.values()))))
+
+
 def test_label_shows_text_and_keeps_messages(chat, monkeypatch, capsys):
     """The reward model then reads a vote's prompt as the policy read it."""
     path = chat.out / "sft.pt"

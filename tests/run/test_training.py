@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import train_ppo
 import train_reward
 import train_sft
+from rlhf.evaluate import Response
 from rlhf.model import GPT, GPTConfig
 from rlhf.run import files, processes
 from rlhf.run.checkpoints import load_checkpoint
@@ -463,6 +464,19 @@ def test_log_writes_measured_metrics_for_tensorboard(tmp_path, monkeypatch):
     assert opened == [(tmp_path / "tensorboard" / "sft", 1), (tmp_path / "tensorboard" / "sft", 2)]
     assert ("sft/loss", 0.125, 1) in written
     assert "sft/valid" not in [name for name, _, _ in written]  # not measured
+
+
+def test_sampled_texts_are_printed_and_go_to_tensorboard(tmp_path, monkeypatch, capsys):
+    texts = []
+    writer = SimpleNamespace(add_text=lambda *text: texts.append(text))
+    module = SimpleNamespace(SummaryWriter=lambda folder, purge_step: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    response = Response("\n\nHuman: Hi.\n\nAssistant:", "Hello.", 1.5, None, 0.0, 3, True)
+    small_run(tmp_path, tensorboard=True).show_responses(2, [response])
+    assert texts == [("sft/response 0", "Hi.\n\nHello.", 2)]
+    assert "now -> Hello." in capsys.readouterr().out
+    small_run(tmp_path, overwrite=True).show_responses(2, [response])  # without TensorBoard
+    assert len(texts) == 1
 
 
 def test_missing_tensorboard_is_one_line(tmp_path, monkeypatch):
