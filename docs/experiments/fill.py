@@ -94,15 +94,14 @@ def before_after(root: Path) -> list[str]:
     return markdown(["prompt", "before PPO (gold)", "after PPO (gold)"], rows)
 
 
-def quoted(root: Path, file: str, first: int, last: int | None, keep: str = "") -> list[str]:
+def quoted(root: Path, file: str, first: int, last: int | None) -> list[str]:
     """Blocks first to last - 1 of a text file in docs/results/seed0, as code.
 
-    Blocks are separated by empty lines. keep: a pattern that a line must begin with.
+    Blocks are separated by empty lines.
     """
     text = (root / "docs/results/seed0" / file).read_text(encoding="utf-8")
     blocks = text.split("\n\n")[first:last]
-    lines = "\n\n".join(blocks).splitlines()
-    return [f"    {line}".rstrip() for line in lines if re.match(keep, line)]
+    return [f"    {line}".rstrip() for line in "\n\n".join(blocks).splitlines()]
 
 
 # ---- docs/results.md ----
@@ -320,7 +319,6 @@ def peaks(root: Path) -> list[str]:
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     "before_after": before_after,
     "last_lines": lambda root: quoted(root, "last_lines.txt", 0, None),
-    "walk_excerpt": lambda root: quoted(root, "walk.txt", 1, 2, keep="slot|  (18|21|28|38)| sum"),
     "walk_before": lambda root: quoted(root, "walk.txt", 0, 2),
     "walk_after": lambda root: quoted(root, "walk.txt", 2, 4),
     "stages": stages,

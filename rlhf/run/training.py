@@ -188,8 +188,11 @@ class Training:
         print_responses(now=responses)
         if self.writer:
             for number, response in enumerate(responses):
-                name = f"{self.cfg.kind}/response {number}"
-                self.writer.add_text(name, f"{last_turn(response.prompt)}\n\n{response.text}", step)
+                self.writer.add_text(
+                    f"{self.cfg.kind}/response {number}",
+                    f"{last_turn(response.prompt)}\n\n{response.text}",
+                    step,
+                )
 
     def write_records(self) -> None:
         """Write the metrics that belong to the checkpoint, and the settings for --config.

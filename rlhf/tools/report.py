@@ -10,6 +10,7 @@ JSON, and its script draws them (report.html, beside this file). Text of data an
 
 import json
 import platform
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,11 @@ from rlhf.run.flags import arg
 from rlhf.run.loading import judge_of
 from rlhf.run.program import run
 from rlhf.run.training import RESULTS
+from rlhf.tools.sample import going_on
 
 TEMPLATE = Path(__file__).with_suffix(".html")
+# The clone's commit; nothing for the installed package.
+GIT = f'git -C "{TEMPLATE.parent}" describe --always --dirty 2>/dev/null'
 # Columns of ppo_samples.csv and ppo_tokens.csv
 TEXTS = ("Prompt", "last_turn", "Before", "After", "prompt", "token")
 # What the page holds at most, so that it stays below 500 KB:
@@ -51,10 +55,12 @@ def main(cfg: ReportConfig) -> None:
         "files": files,
         "commands": {name: command(name) for name in PROGRAMS},
         "machine": platform.platform(),
+        "commit": subprocess.getoutput(GIT),
     }
     if "ppo.json" in files:
-        judge = judge_of(cfg.data, json.loads(files["ppo.json"])["data"], needed=False)
-        contents["max_gold"] = getattr(judge, "MAX_SCORE", None)
+        data = json.loads(files["ppo.json"])["data"]
+        with going_on("going on without the largest gold"):
+            contents["max_gold"] = getattr(judge_of(cfg.data, data), "MAX_SCORE", None)
     path = folder / "report.html"
     with replacing(path, encoding="utf-8") as file:
         file.write(make_page(contents))
@@ -70,8 +76,8 @@ def read_files(folder: Path) -> dict[str, dict | str]:
     for names in (*RESULTS.values(), ["ppo_tokens.csv"]):
         for path in map(folder.joinpath, names):
             if path.is_file():
-                is_table = path.suffix == ".csv"
-                files[path.name] = read_table(path) if is_table else path.read_text("utf-8")
+                is_text = path.suffix != ".csv"
+                files[path.name] = path.read_text("utf-8") if is_text else read_table(path)
     return files
 
 

@@ -180,7 +180,6 @@ def test_quoted_output_is_code(tmp_path):
     before = ["    prompt", "", "    slot", "      18"]
     assert fill.TABLES["walk_before"](tmp_path) == before
     assert fill.TABLES["walk_after"](tmp_path) == ["    after one step:", "", "    slot"]
-    assert fill.quoted(tmp_path, "walk.txt", 1, 2, keep="slot") == ["    slot"]
 
 
 @pytest.mark.parametrize("name", [name for name in fill.TABLES if not name.startswith("walk_")])

@@ -63,7 +63,9 @@ def test_page_holds_the_files_of_the_folder(tmp_path):
     assert files.keys() == texts.keys() | tables.keys()
     assert {name: files[name] for name in texts} == texts
     assert contents["commands"]["sft"].endswith("train_sft.py")
-    assert "max_gold" not in contents
+    assert "max_gold" not in contents and re.fullmatch(
+        r"([0-9a-f]{7,}(-dirty)?)?", contents["commit"]
+    )
 
 
 def test_folder_of_the_run_needs_no_flag():
