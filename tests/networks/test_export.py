@@ -262,14 +262,11 @@ def test_adapter_trained_on_4_bits_is_loaded_on_4_bits(base, data, tmp_path):
     check_policy(path, out, names["model"].eval())
 
 
-@pytest.mark.parametrize("words", [(), ("--load-in-4bit",)])
-def test_a_gguf_file_becomes_a_folder(base, data, tmp_path, words):
-    if words:
-        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+def test_a_gguf_file_becomes_a_folder(base, data, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(base("wide"))
     file = tmp_path / "tiny.gguf"
     test_hf.write_gguf(test_hf.Base(base("wide"), model), file)
-    path = policy_file(file, data, tmp_path, "--lora-rank", 2, *words)
+    path = policy_file(file, data, tmp_path, "--lora-rank", 2)
     with pytest.raises(InputError, match="GGUF file; leave out --adapter"):
         exported(path, tmp_path / "adapter", "--adapter")
     gpt, checkpoint = load_policy(path, "sft")

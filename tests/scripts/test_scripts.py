@@ -44,6 +44,7 @@ def test_three_stages_write_their_files(trained):
         "ppo.pt",
         "ppo.warnings.txt",
         "ppo_samples.csv",
+        "ppo_tokens.csv",
         "reward.csv",
         "reward.json",
         "reward.pt",
