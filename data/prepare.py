@@ -22,9 +22,11 @@ from data.tables import (
     DEFAULT,
     TABLES,
     Sizes,
+    Split,
     Table,
     choose_sizes,
     make_tables,
+    side_of,
     training_texts,
     write_tables,
 )
@@ -58,7 +60,8 @@ class PrepareConfig:
     files: tuple[str, ...] = arg((), ".jsonl .json .csv .tsv .parquet .txt, or .gz", flag=False)
     out: str = arg("", "folder for the data set")
     overwrite: bool = arg(False, "replace the data set in --out")
-    heldout: float = arg(0.1, "share of the prompts that is held out")
+    test: tuple[str, ...] = arg((), "more files, whose prompts are all held out")
+    heldout: float = arg(0.1, "share of the other prompts that is held out")
     block_size: int = arg(512, "drop rows of more tokens")
     init: str = arg("", "pretrained model to train later, with its tokenizer")
     tokenizer: str = arg("own", "own (trained here), gpt2 or FILE.tiktoken")
@@ -69,9 +72,11 @@ class PrepareConfig:
     ranked: str = arg("", 'columns of responses, "worst,middle,best"')
 
     def __post_init__(self):
-        check_positive(self, "heldout", "block_size")
-        if self.heldout >= 1:
-            raise ValueError(f"--heldout is {self.heldout}: it must be below 1")
+        check_positive(self, "block_size")
+        if not (0 < self.heldout < 1 or self.heldout == 0 and self.test):
+            raise ValueError(
+                f"--heldout is {self.heldout}: it must lie between 0 and 1; 0 needs --test FILE"
+            )
         if not self.files or not self.out:
             raise ValueError("give one or more files, and --out FOLDER")
         names = list(self.named().values())
@@ -88,15 +93,16 @@ def main(cfg: PrepareConfig) -> None:
     out = Path(cfg.out)
     if out.is_dir() and any(out.iterdir()) and not cfg.overwrite:
         raise InputError(f"--out {out} holds files; --overwrite replaces a data set there")
-    if any(Path(file).resolve().parent == out.resolve() for file in cfg.files):
+    if any(Path(file).resolve().parent == out.resolve() for file in (*cfg.files, *cfg.test)):
         raise InputError(f"--out {out} is the folder of a file that is read; give another one")
-    about, rows, dropped = read_files(cfg)
-    tables = make_tables(rows, dropped)
+    about, rows, test, dropped = read_files(cfg)
+    tables = make_tables(rows + test, dropped)
+    split = Split(cfg.heldout, frozenset(side_of((row.prompt,)) for row in test))
 
     existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
-        counts, flags = write_data_set(cfg, tables, about, dropped)
+        counts, flags = write_data_set(cfg, tables, split, about, dropped)
     except InputError:
         if not existed:
             out.rmdir()
@@ -107,7 +113,11 @@ def main(cfg: PrepareConfig) -> None:
 
 
 def write_data_set(
-    cfg: PrepareConfig, tables: dict[str, Table], about: dict[str, str], dropped: Counter
+    cfg: PrepareConfig,
+    tables: dict[str, Table],
+    split: Split,
+    about: dict[str, str],
+    dropped: Counter,
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Write all files of the data set, or none. Returns: counts of rows; flags of the stages.
 
@@ -115,12 +125,12 @@ def write_data_set(
     """
     with tempfile.TemporaryDirectory(dir=cfg.out) as name:
         folder = Path(name)
-        tokenizer = make_tokenizer(cfg, tables, folder)
+        tokenizer = make_tokenizer(cfg, tables, split, folder)
         fitting, sizes = choose_sizes(tables, tokenizer, cfg.block_size, dropped)
-        counts = write_tables(fitting, cfg.heldout, folder)
+        counts = write_tables(fitting, split, folder)
         flags = choose_flags(cfg.init, counts, sizes)
         record = {
-            "sha256": digests(**{file: Path(file) for file in cfg.files}),
+            "sha256": digests(**{file: Path(file) for file in (*cfg.files, *cfg.test)}),
             "taken for": about,
             "rows": counts,
             "dropped": +dropped,
@@ -133,28 +143,30 @@ def write_data_set(
     return counts, flags
 
 
-def read_files(cfg: PrepareConfig) -> tuple[dict[str, str], list[Row], Counter]:
-    """What each file was taken for, the rows of all files, and counts of dropped ones.
+def read_files(cfg: PrepareConfig) -> tuple[dict[str, str], list[Row], list[Row], Counter]:
+    """What each file was taken for, the rows of the files, those of --test, and counts of dropped
+    ones.
 
     Raises InputError if a column that is named is used in no file.
     """
     named = cfg.named()
     about = {}
     rows = []
+    test = []
     dropped = Counter()
     used = set()
-    for file in cfg.files:
+    for file in (*cfg.files, *cfg.test):
         source = read_file(Path(file), named)
         print(f"{file}: {source.about}")
         about[file] = source.about
-        rows += source.rows
+        (test if file in cfg.test else rows).extend(source.rows)
         dropped += source.dropped
         used |= set(map(plain_name, source.columns))
     for names in named.values():
         for name in names.split(","):  # --ranked names several
             if plain_name(name) not in used:
                 raise InputError(f"no file has a column {name.strip()!r} that is used, see above")
-    return about, rows, dropped
+    return about, rows, test, dropped
 
 
 def move_files(folder: Path, out: Path) -> None:
@@ -170,7 +182,9 @@ def move_files(folder: Path, out: Path) -> None:
 # ---- tokens ----
 
 
-def make_tokenizer(cfg: PrepareConfig, tables: dict[str, Table], folder: Path) -> Tokenizer:
+def make_tokenizer(
+    cfg: PrepareConfig, tables: dict[str, Table], split: Split, folder: Path
+) -> Tokenizer:
     """The tokenizer of the later runs. If it is not a pretrained model's, its file is written."""
     if cfg.init and not is_gpt2(cfg.init):
         from rlhf.networks.hf import HFTokenizer
@@ -184,7 +198,7 @@ def make_tokenizer(cfg: PrepareConfig, tables: dict[str, Table], folder: Path) -
     elif "demonstrations" not in tables:
         shutil.copyfile(BUNDLED / TOKENIZER, path)  # the policy will start from the bundled set
     else:
-        texts = training_texts(tables, cfg.heldout)
+        texts = training_texts(tables, split)
         size = vocabulary_size(texts)
         print(f"training a tokenizer of {size:,} tokens on {len(texts):,} texts", flush=True)
         write_ranks(train_bpe(texts, size - 2), path)  # end-of-text and pad come on top

@@ -12,7 +12,7 @@ from data.formats import Row
 from rlhf.run.errors import InputError
 from rlhf.run.files import write_csv
 from rlhf.run.heldout import COLUMNS, choose_heldout
-from rlhf.run.messages import as_text, last_turn, read_prompt
+from rlhf.run.messages import ASSISTANT, HUMAN, TextOrMessages, as_text, read_prompt
 from rlhf.tokenizer import Tokenizer
 
 TABLES = ("demonstrations", "comparisons", "prompts")
@@ -57,34 +57,48 @@ def pair_up(up: Table, down: Table) -> Table:
 # ---- the split ----
 
 
-def turn_of(row: tuple[str, ...]) -> str:
-    """What decides the side of a row: the last turn of its prompt, so that dialogues that become
-    the same when they are cut are on the same side."""
-    return last_turn(read_prompt(row[0]))
+def side_of(row: tuple[str, ...]) -> str:
+    """What decides the side of a row: the user's first message, so that dialogues with the same
+    beginning are on the same side."""
+    return first_turn(read_prompt(row[0]))
 
 
-def split_tables(tables: dict[str, Table], share: float) -> dict[str, Table]:
-    """{name of a CSV: its rows}: for each table, those to train on and those that are held out.
+def first_turn(prompt: TextOrMessages) -> str:
+    """The content of the user's first message; of a text, what stands in its place."""
+    if isinstance(prompt, str):
+        before, _, after = f"\n\n{prompt.strip()}".partition(HUMAN)
+        return (after or before).partition(ASSISTANT)[0].strip()
+    return next(message["content"].strip() for message in prompt if message["role"] == "user")
 
-    Args: share: of the last turns that is held out. Each is on the same side in all tables.
-    """
-    heldout = set()
+
+class Split(NamedTuple):
+    """Which rows are held out: those whose first message is in `test`, and a share of the others.
+    Each message is on the same side in all tables."""
+
+    share: float = 0.1  # 0: none
+    test: frozenset[str] = frozenset()
+
+
+def split_tables(tables: dict[str, Table], split: Split) -> dict[str, Table]:
+    """{name of a CSV: its rows}: for each table, those to train on and those that are held out."""
+    heldout = set(split.test)
     for table in tables.values():
-        heldout |= choose_heldout(map(turn_of, table), share)
+        if split.share:
+            heldout |= choose_heldout(map(side_of, table), split.share)
     files = {}
     for name, table in tables.items():
-        files[f"{name}.csv"] = [row for row in table if turn_of(row) not in heldout]
-        files[f"{name}_heldout.csv"] = [row for row in table if turn_of(row) in heldout]
+        files[f"{name}.csv"] = [row for row in table if side_of(row) not in heldout]
+        files[f"{name}_heldout.csv"] = [row for row in table if side_of(row) in heldout]
     return files
 
 
 # ---- tokens ----
 
 
-def training_texts(tables: dict[str, Table], share: float) -> list[str]:
+def training_texts(tables: dict[str, Table], split: Split) -> list[str]:
     """Each prompt and each response to train on once, as Tokenizer reads them."""
     texts = {}
-    for name, table in split_tables(tables, share).items():
+    for name, table in split_tables(tables, split).items():
         if name.endswith("_heldout.csv"):
             continue
         for prompt, *responses in table:
@@ -154,17 +168,14 @@ def measure(tables: dict[str, Table], tokenizer: Tokenizer) -> DataFrame:
 # ---- writing ----
 
 
-def write_tables(tables: dict[str, Table], share: float, folder: Path) -> dict[str, int]:
-    """{name of a CSV: count of its rows}. Raises InputError if there would be none.
-
-    Args: share: of the prompts that is held out.
-    """
+def write_tables(tables: dict[str, Table], split: Split, folder: Path) -> dict[str, int]:
+    """{name of a CSV: count of its rows}. Raises InputError if there would be none."""
     counts = {}
-    for name, table in split_tables(tables, share).items():
+    for name, table in split_tables(tables, split).items():
         if not table:
             raise InputError(
-                f"no row is left for {name}; give more rows with other prompts, or a larger "
-                f"--block-size if rows were too long"
+                f"no row is left for {name}; give more rows with other prompts, a larger "
+                f"--block-size if rows were too long, or a --heldout share beside --test"
             )
         columns = COLUMNS[name.removesuffix(".csv").removesuffix("_heldout")].needed
         write_csv(folder / name, [dict(zip(columns, row)) for row in table])

@@ -18,7 +18,7 @@ import train_reward
 import train_sft
 from data import prepare
 from data.prepare import PrepareConfig
-from data.tables import Sizes, split_tables
+from data.tables import Sizes, Split, first_turn, split_tables
 from rlhf.data import load_comparisons, load_demonstrations, load_prompts
 from rlhf.run.errors import InputError
 from rlhf.run.files import csv_path, data_folder
@@ -218,17 +218,56 @@ def test_no_prompt_is_on_both_sides_and_sides_do_not_depend_on_the_file(tmp_path
     assert again <= train and heldout_again <= heldout
 
 
-def test_dialogues_with_one_last_turn_are_on_one_side():
+def test_dialogues_with_one_beginning_are_on_one_side():
+    assert [round(hash_of(text), 2) for text in "abc"] == [0.79, 0.24, 0.18]
     rows = []
-    for turn in ("a", "b", "c", "d"):
-        for before in ("x", "y"):
-            contents = {"user": before, "assistant": "z"}
-            messages = [{"role": role, "content": text} for role, text in contents.items()]
-            messages.append({"role": "user", "content": turn})
+    for first in ("a", "b", "c"):
+        for last in ("x", "y"):
+            contents = [("user", first), ("assistant", "z"), ("user", last)]
+            messages = [{"role": role, "content": text} for role, text in contents]
             rows.append((json.dumps(messages),))
-    files = split_tables({"prompts": rows}, 0.5)
-    expected = [row for row in rows if hash_of(last_turn(read_prompt(row[0]))) < 0.5]
-    assert files["prompts_heldout.csv"] == expected and 0 < len(expected) < 8
+    files = split_tables({"prompts": rows}, Split(0.5))
+    assert files == {"prompts.csv": rows[:2], "prompts_heldout.csv": rows[2:]}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Hi!",
+        "\n\nHuman: Hi!\n\nAssistant:",
+        "Human: Hi!\n\nAssistant: Yes?\n\nHuman: Hi!\n\nHuman: Bye.\n\nAssistant:",
+        [SYSTEM, {"role": "user", "content": "Hi!"}],
+        [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Yes?"}, SYSTEM],
+    ],
+)
+def test_first_turn(prompt):
+    assert first_turn(prompt) == "Hi!"
+
+
+def test_prompts_of_test_files_are_held_out_in_all_tables(tmp_path, byte_flags):
+    """With --heldout 0 nothing else is. Rows of other files with the same prompt go with them."""
+    pairs = [{"prompt": p, "chosen": "yes", "rejected": "no"} for p in "abc"]
+    train = jsonl(tmp_path / "train.jsonl", pairs)
+    test = jsonl(
+        tmp_path / "test.jsonl", [dict(pairs[2], rejected="never"), dict(pairs[0], prompt="d")]
+    )
+    out = run(tmp_path / "out", train, "--test", test, "--heldout", 0, *byte_flags)
+    assert table(out / "comparisons.csv") == [("a", "yes", "no"), ("b", "yes", "no")]
+    heldout = [("c", "yes", "no"), ("c", "yes", "never"), ("d", "yes", "no")]
+    assert table(out / "comparisons_heldout.csv") == heldout
+    assert table(out / "prompts_heldout.csv") == [("c",), ("d",)]
+    assert set(json.loads((out / "prepare.json").read_text())["sha256"]) == {str(train), str(test)}
+
+
+def test_share_is_held_out_beside_the_test_file(tmp_path, byte_flags):
+    """The hashes of a to d are 0.79, 0.24, 0.18 and 0.1."""
+    train = jsonl(tmp_path / "train.jsonl", [{"prompt": p} for p in "abcd"])
+    test = jsonl(tmp_path / "test.jsonl", [{"prompt": "a"}])
+    out = run(tmp_path / "out", train, "--test", test, "--heldout", 0.2, *byte_flags)
+    assert table(out / "prompts_heldout.csv") == [("a",), ("c",), ("d",)]
 
 
 def test_turn_that_one_table_holds_out_is_trained_on_in_none():
@@ -244,8 +283,8 @@ def test_turn_that_one_table_holds_out_is_trained_on_in_none():
         "prompts_heldout.csv": [("b",), ("c",)],
     }
     tables = {"demonstrations": demonstrations, "prompts": prompts}
-    assert split_tables(tables, 0.1) == expected
-    assert split_tables(dict(reversed(tables.items())), 0.1) == expected
+    assert split_tables(tables, Split()) == expected
+    assert split_tables(dict(reversed(tables.items())), Split()) == expected
 
 
 # ---- lengths ----
@@ -393,7 +432,14 @@ def test_column_that_no_file_has_is_refused(tmp_path, byte_flags):
 
 @pytest.mark.parametrize(
     "flags",
-    ["", "a.jsonl", "--out x", "a.jsonl --out x --heldout 0", "a.jsonl --out x --block-size 0"],
+    [
+        "",
+        "a.jsonl",
+        "--out x",
+        "a.jsonl --out x --heldout 0",
+        "a.jsonl --out x --heldout 1 --test b.jsonl",
+        "a.jsonl --out x --block-size 0",
+    ],
 )
 def test_bad_flags_end_with_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stop:
