@@ -29,8 +29,9 @@ def text(path):
 # ---- packages ----
 
 FIVE = {"torch", "numpy", "tiktoken", "pandas", "pytest", "filelock"}  # torch brings filelock
-OWN = {"rlhf", "train_sft", "train_reward", "train_ppo", "tests", "docs", "data", "judge"}
+OWN = {"rlhf", "train_sft", "train_reward", "train_ppo", "tests", "docs", "data", "judge", "linear"}
 OPTIONAL = {
+    "data/hh_rlhf/judge.py": {"profanity_check"},
     "docs/experiments/trl.py": {"transformers", "trl"},
     "rlhf/networks/gpt2.py": {"safetensors"},
     "docs/experiments/plot.py": {"matplotlib"},

@@ -861,6 +861,37 @@ def test_linear_runs_on_the_small_data_set(linear, small, tmp_path, capsys):
     assert re.search(r"held out: [01]\.\d{3} of [\d,]+ comparisons", capsys.readouterr().out)
 
 
+# ---- a classifier as the reward ----
+
+
+@pytest.fixture(scope="module")
+def favourable(module_patch):
+    return load("favourable", module_patch)
+
+
+def test_classifier_finds_the_minimum(favourable, monkeypatch):
+    """Each text has one feature with x = 1. By symmetry the weights are w and -w and the bias is 0:
+    log(1 + exp(-w)) + 2 decay w^2 is lowest where sigmoid(-w) = 4 decay w, with decay = 1 / (4 (1 +
+    e)) at w = 1."""
+    monkeypatch.setattr(favourable, "DECAY", 1 / (4 * (1 + math.e)))
+    classifier = favourable.fit(
+        ["good", "good", "bad", "bad"], torch.tensor([True, True, False, False])
+    )
+    logits = classifier.logits(["good", "bad", "so"]).tolist()
+    assert logits == pytest.approx([1, -1, 0], abs=1e-5)
+
+
+def test_classifier_reads_prompt_and_response(favourable, monkeypatch):
+    """log sigmoid(1) = -log(1 + 1/e); the pair "not good" counts too."""
+    idf = {"good": 1.0, "not good": 1.0}
+    weight = torch.tensor([[1.0], [-3.0]], dtype=torch.float64)
+    classifier = favourable.Classifier(idf, weight, torch.tensor(0.0))
+    monkeypatch.setattr(favourable, "classifier", lambda: classifier)
+    scores = favourable.score(["Review: it is", "Review: it is not"], ["good", "good"])
+    expected = [-math.log(1 + math.exp(-1)), -math.log(1 + math.exp(2 / math.sqrt(2)))]
+    assert scores == pytest.approx(expected)
+
+
 # ---- the second yardstick ----
 
 
