@@ -13,6 +13,7 @@ import pytest
 import train_ppo
 import train_reward
 import train_sft
+from data.prepare import PrepareConfig
 from data.tables import LONGEST_RESPONSE
 from rlhf.run.errors import InputError
 from rlhf.run.flags import parse_cli
@@ -101,6 +102,8 @@ def test_readme_commands_parse_and_their_sizes_agree():
     text = (SCRIPT.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
     classes = {
         "data/hh_rlhf/prepare.py": hh.HHConfig,
+        "data/hh_rlhf/openings.py": openings.OpeningsConfig,
+        "rlhf.tools.prepare": PrepareConfig,
         "train_sft.py": train_sft.SFTConfig,
         "train_reward.py": train_reward.RewardConfig,
         "train_ppo.py": train_ppo.PPOConfig,
