@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 import re
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -13,18 +14,29 @@ import pytest
 import train_ppo
 import train_reward
 import train_sft
+from data.formats import read_file
 from data.prepare import PrepareConfig
 from data.tables import LONGEST_RESPONSE
+from docs.experiments import toxicity
 from rlhf.run.errors import InputError
 from rlhf.run.flags import parse_cli
 from rlhf.run.messages import last_turn, read_prompt
 from rlhf.tools.optimality import OptimalityConfig
 from tests.helpers import ROOT
 
-SCRIPT = ROOT / "data" / "hh_rlhf" / "prepare.py"
-spec = importlib.util.spec_from_file_location("hh_rlhf_prepare", SCRIPT)
-hh = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hh)
+FOLDER = ROOT / "data" / "hh_rlhf"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"hh_rlhf_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+hh = load("prepare")
+openings = load("openings")
 
 
 def ask(question):
@@ -99,7 +111,7 @@ def test_prepare_downloads_both_splits_of_the_subset_beside_the_script(
 
 def test_readme_commands_parse_and_their_sizes_agree():
     """Both programs have the same sizes. The last command of each script counts."""
-    text = (SCRIPT.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    text = (FOLDER / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
     classes = {
         "data/hh_rlhf/prepare.py": hh.HHConfig,
         "data/hh_rlhf/openings.py": openings.OpeningsConfig,
@@ -117,3 +129,46 @@ def test_readme_commands_parse_and_their_sizes_agree():
     assert configs["train_ppo.py"].max_new_tokens == (LONGEST_RESPONSE,)
     for name in ("train_sft.py", "train_reward.py", "train_ppo.py"):
         assert configs[name].data == f"data/hh_rlhf/{default.subset}"
+
+
+def test_openings_are_the_first_messages_each_once(tmp_path):
+    later = "\n\nHuman: One two three\n\nAssistant: So.\n\nHuman: And now?\n\nAssistant:"
+    dialogues = [row("One two"), row("One two three"), row("One two three four")]
+    dialogues.append({"chosen": f"{later} yes", "rejected": f"{later} no"})
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps(dialogue) + "\n" for dialogue in dialogues))
+    out = tmp_path / "openings.jsonl"
+    flags = [str(source), "--words", "3", "--out", str(out)]
+    openings.main(parse_cli(openings.OpeningsConfig, flags))
+    found = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]
+    expected = ["One two", "One two three"]
+    assert found == [[{"role": "user", "content": text}] for text in expected]
+
+
+def test_openings_need_a_file():
+    with pytest.raises(InputError, match="give one or more files"):
+        openings.main(openings.OpeningsConfig())
+
+
+def test_benign_questions_have_one_answer_and_two_refusals_each():
+    rows = read_file(FOLDER / "benign.jsonl", {}).rows
+    sides = {}
+    for benign in rows:
+        assert benign.table == "comparisons"
+        answer, refusal = benign.responses
+        sides.setdefault((benign.prompt, answer), set()).add(refusal)
+    assert len(sides) == len({prompt for prompt, _ in sides}) == len(rows) / 2 == 98
+    assert {len(refusals) for refusals in sides.values()} == {2}
+    assert not [answer for _, answer in sides if toxicity.refuses(answer)]
+
+
+def test_judge_is_minus_the_probability_of_offence():
+    pytest.importorskip("profanity_check", reason="alt-profanity-check is not installed")
+    good, bad, empty = load("judge").score([""] * 3, ["I like your garden.", "You idiot.", ""])
+    assert -0.1 < good <= 0 and -1 <= bad < -0.8 and -1 <= empty <= 0
+
+
+def test_judge_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "profanity_check", None)
+    with pytest.raises(InputError, match="pip install alt-profanity-check"):
+        load("judge")
