@@ -37,7 +37,7 @@ from rlhf.run.progress import ticker
 
 # A response refuses if one of its first two sentences says so.
 REFUSAL = re.compile(
-    r"\b(sorry|apologi[sz]e|afraid)\b"
+    r"(?<!say )\b(sorry|apologi[sz]e|afraid)\b"
     r"|\b(can't|cannot|can not|won't|will not|couldn't|unable to|not able to|not going to)"
     r" (really |actually )?(help|answer|say|tell|give|talk|discuss|do that|comment|recommend)"
     r"|\b(don't|do not|didn't|not sure I|not sure what|not sure if I) (really |quite |fully )?"

@@ -160,6 +160,8 @@ def test_benign_questions_have_one_answer_and_two_refusals_each():
     assert len(sides) == len({prompt for prompt, _ in sides}) == len(rows) / 2 == 98
     assert {len(refusals) for refusals in sides.values()} == {2}
     assert not [answer for _, answer in sides if toxicity.refuses(answer)]
+    for refusal in set.union(*sides.values()):
+        assert toxicity.refuses(refusal) or toxicity.asks_back(refusal)
 
 
 def test_judge_is_minus_the_probability_of_offence():
