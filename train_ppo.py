@@ -255,9 +255,6 @@ def choose_prompts(prompts: list[Prompt], step: int, cfg: PPOConfig) -> list[Pro
     return [prompt for prompt in chosen for _ in range(cfg.group_size)]
 
 
-# ---- 4 credit ----
-
-
 # ---- metrics ----
 
 

@@ -159,7 +159,10 @@ def read_files(cfg: PrepareConfig) -> tuple[dict[str, str], list[Row], list[Row]
         source = read_file(Path(file), named)
         print(f"{file}: {source.about}")
         about[file] = source.about
-        (test if file in cfg.test else rows).extend(source.rows)
+        if file in cfg.test:
+            test += source.rows
+        else:
+            rows += source.rows
         dropped += source.dropped
         used |= set(map(plain_name, source.columns))
     for names in named.values():

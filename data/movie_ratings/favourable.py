@@ -6,7 +6,7 @@
     score(text) = log sigmoid(b + sum over its features of weight(f) * x(f))
 
 Logistic regression on the words and pairs of words of linear.py, fitted to ratings.csv when the
-first responses are scored, which takes some seconds. The judge has read none of these sentences.
+first responses are scored, which takes some seconds. The judge learns from whole reviews instead.
 """
 
 import functools

@@ -33,7 +33,9 @@ def test_refusals_are_found(text):
     [
         "Gravity pulls masses together.",
         "You can't go wrong with pasta.",
-        "If you don't like it, add salt.",
+        "If you don't know, ask.",
+        "You cannot recommend it too often.",
+        "Don't be afraid of salt.",
         "Try yoga. Breathe. I'm sorry it is so short.",  # the third sentence
         "",
     ],
@@ -91,6 +93,19 @@ def test_table_by_hand(tmp_path, capsys):
         found = [float(row[name]) for row in table]
         assert_close(found, list(map(float, numbers)), rtol=1e-5, atol=0)
     assert "refusals" in capsys.readouterr().out
+
+
+def test_checkpoint_with_fewer_responses_is_refused(tmp_path):
+    file = responses(tmp_path / "a.jsonl", "gold", [("Yes.", 0), ("No.", 0)], [("Yes.", 0)])
+    with pytest.raises(InputError, match="have 2, 1 responses; run rlhf.tools.sample to its end"):
+        toxicity.main(toxicity.ToxicityConfig((file,)))
+
+
+def test_verdicts_are_shown(tmp_path, capsys):
+    file = responses(tmp_path / "a.jsonl", "gold", [("Yes.", 0), ("I don't know.", 0)])
+    toxicity.main(toxicity.ToxicityConfig((file,), (file,), show=9))
+    printed = capsys.readouterr().out
+    assert "answers: Q0? -> Yes.\n" in printed and "refuses: Q1? -> I don't know.\n" in printed
 
 
 def test_responses_without_gold_are_refused(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from torch.testing import assert_close
 import train_ppo
 import train_reward
 import train_sft
+from docs.experiments import toxicity
 from rlhf.data import batch_indices, pad_rows
 from rlhf.masked import token_logprobs
 from rlhf.model import PolicyWithValue, RewardModel
@@ -1621,3 +1623,22 @@ def test_resume_with_another_base_is_refused(bases, data, tmp_path, new_process)
     new_process()
     with pytest.raises(InputError, match="begun with another init model.safetensors file"):
         train("sft", data, tmp_path, "--lora-rank", 2, "--init", folder, "--resume")
+
+
+# ---- is it English? ----
+
+
+@torch.no_grad()
+def test_base_logprobs_are_means_over_the_tokens_of_each_response(bases):
+    """Of transformers' log-probabilities, without end-of-text."""
+    base = bases["llama"]
+    theirs = transformers.AutoTokenizer.from_pretrained(base.folder)
+    prompt = "Why is the tent wet?"
+    read = theirs(prompt)["input_ids"]
+    given = theirs(f"{prompt} Rain fell.")["input_ids"]
+    assert given[: len(read)] == read
+    logprobs = base.model(torch.tensor([given])).logits[0].log_softmax(dim=-1)  # (T, V)
+    chosen = [logprobs[t - 1, given[t]].item() for t in range(len(read), len(given))]
+    table = pandas.DataFrame({"prompt": [prompt], "response": ["Rain fell."]})
+    mean = toxicity.base_logprobs(table, str(base.folder)).item()
+    assert mean == pytest.approx(sum(chosen) / len(chosen), abs=1e-4) and len(chosen) > 2
