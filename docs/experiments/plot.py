@@ -47,6 +47,7 @@ STYLE = {
 # A line's pattern: (offset, lengths of dashes and gaps).
 DOTTED, DASHED, DASH_DOTTED = (0, (1, 1.5)), (0, (5, 2)), (0, (7, 2, 1.5, 2))
 WIDTH = 8.0  # inches
+POINTS = {"textcoords": "offset points", "color": SOFT}  # of a text beside a dot
 # Student's t for a 95 % interval of a mean over three seeds (two degrees of freedom).
 T_95 = 4.303
 
@@ -351,6 +352,52 @@ def draw_intervals(ax, table: DataFrame) -> None:
         ax.plot(ends, [place, place], color=COLOURS.get(method, INK), linewidth=2)
 
 
+# ---- the frontier of HH-RLHF ----
+
+FRONTIER_COLOURS = [ORANGE, BLUE, GREEN, PURPLE]
+
+
+def less_toxic(root: Path):
+    """data/hh_rlhf/README.md: what less offensive text costs, over kl_coef and steps."""
+    return draw_frontier(read_csv(root / "docs/results/hh_rlhf/frontier.csv"))
+
+
+def draw_frontier(points: DataFrame):
+    """A panel for each price: refused questions, and alike responses.
+
+    Args: points: rows of run (its name), step, refusals, distinct, offensive, chosen. Each run
+        starts at the row of SFT, step 0.
+    """
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(2, sharey=True, figsize=(WIDTH, 6.2), layout="constrained")
+    sft = points[points["step"] == 0].iloc[0]
+    prices = {
+        "refusals": ("Offensive text and refusals", "benign questions refused, percent", "left"),
+        "distinct": ("Offensive text and diversity", "different responses per prompt", "right"),
+    }
+    for ax, (column, (title, price, better)) in zip(axes, prices.items()):
+        explain(ax, title, f"Mean probability of an offensive response. Low and {better} is good.")
+        ax.set_xlabel(price)
+        ax.axhline(sft["offensive"] / 2, color=INK, linestyle=DOTTED, linewidth=1)
+        runs = points[points["step"] > 0].groupby("run", sort=False)
+        for (name, steps), colour in zip(runs, FRONTIER_COLOURS):
+            x = [sft[column], *steps[column]]
+            y = [sft["offensive"], *steps["offensive"]]
+            ax.plot(x, y, "o-", color=colour, linewidth=1.5, markersize=4, label=name)
+            for _, point in steps[steps["chosen"] == 1].iterrows():
+                draw_circle(ax, point[column], point["offensive"], colour)
+        draw_circle(ax, sft[column], sft["offensive"], INK)
+        ax.annotate("SFT", (sft[column], sft["offensive"]), xytext=(7, 5), **POINTS)
+    axes[0].set_ylim(bottom=0)
+    axes[0].legend(frameon=False, labelcolor=SOFT)
+    add_note(
+        figure,
+        "Small dots: checkpoints of a run, joined in the order of its steps. Large: SFT, and the "
+        "chosen points.\nDotted line: half of SFT's.",
+    )
+    return figure
+
+
 # ---- the program ----
 
 FIGURES: dict[str, Callable] = {
@@ -358,6 +405,7 @@ FIGURES: dict[str, Callable] = {
     "real_language": real_language,
     "overoptimisation": overoptimisation,
     "alternatives": alternatives,
+    "less_toxic": less_toxic,
 }
 
 

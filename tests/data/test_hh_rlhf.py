@@ -17,11 +17,10 @@ import train_sft
 from data.formats import read_file
 from data.prepare import PrepareConfig
 from data.tables import LONGEST_RESPONSE
-from docs.experiments import toxicity
 from rlhf.run.errors import InputError
+from rlhf.run.files import write_csv
 from rlhf.run.flags import parse_cli
 from rlhf.run.messages import last_turn, read_prompt
-from rlhf.tools.optimality import OptimalityConfig
 from tests.helpers import ROOT
 
 FOLDER = ROOT / "data" / "hh_rlhf"
@@ -37,6 +36,7 @@ def load(name):
 
 hh = load("prepare")
 openings = load("openings")
+answers = load("answers")
 
 
 def ask(question):
@@ -109,23 +109,22 @@ def test_prepare_downloads_both_splits_of_the_subset_beside_the_script(
     assert prompts(tmp_path / subset) == {"a", "b", "c"}
 
 
-def test_readme_commands_parse_and_their_sizes_agree():
-    """Both programs have the same sizes. The last command of each script counts."""
+def test_readme_commands_parse():
+    """The last command of each program counts."""
     text = (FOLDER / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
     classes = {
         "data/hh_rlhf/prepare.py": hh.HHConfig,
         "data/hh_rlhf/openings.py": openings.OpeningsConfig,
+        "data/hh_rlhf/answers.py": answers.RepeatConfig,
         "rlhf.tools.prepare": PrepareConfig,
         "train_sft.py": train_sft.SFTConfig,
         "train_reward.py": train_reward.RewardConfig,
         "train_ppo.py": train_ppo.PPOConfig,
-        "rlhf.tools.optimality": OptimalityConfig,
     }
     commands = re.findall(r"^    python (?:-m )?(\S+)([^#\n]*)", text, flags=re.M)
     configs = {name: parse_cli(classes[name], flags.split()) for name, flags in commands}
-    assert set(classes) - set(configs) <= {"rlhf.tools.optimality"}
+    assert set(classes) == set(configs)
     default = hh.HHConfig()
-    assert default.block_size == configs["train_sft.py"].block_size
     assert configs["train_ppo.py"].max_new_tokens == (LONGEST_RESPONSE,)
     for name in ("train_sft.py", "train_reward.py", "train_ppo.py"):
         assert configs[name].data == f"data/hh_rlhf/{default.subset}"
@@ -150,18 +149,47 @@ def test_openings_need_a_file():
         openings.main(openings.OpeningsConfig())
 
 
-def test_benign_questions_have_one_answer_and_two_refusals_each():
+def test_benign_questions_are_prompts_each_once():
     rows = read_file(FOLDER / "benign.jsonl", {}).rows
-    sides = {}
-    for benign in rows:
-        assert benign.table == "comparisons"
-        answer, refusal = benign.responses
-        sides.setdefault((benign.prompt, answer), set()).add(refusal)
-    assert len(sides) == len({prompt for prompt, _ in sides}) == len(rows) / 2 == 98
-    assert {len(refusals) for refusals in sides.values()} == {2}
-    assert not [answer for _, answer in sides if toxicity.refuses(answer)]
-    for refusal in set.union(*sides.values()):
-        assert toxicity.refuses(refusal) or toxicity.asks_back(refusal)
+    assert {benign.table for benign in rows} == {"prompts"}
+    assert len({last_turn(benign.prompt) for benign in rows}) == len(rows) == 98
+
+
+QUESTION = "Why is the sky blue?"
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("Air scatters blue light most.", 0),
+        ("Air scatters light. Blue light most. I don't know why.", 0),
+        ("It does. What do you think?", 0),
+        ("", -1),
+        ("Why do you ask? Because of the air.", -1),
+        ("I’m sorry, I can’t help with that.", -1),
+        ("Well. I would not say.", -1),
+        ("I am not a physicist.", -1),
+        ("You can't know that.", 0),
+    ],
+)
+def test_second_reward_is_minus_one_for_evading_a_benign_question(response, expected):
+    messages = [{"role": "user", "content": QUESTION}]
+    harmful = [{"role": "user", "content": "How do I steal a car?"}]
+    prompts = [messages, QUESTION, harmful, "How do I steal a car?"]
+    assert answers.score(prompts, [response] * 4) == [expected, expected, 0, 0]
+
+
+def test_benign_questions_are_repeated(tmp_path, capsys):
+    path = tmp_path / "prompts.csv"
+    cells = [json.dumps([{"role": "user", "content": text}]) for text in ("Hi", QUESTION)]
+    write_csv(path, [{"Prompt": cell} for cell in cells])
+    for _ in range(2):  # the second time changes nothing
+        answers.main(parse_cli(answers.RepeatConfig, [str(path), "--times", "3"]))
+        found = [row["Prompt"] for row in csv.DictReader(path.open(encoding="utf-8", newline=""))]
+        assert found == [cells[0], cells[1], cells[1], cells[1]]
+        assert "4 prompts, 75 % benign questions" in capsys.readouterr().out
+    with pytest.raises(InputError, match="give the prompts.csv"):
+        answers.main(answers.RepeatConfig())
 
 
 def test_judge_is_minus_the_probability_of_offence():

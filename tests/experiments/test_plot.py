@@ -192,7 +192,7 @@ def test_plot_writes_the_figures_of_the_pages(pyplot, tmp_path):
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     shown = re.findall(r"(\w+\.png)\)", "".join(page.read_text("utf-8") for page in pages))
     shown.remove("report.png")  # a picture of the report
-    assert written == dict.fromkeys(shown, b"\x89PNG") and len(shown) == 4
+    assert written == dict.fromkeys(shown, b"\x89PNG") and len(shown) == 5
 
 
 def test_missing_package_gives_one_line(monkeypatch, tmp_path):
@@ -221,3 +221,20 @@ def test_tensorboard_gets_the_metrics_of_the_csv(tmp_path):
     losses = [(event.step, event.value) for event in events.Scalars("sft/loss")]
     assert losses == [(1, 0.25), (2, 0.5)]
     assert "sft/valid" not in events.Tags()["scalars"]
+
+
+def test_frontier_starts_each_run_at_sft_and_marks_the_chosen_point(pyplot):
+    rows = [
+        ("SFT", 0, 30, 1, 0.08, 0),
+        ("alone", 6, 40, 0.9, 0.06, 0),
+        ("alone", 12, 80, 0.5, 0.02, 0),
+        ("both", 6, 35, 0.9, 0.03, 1),
+    ]
+    names = ["run", "step", "refusals", "distinct", "offensive", "chosen"]
+    axes = plot.draw_frontier(DataFrame(rows, columns=names)).axes
+    for ax, prices in zip(axes, [([30, 40, 80], [30, 35]), ([1, 0.9, 0.5], [1, 0.9])], strict=True):
+        half, alone, both, chosen, sft = (line.get_xydata().tolist() for line in ax.get_lines())
+        assert half[0][1] == 0.04
+        assert alone == [list(point) for point in zip(prices[0], [0.08, 0.06, 0.02])]
+        assert both == [list(point) for point in zip(prices[1], [0.08, 0.03])]
+        assert chosen == [[prices[1][1], 0.03]] and sft == [[prices[0][0], 0.08]]

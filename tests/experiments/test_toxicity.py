@@ -70,7 +70,7 @@ def responses(path, column, *checkpoints):
 
 def test_table_by_hand(tmp_path, capsys):
     before = [("You fool. Go away", -0.9), ("Yes.", -0.1), ("No.", -0.2)]
-    after = [("Yes.", -0.1), ("Yes.", -0.1), ("I see it.", -0.1)]
+    after = [("Yes.", -0.1), ("Yes.", -0.1), ("I won't say.", -0.1)]
     file = responses(tmp_path / "a.jsonl", "gold", before, after)
     questions = responses(
         tmp_path / "b.jsonl", "gold", [("So.", 0), ("Why?", 0)], [("I don't know.", 0), ("So.", 0)]
@@ -84,6 +84,7 @@ def test_table_by_hand(tmp_path, capsys):
         "offensive": (0.4, 0.1),
         "offensive_change": (0, -0.3),
         "above_half": (1 / 3, 0),
+        "refused": (0, 100 / 3),
         "refusals": (0, 50),
         "asks_back": (50, 0),
     }
