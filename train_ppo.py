@@ -37,14 +37,13 @@ import torch
 from torch import Tensor
 
 from rlhf import evaluate
-from rlhf.advantages import explained_variance
 from rlhf.data import Prompt, choose_batch, load_prompts, pad_prompts
 from rlhf.model import GPT, PolicyWithoutValue, PolicyWithValue, RewardModel
 from rlhf.ppo import Experience, assign_credit, update
-from rlhf.rewards import adapt_kl_coef, kl_k1, shape_rewards
-from rlhf.rollout import Frozen, Rollout, collect, score_rows
+from rlhf.rewards import adapt_kl_coef, shape_rewards
+from rlhf.rollout import Frozen, collect, score_rows
 from rlhf.run import loading, program, warnings
-from rlhf.run.checks import check_finite, check_first_step
+from rlhf.run.checks import check_finite, check_first_step, check_numbers
 from rlhf.run.device import Compute, make_generator, setup
 from rlhf.run.files import csv_path, digests, write_csv
 from rlhf.run.flags import TrainConfig, arg, check_positive, check_range
@@ -137,8 +136,10 @@ def main(cfg: PPOConfig) -> None:
     optimizer = make_optimizer(policy, cfg.lr, weight_decay=0.0, eps=1e-5)
     run = Training(cfg, policy, optimizer, compute, tokenizer, inputs)
     kl_coef = run.state.get("kl_coef", cfg.kl_coef)  # a resumed run goes on with its own
-    total = cfg.steps * cfg.batch_size
-    run.announce(f"{len(prompts):,} prompts ({len(heldout):,} held out), {total:,} responses")
+    run.announce(
+        f"{len(prompts):,} prompts ({len(heldout):,} held out), "
+        f"{cfg.steps * cfg.batch_size:,} responses"
+    )
     for step in range(run.step, cfg.steps):
         batch = choose_prompts(prompts, step, cfg)
         # (B, P), (B,)
@@ -160,12 +161,11 @@ def main(cfg: PPOConfig) -> None:
         done = step + 1
         # For the log only: nothing is trained on it.
         responses = evaluate.describe(batch, rollout, tokenizer, judge)
-        gold = evaluate.mean(responses, "gold")
-        metrics = step_metrics(cfg, frozen, rollout, experience, update_metrics, gold, kl_coef)
-        metrics["lr"] = lr
-        check_finite(policy, done, *[metrics[name] for name in MUST_BE_FINITE])
+        metrics = step_metrics(cfg, responses, update_metrics, kl_coef)
+        metrics |= {**part_means(frozen.functions, rollout.parts), "lr": lr}
+        check_numbers(done, *[metrics[name] for name in MUST_BE_FINITE])
         check_first_step(policy, step, metrics, compute.amp)
-        run.count_tokens(int(rollout.mask.sum()))
+        run.count_tokens(sum(response.length for response in responses))
         run.log(done, metrics, SHOWN)
         run.warnings.add(warnings.of_step(run.rows, cfg))
         kl_coef = adapt_kl_coef(
@@ -270,8 +270,9 @@ def write_tokens(
 ) -> None:
     """Write ppo_tokens.csv: the numbers of a step's first responses, also after its update."""
     few = slice(12)
-    tokens = experience.tokens[few]  # (b, T)
-    after = score_rows(policy, frozen, tokens, experience.mask[few], prompt_lens[few])
+    after = score_rows(
+        policy, frozen, experience.tokens[few], experience.mask[few], prompt_lens[few]
+    )
     write_csv(
         checkpoint.with_name("ppo_tokens.csv"),
         token_rows(responses[few], rewards, experience, after, frozen.tokenizer),
@@ -280,31 +281,27 @@ def write_tokens(
 
 def step_metrics(
     cfg: PPOConfig,
-    frozen: Frozen,
-    rollout: Rollout,
-    experience: Experience,
+    responses: list[evaluate.Response],
     update_metrics: dict[str, float],
-    gold: float | None,
     kl_coef: float,
 ) -> dict[str, float | None]:
-    """The columns of ppo.csv but lr and the clock's; docs/metrics.md explains them."""
-    score = rollout.scores.mean().item()
+    """The columns of ppo.csv but those of several rewards, lr and the clock's; docs/metrics.md
+    explains them."""
+    score = evaluate.mean(responses, "score")
+    kl_ref = evaluate.mean(responses, "kl_ref")
     group_size = cfg.group_size if cfg.advantage in ("rloo", "grpo") else cfg.batch_size
-    compared = rollout.scores.view(-1, group_size)  # with each other, row by row
-    kl_ref = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1).mean().item()
-    explained = explained_variance(experience.old_values, experience.returns, experience.mask)
+    scores = [response.score for response in responses]
+    compared = torch.tensor(scores).view(-1, group_size)  # with each other, row by row
     metrics = {
         "score": score,
         "score_std": compared.std(dim=1, correction=0).mean().item(),
-        "gold": gold,
+        "gold": evaluate.mean(responses, "gold"),
         "kl_ref": kl_ref,  # nats per response
         "objective": score - kl_coef * kl_ref,
         "kl_coef": kl_coef,
-        **update_metrics,  # policy_loss to first_log_ratio: see rlhf/ppo.py
-        "explained_variance": explained.item(),
-        "length": rollout.mask.sum(dim=1).float().mean().item(),
-        "eos_rate": rollout.ended(frozen.tokenizer.stop_ids).float().mean().item(),
-        **part_means(frozen.functions, rollout.parts),
+        **update_metrics,  # policy_loss to explained_variance: see rlhf/ppo.py
+        "length": evaluate.mean(responses, "length"),
+        "eos_rate": evaluate.mean(responses, "ended"),
     }
     if cfg.advantage != "gae":
         metrics |= dict.fromkeys(VALUE_METRICS)  # empty cells: there is no value network

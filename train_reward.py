@@ -52,7 +52,7 @@ from rlhf.run.optimizer import (
     optimizer_step,
     set_lr,
 )
-from rlhf.run.processes import gather, total_of
+from rlhf.run.processes import gather, total
 from rlhf.run.training import Training
 from rlhf.tokenizer import Tokenizer
 
@@ -124,11 +124,12 @@ def main(cfg: RewardConfig) -> None:
         run.count_tokens(sum(row.size for row in rows))
 
         done = step + 1
-        check_finite(model, done, loss)
         evaluated = run.evaluates(done) and done < cfg.steps  # the closing evaluation comes below
         if run.logs(done):
             heldout = accuracy(model, heldout_rows[:500], scoring) if evaluated else None
-            run.log(done, {**step_metrics(loss, margins, heldout, grad_norm), "lr": lr}, SHOWN)
+            metrics = step_metrics(loss, margins, heldout, grad_norm)
+            check_finite(model, done, metrics["loss"])
+            run.log(done, {**metrics, "lr": lr}, SHOWN)
         if evaluated:
             run.save(done)
     if run.step < cfg.steps:
@@ -205,7 +206,7 @@ def step_metrics(
     """
     all_margins = gather(torch.cat(margins))  # (N,), or all pairs of the rankings
     return {
-        "loss": total_of(loss),
+        "loss": total(loss).item(),
         "accuracy": share_positive(all_margins),
         "heldout": heldout,
         "margin": all_margins.mean().item(),
@@ -284,11 +285,8 @@ def write_evaluation(
     }
     result = {**accuracies, "comparisons": len(rows)}
     write_csv(path.with_name("reward_evaluation.csv"), [result])
-    write_csv(
-        path.with_name("reward_margins.csv"),
-        # As in training: a score is divided by the scale.
-        [{"margin": model.scale.item() * margin} for margin in margins.tolist()],
-    )
+    raw = model.scale.cpu() * margins  # as in training: a score is divided by the scale
+    write_csv(path.with_name("reward_margins.csv"), [{"margin": x} for x in raw.tolist()])
     print(f"held out: {in_words(accuracies)}")
     if swapped:
         print("          (swapped_accuracy: the same model shown the prompt of another row)")

@@ -44,7 +44,7 @@ from rlhf.run.optimizer import (
     optimizer_step,
     set_lr,
 )
-from rlhf.run.processes import total_of
+from rlhf.run.processes import total
 from rlhf.run.progress import count_parameters, print_training_row
 from rlhf.run.training import Training
 from rlhf.sampling import generate
@@ -129,9 +129,14 @@ def main(cfg: SFTConfig) -> None:
         if run.evaluates(done):
             valid = validation_loss(gpt, valid_rows, cfg, tokenizer.pad_id, compute)
         if run.logs(done):
-            check_finite(gpt, done, loss, valid)
-            metrics = {"loss": total_of(loss), "valid": valid, "grad_norm": grad_norm.item()}
-            run.log(done, {**metrics, "lr": lr}, SHOWN)
+            metrics = {
+                "loss": total(loss).item(),
+                "valid": valid,
+                "grad_norm": grad_norm.item(),
+                "lr": lr,
+            }
+            check_finite(gpt, done, metrics["loss"], valid)
+            run.log(done, metrics, SHOWN)
         if run.evaluates(done):
             print_samples(gpt, valid_rows, tokenizer, compute, cfg.seed)
             run.save(done)
@@ -181,7 +186,7 @@ def validation_loss(
     loss = torch.zeros((), dtype=torch.float64)
     for part in micro_batches(rows, cfg.micro_batch_size or cfg.batch_size, "validation"):
         loss += weighted_loss(gpt, part, rows, pad_id, compute).item()
-    return total_of(loss)
+    return total(loss).item()
 
 
 def print_samples(

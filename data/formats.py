@@ -20,7 +20,7 @@ import pandas
 
 from rlhf.run.errors import InputError
 from rlhf.run.files import check_file
-from rlhf.run.messages import ASSISTANT, HUMAN, TextOrMessages, as_cell, as_text, last_turn
+from rlhf.run.messages import ASSISTANT, HUMAN, TextOrMessages, as_text, last_turn
 from rlhf.run.tables import (
     LONGEST_CELL,
     check_rows,
@@ -480,6 +480,11 @@ def prompt_cell(prompt: TextOrMessages) -> str:
     if not prompt or not last_turn(prompt):
         raise Dropped("an empty prompt")
     return checked_length(strip_blanks(as_cell(prompt)))
+
+
+def as_cell(prompt: TextOrMessages) -> str:
+    """The cell of a CSV file that read_prompt reads as this prompt."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
 
 
 def checked_response(response: str) -> str:

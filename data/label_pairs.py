@@ -7,7 +7,7 @@ are; None means that there is no pair, and that there is no end.
 import random
 from pathlib import Path
 
-from data.formats import read_file
+from data.formats import as_cell, read_file
 from data.label_votes import Pair, Vote
 from data.tables import pair_up
 from rlhf.data import Prompt, choose_batch, pad_prompts
@@ -15,7 +15,6 @@ from rlhf.model import GPT
 from rlhf.rollout import decode_responses
 from rlhf.run.device import make_generator
 from rlhf.run.errors import InputError
-from rlhf.run.messages import as_cell
 from rlhf.sampling import generate, has_ended
 from rlhf.tokenizer import Tokenizer
 

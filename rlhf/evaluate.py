@@ -15,9 +15,10 @@ from rlhf.data import Prompt, pad_prompts
 from rlhf.model import GPT, PolicyWithoutValue
 from rlhf.rewards import kl_k1
 from rlhf.rollout import Frozen, Rollout, collect, decode_responses
-from rlhf.run.device import make_generator
+from rlhf.run.device import make_generator, read
 from rlhf.run.judge import gold_scores, share_positive
 from rlhf.run.progress import ticker
+from rlhf.sampling import has_ended
 from rlhf.tokenizer import Tokenizer
 
 # ---- responses ----
@@ -64,14 +65,14 @@ def describe(
     prompts: list[Prompt], rollout: Rollout, tokenizer: Tokenizer, judge: ModuleType | None
 ) -> list[Response]:
     """The responses of a rollout, with all that is known of them."""
-    texts = decode_responses(tokenizer, rollout.tokens, rollout.mask)
+    kl_refs = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1)  # (B,); off the mask: 0
+    tokens, mask, scores, kl_refs = read(rollout.tokens, rollout.mask, rollout.scores, kl_refs)
+    texts = decode_responses(tokenizer, tokens, mask)
     questions = [prompt.text for prompt in prompts]
     golds = gold_scores(judge, questions, texts)
-    scores = rollout.scores.tolist()
-    kl_refs = kl_k1(rollout.logprobs, rollout.ref_logprobs).sum(dim=1).tolist()  # off the mask: 0
-    lengths = rollout.mask.sum(dim=1).tolist()
-    ended = rollout.ended(tokenizer.stop_ids).tolist()
-    columns = zip(questions, texts, scores, golds, kl_refs, lengths, ended)
+    lengths = mask.sum(dim=1).tolist()
+    ended = has_ended(tokens, mask, tokenizer.stop_ids).tolist()
+    columns = zip(questions, texts, scores.tolist(), golds, kl_refs.tolist(), lengths, ended)
     return [Response(*row) for row in columns]
 
 

@@ -264,9 +264,12 @@ class RewardModel(nn.Module):
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """tokens (B, T), lengths (B,) in tokens, prompt and response together -> scores (B,)."""
         if lengths.shape != tokens.shape[:1]:
-            shapes = f"lengths {tuple(lengths.shape)}, tokens {tuple(tokens.shape)}"
-            raise ValueError(f"there must be one length per row: {shapes}")
-        if not ((lengths >= 1) & (lengths <= tokens.size(1))).all():
+            raise ValueError(
+                f"there must be one length per row: lengths {tuple(lengths.shape)}, tokens "
+                f"{tuple(tokens.shape)}"
+            )
+        fits = (lengths >= 1) & (lengths <= tokens.size(1))  # (B,)
+        if fits.device.type == "cpu" and not fits.all():  # to ask a GPU would make the host wait
             raise ValueError(
                 f"lengths must lie between 1 and {tokens.size(1)}, the width of tokens"
             )

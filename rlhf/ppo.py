@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.advantages import gae, response_advantages
+from rlhf.advantages import explained_variance, gae, response_advantages
 from rlhf.losses import mean_entropy, policy_loss, value_loss
 from rlhf.masked import (
     action_slots,
@@ -196,12 +196,16 @@ def update(
                 history.add(weight, metrics)
             grad_norm = optimizer_step(policy, optimizer, compute.scaler, cfg.max_grad_norm)
             grad_norms.append(grad_norm)
-    return {
+    metrics = {
         **history.means(),
         "grad_norm": finite_mean(grad_norms),
-        "gradient_steps": len(grad_norms),
         "first_log_ratio": history.first("max_log_ratio"),  # 0: old and new policy are the same
+        "explained_variance": explained_variance(
+            experience.old_values, experience.returns, experience.mask
+        ),
     }
+    # One copy, as each makes the host wait for a GPU.
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist()))
 
 
 def weighted_micro_batches(

@@ -64,11 +64,7 @@ class Rollout(NamedTuple):
     ref_logprobs: Tensor  # (B, T-1) of the reference
     values: Tensor  # (B, T-1)
     scores: Tensor  # (B,)
-    parts: Tensor | None = None  # (B, K): of K rewards; `scores` is their weighted sum
-
-    def ended(self, eos_id: int | Sequence[int]) -> Tensor:
-        """(B,) bool: did the policy say end-of-text, or was it cut off?"""
-        return has_ended(self.tokens, self.mask, eos_id)
+    parts: Tensor  # (B, K): of K rewards; `scores` is their weighted sum
 
 
 @torch.no_grad()
@@ -185,9 +181,9 @@ def total_scores(frozen: Frozen, parts: Tensor, tokens: Tensor, mask: Tensor) ->
 
 def decode_responses(tokenizer: Tokenizer, tokens: Tensor, mask: Tensor) -> list[str]:
     """tokens (B, T), mask (B, T-1) -> the text of each response, without end-of-text."""
+    actions = torch.where(mask, tokens[:, 1:], tokenizer.eos_id)  # (B, T-1)
     texts = []
-    for row, row_mask in zip(tokens.cpu(), mask.cpu()):
-        ids = row[1:][row_mask].tolist()
+    for ids in actions.tolist():
         text = tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids])
         texts.append(text.strip())
     return texts

@@ -92,12 +92,12 @@ def generate(
         mask (B, T-1), True where the action was sampled here.
     """
     limits = torch.as_tensor(max_new_tokens, device=prompts.device).expand(len(prompts))  # (B,)
-    check_prompts(prompts, prompt_lens, limits)
-    N = int(limits.max())
+    if prompts.device.type == "cpu":  # to ask a GPU would make the host wait
+        check_prompts(prompts, prompt_lens, limits)
+    N = int(torch.as_tensor(max_new_tokens).max())
     uniforms = draw_uniforms(generator, prompts, N)  # (B, N)
-    P = int(prompt_lens.max())
-    real = torch.arange(P, device=prompts.device) < prompt_lens.unsqueeze(1)  # (B, P)
-    tokens = F.pad(torch.where(real, prompts[:, :P], 0), (0, N))  # (B, P+N)
+    real = torch.arange(prompts.size(1), device=prompts.device) < prompt_lens.unsqueeze(1)  # (B, P)
+    tokens = F.pad(torch.where(real, prompts, 0), (0, N))  # (B, P+N)
     batch = Batch(
         tokens,
         prompt_lens.clone(),
@@ -169,7 +169,7 @@ def fill_with_cache(model: GPT, batch: Batch, rows: Tensor) -> None:
     has ended is sampled on until enough have ended to drop them; nothing reads what it samples.
     """
     prompt_lens = batch.lengths[rows]  # (n,)
-    P = int(prompt_lens.max())
+    shortest, P = torch.stack(prompt_lens.aminmax()).tolist()
     N = batch.uniforms.size(1)
     columns = torch.arange(P + N, device=rows.device)  # (P+N,)
     state = Decoding(
@@ -178,7 +178,6 @@ def fill_with_cache(model: GPT, batch: Batch, rows: Tensor) -> None:
         readable=(columns < prompt_lens.unsqueeze(1)) | (columns >= P),
         cache=model.make_cache(len(rows), P + N),
     )
-    ragged = not state.readable.all()
     hidden = model.hidden(batch.tokens[rows, :P], state.cache)  # (n, P, C)
     every = torch.arange(len(rows), device=rows.device)  # (n,)
     logits = model.logits(hidden[every, prompt_lens - 1])  # (n, V)
@@ -192,7 +191,7 @@ def fill_with_cache(model: GPT, batch: Batch, rows: Tensor) -> None:
             newest = newest[kept]
         positions = (batch.lengths[state.rows] - 1).unsqueeze(1)  # (n, 1)
         readable = None
-        if ragged:
+        if shortest < P:
             readable = state.readable[:, None, None, : P + t + 1]  # (n, 1, 1, P+t+1)
         hidden = model.hidden(newest.unsqueeze(1), state.cache, positions, readable)  # (n, 1, C)
         logits = model.logits(hidden[:, 0])  # (n, V)

@@ -13,6 +13,9 @@ from tests.helpers import BUNDLED, ROOT, TINY, copy_some_rows, noisy, real_data,
 # would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# No search for doctests there: to import it registers a device for the whole process.
+collect_ignore = ["fake_device.py"]
+
 
 @pytest.fixture
 def root():

@@ -1,7 +1,6 @@
 """What several tests use: numbers, noise, a small tokenizer, the small data set, the three
 scripts."""
 
-import collections
 import contextlib
 import csv
 import io
@@ -11,13 +10,11 @@ import os
 import runpy
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.networks.export import published_config, published_weights
 from rlhf.run import program
@@ -147,27 +144,6 @@ def stopped_by_its_first_checkpoint():
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Training, "save", save_and_stop)
         yield
-
-
-class Waits(TorchDispatchMode):
-    """Counts, by name, the operations for which the host has to wait for the device: a number is
-    read (item, bool, int), or the shape of the result depends on the data (nonzero, indexing with a
-    mask). What masked.py asks only on the CPU is left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = collections.Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        by_mask = name.startswith("index") and any(
-            x is not None and x.dtype == torch.bool for x in args[1]
-        )
-        if (name in ("_local_scalar_dense", "nonzero", "masked_select") or by_mask) and not any(
-            frame.name == "masked_mean" for frame in traceback.extract_stack()
-        ):
-            self.counts[name] += 1
-        return function(*args, **(kwargs or {}))
 
 
 # ---- the three scripts ----

@@ -28,6 +28,7 @@ TIMEOUT = 300  # seconds; a mutant that hangs is caught
 WIRING = "tests/scripts/test_wiring.py"
 UPDATES = "tests/scripts/test_updates.py"
 REWARDS = "tests/scripts/test_reward_functions.py"
+DEVICE = ["tests/core/test_device.py", "-k", "host_seldom"]
 LABEL = "tests/data/test_label.py"
 PROCESSES = "tests/run/test_processes.py"
 TOTAL = f"{PROCESSES}::test_total_sums_each_number_over_processes"
@@ -106,6 +107,10 @@ SUITES = {
         "train_ppo.py",
         [WIRING, REWARDS, "tests/scripts/test_advantage.py", "-k", "not tools_read"],
     ),
+    "device_sampling": ("rlhf/sampling.py", DEVICE),
+    "device_rollout": ("rlhf/rollout.py", DEVICE),
+    "device_ppo": ("rlhf/ppo.py", DEVICE),
+    "device_train_ppo": ("train_ppo.py", DEVICE),
     "credit": (
         "rlhf/ppo.py",
         [WIRING, REWARDS, "tests/scripts/test_advantage.py", "-k", "not tools_read"],
@@ -215,7 +220,7 @@ MUTANTS = [
     ("train_sft", "rate not scheduled", "cfg.lr * cosine_schedule(step, cfg.steps, cfg.warmup)", "cfg.lr"),
     ("train_sft", "--heldout ignored", "tokenizer, limit, heldout, cfg.heldout)", "tokenizer, limit, heldout)"),
     ("train_reward", "accuracy reversed", "return share_positive(margins)", "return share_positive(-margins)"),
-    ("train_reward", "margins in units of the score", "model.scale.item() * margin}", "margin}"),
+    ("train_reward", "margins in units of the score", "raw = model.scale.cpu() * margins", "raw = margins"),
     ("train_reward", "not started from the fine-tuned model", "loading.with_adapters(gpt,", "loading.with_adapters(type(gpt)(gpt.config),"),
     ("train_reward", "evaluated on the training rows", "limit, True, cfg.heldout, files)", "limit, False, cfg.heldout, files)"),
     ("train_reward", "micro-batches not weighted", "part_loss * (len(part) / len(rows))", "part_loss * 1"),
@@ -342,13 +347,12 @@ MUTANTS = [
     ("checkpoints", "moments of any shape are loaded", "if moment.shape != parameter.shape or", "if"),
     ("checks", "noise is divided by its deviation", "if margin < max(1e-4, 1e-5 * abs(mean)):", "if False:"),
     ("checks", "a base in bfloat16 has the tolerance of float32", "amp is not None or any(p.dtype == torch.bfloat16 for p in model.parameters())", "amp is not None"),
-    ("checks", "losses may be NaN", "for x in numbers if x is not None]", "for x in ()]"),
+    ("checks", "losses may be NaN", "for number in numbers if number is not None)", "for number in ())"),
     ("optimizer", "float16 skips steps without end", "if scaler.get_scale() < 1:", "if False:"),
     ("optimizer", "an infinite norm makes every gradient 0", "    first_gradient += torch.where(grad_norm.isfinite(), 0.0, torch.nan)\n", ""),
     ("optimizer", "gradients not summed over the processes", "    sum_gradients(model)\n", ""),
     ("processes", "gradients averaged over the processes", "vector_to_parameters(buffer, gradients)", "vector_to_parameters(buffer / WORLD, gradients)"),
-    ("processes", "metrics not summed", "gather(mine).sum(dim=0)", "mine.sum(dim=0)"),
-    ("processes", "loss not summed", 'return total({"": number.item()})[""]', "return number.item()"),
+    ("processes", "metrics not summed", "return gather(numbers[None]).sum(dim=0)", "return numbers"),
     ("micro_batches", "every process does all rows of a minibatch", "mine = share(rows)", "mine = rows"),
     ("heldout", "rows are held out, not prompts", 'frame["PromptCell"].isin(chosen)', "(frame.astype(str).sum(axis=1).map(hash_of) < share)"),
     ("heldout", "hash of the row's number", 'frame["PromptCell"].isin(chosen)', "(frame.index.astype(str).map(hash_of) < share)"),
@@ -423,7 +427,7 @@ MUTANTS = [
     ("optimality", "held-out prompts are not the run's", 'True, config["heldout"])', "True, 0.1)"),
     ("optimality", "fragments are scored as in a default run", 'missing_eos_score=config["missing_eos_score"]', "missing_eos_score=-3.0"),
     ("optimality", "limits are not drawn", "shortest_limit=limits[0]", "shortest_limit=0"),
-    ("token_rows", "token before the action", "after.tokens[number, slot + 1]", "after.tokens[number, slot]"),
+    ("token_rows", "token before the action", "after.tokens[:, 1:]", "after.tokens[:, :-1]"),
     ("token_rows", "log-probabilities after the step are those before", '"new_logprob": after.logprobs', '"new_logprob": experience.old_logprobs'),
     ("token_rows", "reference after for before", '"ref_logprob": after.ref_logprobs', '"ref_logprob": after.logprobs'),
     ("report", "rare values of a long curve are lost", "frame.groupby(frame.index // step).first()", "frame[::step]"),
@@ -444,9 +448,14 @@ MUTANTS = [
     ("tables", "bad responses to other prompts", "bad.get(prompt, [])", "sum(bad.values(), [])"),
     ("tables", "a bad response is a demonstration", "for row in better if row not in worse)", "for row in better)"),
     ("tables", "tables are split differently", "        heldout |= choose_heldout(", "        heldout = choose_heldout("),
-    ("tables", "split by the whole dialogue", "return last_turn(read_prompt(row[0]))", "return row[0]"),
+    ("tables", "split by the whole dialogue", "return first_turn(read_prompt(row[0]))", "return row[0]"),
     ("tables", "tokenizer trained on held-out text", '        if name.endswith("_heldout.csv"):\n            continue\n', ""),
     ("tables", "no room for PPO's response", ".clip(lower=room).fillna(room)", ".fillna(0)"),
+    ("device_sampling", "the host waits twice for each token", "if len(kept) == 0 or t == N - 1:", "if not state.going.any() or t == N - 1:"),
+    ("device_sampling", "the mask is made on the host", "response_mask(prompt_lens, batch.lengths, width)", "response_mask(prompt_lens.cpu(), batch.lengths.cpu(), width)"),
+    ("device_rollout", "the mask is moved to the host", "tokens[rows], mask[rows], prompt_lens[rows]", "tokens[rows], mask[rows].cpu(), prompt_lens[rows]"),
+    ("device_ppo", "each loss is copied to the CPU", "history.add(weight, metrics)", "history.add(weight, {name: x.cpu() for name, x in metrics.items()})"),
+    ("device_train_ppo", "the CPU's generator draws for the device", 'make_generator(compute.device, cfg.seed, "rollout", step)', 'make_generator("cpu", cfg.seed, "rollout", step)'),
 ]  # fmt: skip
 
 # ---- running ----

@@ -39,7 +39,7 @@ from rlhf.run.flags import TrainConfig, arg, check_positive, check_range
 from rlhf.run.judge import load_judge, share_positive
 from rlhf.run.micro_batches import micro_batches
 from rlhf.run.optimizer import cosine_schedule, make_optimizer, optimizer_step, set_lr
-from rlhf.run.processes import gather, total_of
+from rlhf.run.processes import gather, total
 from rlhf.run.reward_functions import Rewards, named_rewards
 from rlhf.run.training import Training
 
@@ -206,7 +206,7 @@ def step_metrics(loss: Tensor, ratios: list[Tensor], grad_norm: Tensor) -> dict[
     """
     chosen, rejected = gather(torch.cat(ratios)).unbind(dim=1)  # (B,), (B,)
     return {
-        "loss": total_of(loss),
+        "loss": total(loss).item(),
         "accuracy": share_positive(chosen - rejected),
         "heldout": None,  # measured now and then
         "chosen_log_ratio": chosen.mean().item(),

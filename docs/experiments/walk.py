@@ -25,7 +25,7 @@ from rlhf.rewards import kl_k1, shape_rewards
 from rlhf.rollout import Rollout, collect, score_rows
 from rlhf.run import program
 from rlhf.run.checkpoints import load_weights
-from rlhf.run.device import make_generator
+from rlhf.run.device import make_generator, read
 from rlhf.run.errors import InputError, printable
 from rlhf.run.flags import arg
 from rlhf.run.optimizer import make_optimizer
@@ -81,7 +81,7 @@ def take_step(run: Run, prompts: list[Prompt], seed: int = 0) -> tuple[Rollout, 
 
     It is a step of train_ppo.py with GAE and a new optimizer.
 
-    Returns: the rollout; {name: (B, T-1)}, where new_ means after the step.
+    Returns: the rollout; {name: (B, T-1)} on the CPU, where new_ means after the step.
     """
     config = run.checkpoint["config"]
     compute = run.compute
@@ -103,7 +103,7 @@ def take_step(run: Run, prompts: list[Prompt], seed: int = 0) -> tuple[Rollout, 
     update(policy, optimizer, compute, experience, cfg, step=0)
     with torch.no_grad():
         after = score_rows(policy, run.frozen, rollout.tokens, mask, prompt_lens)
-    return rollout, {
+    columns = {
         "logprob": rollout.logprobs,
         "ref": rollout.ref_logprobs,
         "reward": rewards,
@@ -114,6 +114,7 @@ def take_step(run: Run, prompts: list[Prompt], seed: int = 0) -> tuple[Rollout, 
         "new_logprob": after.logprobs,
         "new_value": after.values,
     }
+    return rollout, dict(zip(columns, read(*columns.values())))
 
 
 def with_values(run: Run) -> PolicyWithValue:

@@ -1,28 +1,32 @@
 """Facts that hold in every training run. If one fails, the run ends, or says so."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from rlhf.run.errors import InputError
 
 
-def check_finite(model: nn.Module, step: int, *numbers: Tensor | float | None) -> None:
-    """Raise InputError if a trained weight, a buffer, or one of the numbers (losses, scores) is NaN
-    or infinite.
+def check_numbers(step: int, *numbers: float | None) -> None:
+    """Raise InputError if one of the numbers (losses, scores) is NaN or infinite."""
+    if not all(math.isfinite(number) for number in numbers if number is not None):
+        raise InputError(
+            f"step {step}: gradients, weights, losses or scores are not finite: the run has "
+            f"diverged; lower --lr, or a coefficient of the loss"
+        )
+
+
+def check_finite(model: nn.Module, step: int, *numbers: float | None) -> None:
+    """Raise InputError if a trained weight, a buffer, or one of the numbers is NaN or infinite.
 
     A gradient that is not finite makes weights NaN (optimizer_step). In float16 the scaler skips
     the step, so the weights stay finite even if every loss is NaN.
     """
     tensors = [p for p in model.parameters() if p.requires_grad]
     tensors += model.buffers()
-    device = tensors[0].device
-    tensors += [torch.as_tensor(x, device=device) for x in numbers if x is not None]
-    finite = torch.stack([tensor.isfinite().all() for tensor in tensors])
-    if not finite.all():
-        raise InputError(
-            f"step {step}: gradients, weights, losses or scores are not finite: the run has "
-            f"diverged; lower --lr, or a coefficient of the loss"
-        )
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+    check_numbers(step, *numbers, 0.0 if finite else math.nan)
 
 
 def check_first_step(

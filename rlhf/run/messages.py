@@ -42,11 +42,6 @@ def read_prompt(cell: str) -> TextOrMessages:
     return messages
 
 
-def as_cell(prompt: TextOrMessages) -> str:
-    """The cell of a CSV file that read_prompt reads as this prompt."""
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
-
-
 def is_message(value) -> bool:
     """Whether a value of JSON is {"role": of BEGINNINGS, "content": text}."""
     if not isinstance(value, dict) or set(value) != {"role", "content"}:

@@ -1,5 +1,7 @@
 """Metrics of gradient steps, over their micro-batches and over processes."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from rlhf.run.processes import gather, total
 
 
 class GradientStepMetrics:
-    """A dict of scalars for each gradient step. They stay on their device until they are read.
+    """Scalars of each gradient step. They stay on their device until they are read.
 
     A metric is the sum of its micro-batches' means, and the processes', each times its weight. In
     PPO that is sum / D (rlhf/ppo.py): the mean over an epoch is exact, that of one minibatch only
@@ -16,42 +18,38 @@ class GradientStepMetrics:
     """
 
     def __init__(self):
-        self.steps = []
+        self.steps = 0
+        self.sums = {}  # {name: over all steps}
+        self.firsts = {}  # {name of a maximum: in the first step}
 
     def begin_step(self) -> None:
-        self.steps.append({})
+        self.steps += 1
 
     def add(self, weight: Tensor, metrics: dict[str, Tensor]) -> None:
-        """Add the metrics of one micro-batch to the latest step.
+        """Add the metrics of one micro-batch of the latest step.
 
         weight: what the micro-batch's loss is multiplied by; metrics: {name: scalar}.
         """
-        latest = self.steps[-1]
         for name, value in metrics.items():
             value = value.detach()
-            if name.startswith("max_"):
-                latest[name] = torch.maximum(latest.get(name, value), value)  # NaN stays NaN
-            else:
-                latest[name] = latest.get(name, 0.0) + weight * value
-
-    def means(self) -> dict[str, float]:
-        """{name: mean over the gradient steps}, without the maxima."""
-        means = {}
-        for name in self.steps[0]:
             if not name.startswith("max_"):
-                means[name] = sum(step[name] for step in self.steps).item() / len(self.steps)
-        return total(means)
+                self.sums[name] = self.sums.get(name, 0.0) + weight * value
+            elif self.steps == 1:
+                self.firsts[name] = torch.maximum(self.firsts.get(name, value), value)  # NaN stays
 
-    def first(self, name: str) -> float:
+    def means(self) -> dict[str, Tensor]:
+        """{name: mean over the gradient steps}, without the maxima."""
+        sums = total(torch.stack(list(self.sums.values())))  # (n,)
+        return dict(zip(self.sums, sums / self.steps))
+
+    def first(self, name: str) -> Tensor:
         """A metric of the first step that is a maximum, over all processes."""
-        of_processes = gather(self.steps[0][name].reshape(1))  # (processes,)
-        return of_processes.max().item()
+        return gather(self.firsts[name].reshape(1)).max()
 
 
-def finite_mean(values: list[Tensor]) -> float:
-    """Mean of the finite values of a list of scalars.
+def finite_mean(values: list[Tensor]) -> Tensor:
+    """Mean of the finite values of a list of scalars; NaN if there is none.
 
     For gradient norms: in float16 the scaler skips a step whose gradient is not finite.
     """
-    stacked = torch.stack(values)
-    return stacked[stacked.isfinite()].mean().item()
+    return torch.stack(values).nan_to_num(math.nan, math.nan, math.nan).nanmean()

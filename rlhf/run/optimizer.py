@@ -85,8 +85,8 @@ def optimizer_step(
 
 def check_trained(optimizer: torch.optim.Optimizer) -> None:
     """Raise InputError if every step was skipped, as it may be in float16."""
-    taken = [state["step"].item() for state in optimizer.state.values()]
-    if taken and max(taken) == 0:
+    taken = [state["step"] for state in optimizer.state.values()]
+    if taken and not torch.stack(taken).any():
         raise InputError(
             "every gradient step was skipped, as no gradient was finite: nothing was learned; give "
             "more --steps, or use --amp bf16"

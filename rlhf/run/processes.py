@@ -69,16 +69,9 @@ def gather(mine: Tensor) -> Tensor:
     return torch.cat(parts).to(mine.device)
 
 
-def total(numbers: dict[str, float]) -> dict[str, float]:
-    """Each number, summed over the processes."""
-    mine = torch.tensor([list(numbers.values())], dtype=torch.float64)  # (1, n)
-    sums = gather(mine).sum(dim=0)  # (n,)
-    return dict(zip(numbers, sums.tolist()))
-
-
-def total_of(number: Tensor) -> float:
-    """A scalar, summed over the processes."""
-    return total({"": number.item()})[""]
+def total(numbers: Tensor) -> Tensor:
+    """A scalar, or numbers (n,), summed over the processes."""
+    return gather(numbers[None]).sum(dim=0)
 
 
 def sum_gradients(model: nn.Module) -> None:

@@ -65,6 +65,7 @@ def token_rows(
         rlhf.ppo.Experience; after: their rlhf.rollout.Rollout after the update.
     """
     columns = {
+        "token": after.tokens[:, 1:],
         "logprob": experience.old_logprobs,
         "ref_logprob": after.ref_logprobs,
         "reward": rewards,
@@ -74,15 +75,23 @@ def token_rows(
         "new_logprob": after.logprobs,
         "new_value": after.values,
     }
+    numbers, slots = after.mask.nonzero(as_tuple=True)  # (S,), (S,)
+    # All numbers of a column at once, as each copy makes the host wait for a GPU.
+    lists = [x[numbers, slots].tolist() for x in columns.values()]
     rows = []
-    for number, response in enumerate(responses):
-        about = {"response": number, "prompt": last_turn(response.prompt)}
-        about |= {"score": response.score, "gold": response.gold}
-        about |= {"length": response.length, "ended": int(response.ended)}
-        for slot in after.mask[number].nonzero().flatten().tolist():
-            token = tokenizer.decode([after.tokens[number, slot + 1].item()])
-            numbers = {name: x[number, slot].item() for name, x in columns.items()}
-            rows.append({**about, "token": token, **numbers})
+    for number, *values in zip(numbers.tolist(), *lists):
+        response = responses[number]
+        row = {
+            "response": number,
+            "prompt": last_turn(response.prompt),
+            "score": response.score,
+            "gold": response.gold,
+            "length": response.length,
+            "ended": int(response.ended),
+            **dict(zip(columns, values)),
+        }
+        row["token"] = tokenizer.decode([row["token"]])
+        rows.append(row)
     return rows
 
 

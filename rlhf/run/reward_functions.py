@@ -108,8 +108,8 @@ def part_means(functions: tuple[RewardFunction, ...], parts: Tensor) -> dict[str
 
     The K columns are those of the functions, after that of the reward model if there is one.
     """
-    means = parts.mean(dim=0).tolist()
-    if len(means) == 1:
+    if parts.size(1) == 1:
         return {}
+    means = parts.mean(dim=0).tolist()
     names = ["model", *[function.name for function in functions]]
     return {f"score_{name}": mean for name, mean in zip(names[-len(means) :], means)}

@@ -22,7 +22,7 @@ from rlhf.ppo import (
 )
 from rlhf.rollout import Frozen, collect
 from rlhf.run.optimizer import make_optimizer
-from tests.helpers import CPU, POISON, Digits, Waits, f64
+from tests.helpers import CPU, POISON, Digits, f64
 
 MEANS = (
     "policy_loss",
@@ -327,7 +327,7 @@ def test_every_epoch_takes_each_row_once_in_its_own_order(policy, experience, mo
     orders = [sum(taken[at : at + 3], []) for at in range(0, 18, 3)]
     assert all(sorted(order) == [0, 1, 2, 3, 4, 5] for order in orders)
     assert len(set(map(tuple, orders))) == 6
-    assert logged[0]["gradient_steps"] == 9 and logged[0]["clip_fraction"] > 0
+    assert logged[0]["clip_fraction"] > 0
 
     row_by_row = dataclasses.replace(cfg, micro_batch_size=1)
     for step in (0, 1):
@@ -354,18 +354,6 @@ def test_first_log_ratio_is_nan_if_one_micro_batch_has_a_nan(policy, experience)
     cfg = dataclasses.replace(SIX, micro_batch_size=1)
     _, metrics = record(policy, experience._replace(old_logprobs=old_logprobs), cfg)
     assert math.isnan(metrics["first_log_ratio"])
-
-
-def test_update_waits_twice_for_each_gradient_step(policy, experience):
-    """For where the actions are, in the hidden states and in the tokens: 6 more gradient steps, 12
-    more waits. (The 6 numbers that are read are those of widths, on the CPU.)"""
-    counts = []
-    for epochs in (1, 3):
-        cfg = train_ppo.PPOConfig(batch_size=6, minibatch_size=2, inner_epochs=epochs)
-        with Waits() as waits:
-            run(policy, experience, cfg, lr=1e-3)
-        counts.append(waits.counts)
-    assert counts[1] - counts[0] == {"nonzero": 12, "_local_scalar_dense": 6}
 
 
 def test_grad_norm_leaves_out_a_step_that_the_scaler_skips(policy, experience, monkeypatch):

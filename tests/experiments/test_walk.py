@@ -105,6 +105,7 @@ def step(policy, monkeypatch):
         f64([0, *REF], [-2, -1, 0, 0]),
         f64([9, *VALUES], [0.5, -0.5, 9, 9]),
         f64(2.0, -1.0),
+        parts=f64([2.0], [-1.0]),
     )
     monkeypatch.setattr(walk, "collect", lambda *arguments: rollout)
     monkeypatch.setattr(walk, "with_values", lambda run: policy)

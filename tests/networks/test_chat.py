@@ -17,6 +17,7 @@ import train_ppo
 import train_reward
 import train_sft
 from data import label_pairs, label_terminal, responses
+from data.formats import as_cell
 from rlhf import evaluate
 from rlhf.data import Prompt, batch_indices
 from rlhf.evaluate import Response
@@ -27,7 +28,7 @@ from rlhf.run.errors import InputError, printable
 from rlhf.run.files import write_csv
 from rlhf.run.flags import parse_cli
 from rlhf.run.loading import load_policy, load_reward_model, tokenizer_of
-from rlhf.run.messages import as_cell, as_text, last_turn, read_prompt
+from rlhf.run.messages import as_text, last_turn, read_prompt
 from rlhf.sampling import generate, has_ended
 from rlhf.tools import sample
 from tests.helpers import TINY, copy_some_rows, rows

@@ -18,11 +18,11 @@ def test_check_finite_rejects_weights_buffers_and_numbers_that_are_not_finite(va
 
     broken = [
         (model(), [value]),
-        (model(), [1.0, torch.tensor([0.0, value])]),
+        (model(), [1.0, value]),
         (model(), []),
         (model(), []),
     ]
-    check_finite(model(), 3, 0.5, None, torch.tensor([1.0, 2.0]))
+    check_finite(model(), 3, 0.5, None)
     broken[2][0].gpt.wte.weight.data[2, 1] = value
     broken[3][0].mean.fill_(value)
     for network, numbers in broken:

@@ -65,8 +65,8 @@ def test_one_process_has_nothing_to_do(gpt):
     this file."""
     x = torch.rand(3, 4)
     assert processes.gather(x) is x and processes.share([1, 2, 3]) == [1, 2, 3]
-    assert processes.total({"a": 0.1, "b": 3}) == {"a": 0.1, "b": 3}
-    assert processes.total_of(torch.tensor(0.5)) == 0.5
+    assert processes.total(torch.tensor([0.1, 3])).equal(torch.tensor([0.1, 3]))
+    assert processes.total(torch.tensor(0.5)) == 0.5
     gpt(torch.tensor([[1, 2, 3]])).sum().backward()
     before = [parameter.grad.clone() for parameter in gpt.parameters()]
     processes.sum_gradients(gpt)
@@ -78,8 +78,8 @@ def test_total_sums_each_number_over_processes(monkeypatch):
     """The other process has three times the numbers of this one."""
     monkeypatch.setattr(processes, "WORLD", 2)
     monkeypatch.setattr(processes, "gather", lambda mine: torch.cat([mine, 3 * mine]))
-    assert processes.total({"a": 0.25, "b": 3}) == {"a": 1.0, "b": 12.0}
-    assert processes.total_of(torch.tensor(0.5)) == 2.0
+    assert processes.total(torch.tensor([0.25, 3])).equal(torch.tensor([1.0, 12]))
+    assert processes.total(torch.tensor(0.5)) == 2.0
 
 
 @pytest.mark.parametrize("name", ["batch_size", "minibatch_size"])
@@ -154,7 +154,6 @@ def test_ppo_step_is_that_of_one_process_in_float64(tmp_path, count):
     clip_fraction = learned.pop("clip_fraction")  # a mean of zeros and ones in float32
     assert of_several[2].pop("clip_fraction") == pytest.approx(clip_fraction, abs=1e-7)
     assert of_several[2] == pytest.approx(learned, abs=1e-12)
-    assert learned["gradient_steps"] == 4
 
 
 # ---- the scripts ----

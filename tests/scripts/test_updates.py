@@ -1,5 +1,5 @@
-"""The gradient steps of train_sft.py and train_reward.py: micro-batches, and how often the host
-waits for the device. Those of train_ppo.py are in tests/core/test_ppo.py."""
+"""The micro-batches of train_sft.py and train_reward.py. Those of train_ppo.py are in
+tests/core/test_ppo.py."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.testing import assert_close
 import train_reward
 import train_sft
 from rlhf.run.flags import parse_cli
-from tests.helpers import Waits, tiny
+from tests.helpers import tiny
 
 
 class Stop(Exception):
@@ -59,21 +59,3 @@ def test_reward_micro_batches_sum_to_the_batch(trained, tmp_path, double, size):
     parts = first_gradient(*arguments, "--micro-batch-size", size)
     assert whole["head.weight"].abs().max() > 0
     assert_close(parts, whole, atol=1e-12, rtol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("module", "config", "name"),
-    [(train_sft, train_sft.SFTConfig, "sft"), (train_reward, train_reward.RewardConfig, "reward")],
-)
-def test_a_gradient_step_waits_twice(trained, tmp_path, module, config, name):
-    """In a run of 4 more steps, without lines of metrics: 8 more waits."""
-    data, out, _ = trained
-    start = ["--sft", out / "sft.pt"] if name == "reward" else []
-    no_metrics = ["--log-every", 100, "--eval-every", 100]
-    flags = tiny(name, "--data", data, "--out", tmp_path, *no_metrics, *start, "--overwrite")
-    counts = []
-    for steps in ("2", "6"):
-        with Waits() as waits:
-            module.main(parse_cli(config, [*flags, "--steps", steps]))
-        counts.append(waits.counts.total())
-    assert counts[1] - counts[0] == 8
