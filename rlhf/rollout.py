@@ -64,7 +64,7 @@ class Rollout(NamedTuple):
     ref_logprobs: Tensor  # (B, T-1) of the reference
     values: Tensor  # (B, T-1)
     scores: Tensor  # (B,)
-    parts: Tensor  # (B, K): of K rewards; `scores` is their weighted sum
+    parts: Tensor | None = None  # (B, K): of K rewards; `scores` is their weighted sum
 
 
 @torch.no_grad()
