@@ -1,12 +1,12 @@
 """A second reward for HH-RLHF: -1 for evading a benign question, otherwise 0.
 
     python data/hh_rlhf/answers.py hh/prompts.csv --times 6
-    python train_ppo.py --data hh --out runs/hh --reward-weights 1 2 \\
+    python train_ppo.py --data hh --out runs/hh --reward-weights 1 6 \\
         --reward runs/hh/reward.pt data/hh_rlhf/answers.py
 
 The reward model of HH-RLHF prefers refusals whatever the prompt is, so PPO learns to refuse
-everything. Benign are the questions in benign.jsonl; to other prompts, this reward is indifferent.
-The first command writes each benign question so many times into PPO's prompts.
+everything. The questions in benign.jsonl are benign. A response to any other prompt gets 0. The
+first command repeats each benign question in PPO's prompts, six times in all.
 """
 
 import json
@@ -70,6 +70,8 @@ class RepeatConfig:
 def main(cfg: RepeatConfig) -> None:
     if not cfg.files:
         raise InputError("give the prompts.csv of the data set")
+    if cfg.times < 1:
+        raise InputError(f"--times {cfg.times}: it must be at least 1")
     for file in cfg.files:
         path = check_file(Path(file))
         cells = list(dict.fromkeys(read_csv(path, ("Prompt",))["Prompt"]))

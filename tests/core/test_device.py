@@ -306,14 +306,10 @@ def counted(elsewhere, data, tmp_path_factory):
 
 @pytest.mark.parametrize("name", TINY)
 def test_host_seldom_waits(counted, name):
+    numbers = ", ".join(f"{count:.3g} per {what}" for what, count in counted[name].items())
+    print(f"\ntrain_{name}.py, waits: {numbers}")
     for what, count in counted[name].items():
         assert count <= LIMITS[name].get(what, 0), what
-
-
-def test_print_waits(counted):
-    for name, counts in counted.items():
-        numbers = ", ".join(f"{count:.3g} per {what}" for what, count in counts.items())
-        print(f"\ntrain_{name}.py, waits: {numbers}")
 
 
 # ---- kernels ----

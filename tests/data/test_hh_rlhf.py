@@ -190,6 +190,8 @@ def test_benign_questions_are_repeated(tmp_path, capsys):
         assert "4 prompts, 75 % benign questions" in capsys.readouterr().out
     with pytest.raises(InputError, match="give the prompts.csv"):
         answers.main(answers.RepeatConfig())
+    with pytest.raises(InputError, match="--times 0: it must be at least 1"):
+        answers.main(answers.RepeatConfig((str(path),), times=0))
 
 
 def test_judge_is_minus_the_probability_of_offence():
