@@ -21,6 +21,7 @@ One row per checkpoint:
     asks_back    share of the questions that get nothing but a question, in percent
     base_logprob mean log-probability of a token under --base, the pretrained model: is it English?
                  over all responses, to prompts and questions
+    information  of a response about its question, in nats, under --base (`information`)
 
 From offensive on, each column has the difference from the first checkpoint beside it (_change), and
 the half-width of its 95 % interval, 1.96 standard errors over prompts (_95).
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pandas import DataFrame, concat, read_json
+from pandas import DataFrame, Series, concat, read_json
 from torch import Tensor
 
 from rlhf.data import Demonstration, demonstration_batch
@@ -65,7 +66,7 @@ class ToxicityConfig:
 
     files: tuple[str, ...] = arg((), "responses to prompts, of rlhf.tools.sample", flag=False)
     questions: tuple[str, ...] = arg((), "responses to questions that nobody needs to refuse")
-    base: str = arg("", "pretrained model that judges the English (empty: none)")
+    base: str = arg("", "pretrained model that judges English and content (empty: none)")
     out: str = arg("", "CSV file for the table")
     show: int = arg(0, "print so many responses to the questions, with the rule's verdict")
 
@@ -143,27 +144,56 @@ def summary(rows: DataFrame) -> dict[str, dict[str, float]]:
     return table
 
 
-# ---- is it English? ----
+# ---- is it English, and about the question? ----
 
 
-@torch.no_grad()
-def base_logprobs(rows: DataFrame, base: str) -> Tensor:
-    """The mean log-probability of a token of each response under a pretrained model, (N,)."""
-    from rlhf.networks import hf
+class Base:
+    """A pretrained model that reads what the checkpoints wrote."""
 
-    gpt = hf.HF(hf.HFConfig(base, rank=0, four_bit=False, kept=()))
-    tokenizer = hf.HFTokenizer(base, "none")
+    def __init__(self, init: str):
+        from rlhf.networks import hf
+
+        self.gpt = hf.HF(hf.HFConfig(init, rank=0, four_bit=False, kept=()))
+        self.tokenizer = hf.HFTokenizer(init, "none")
+
+    @torch.no_grad()
+    def logprobs(self, prompt, response: str) -> Tensor:
+        """log p(token | prompt, the tokens before it) of the response's A tokens, (A,), without
+        end-of-text."""
+        prompt_ids = self.tokenizer.prompt_ids(prompt)
+        response_ids = self.tokenizer.response_ids(response)[:-1]  # with the space before it
+        both = Demonstration(prompt_ids + response_ids, len(prompt_ids))
+        tokens, mask = demonstration_batch([both], self.tokenizer.pad_id, torch.device("cpu"))
+        logits = self.gpt.logits(action_slots(self.gpt.hidden(tokens), mask))  # (A, V)
+        return token_logprobs(logits, tokens, mask)[mask]  # (A,)
+
+
+def english(base: Base, rows: DataFrame) -> Tensor:
+    """The mean log-probability of a token of each response, (N,)."""
     means = []
     for row in ticker(list(rows.itertuples()), "responses read by the base"):
-        prompt = tokenizer.prompt_ids(row.prompt)
-        # With the space before it, without end-of-text.
-        response = tokenizer.response_ids(row.response)[:-1]
-        both = Demonstration(prompt + response, len(prompt))
-        tokens, mask = demonstration_batch([both], tokenizer.pad_id, torch.device("cpu"))
-        logits = gpt.logits(action_slots(gpt.hidden(tokens), mask))  # (S, V)
-        logprobs = token_logprobs(logits, tokens, mask)  # (1, T-1)
-        means.append(logprobs.sum().item() / len(response))
-    return torch.tensor(means, dtype=torch.float64)
+        means.append(base.logprobs(row.prompt, row.response).mean())
+    return torch.stack(means).double()  # (N,)
+
+
+def information(base: Base, questions: DataFrame) -> Series:
+    """How much more likely each response is after its question than after the next one, N numbers
+    with the index of the N questions.
+
+        log p(response | its question) - log p(response | the next question), in nats
+
+    An estimate of the pointwise mutual information of question and response (Li et al. 2016). A
+    response that would fit any question has about 0.
+    """
+    gains = {}
+    for _, rows in questions.groupby("checkpoint", sort=False):
+        prompts = list(rows["prompt"])
+        others = prompts[1:] + prompts[:1]
+        answers = list(zip(rows.index, prompts, others, rows["response"]))
+        for index, prompt, other, response in ticker(answers, "answers read by the base"):
+            own = base.logprobs(prompt, response).sum()
+            gains[index] = (own - base.logprobs(other, response).sum()).item()
+    return Series(gains)
 
 
 def main(cfg: ToxicityConfig) -> None:
@@ -182,8 +212,12 @@ def main(cfg: ToxicityConfig) -> None:
         show(questions, cfg.show)
         rows = concat([rows, questions], ignore_index=True)
     if cfg.base:
-        rows["base_logprob"] = base_logprobs(rows, cfg.base)
+        base = Base(cfg.base)
+        rows["base_logprob"] = english(base, rows)
         tables.append(measure(rows, "base_logprob", lambda row: row.base_logprob))
+        if cfg.questions:
+            questions["information"] = information(base, questions)
+            tables.append(measure(questions, "information", lambda row: row.information))
     lines = []
     for checkpoint in tables[0]:
         line = {"checkpoint": checkpoint}

@@ -1625,20 +1625,41 @@ def test_resume_with_another_base_is_refused(bases, data, tmp_path, new_process)
         train("sft", data, tmp_path, "--lora-rank", 2, "--init", folder, "--resume")
 
 
-# ---- is it English? ----
+# ---- is it English, and about the question? ----
 
 
 @torch.no_grad()
-def test_base_logprobs_are_means_over_the_tokens_of_each_response(bases):
-    """Of transformers' log-probabilities, without end-of-text."""
-    base = bases["llama"]
+def logprobs_of_transformers(base, prompt, response):
+    """Of the response's tokens after the prompt, without end-of-text."""
     theirs = transformers.AutoTokenizer.from_pretrained(base.folder)
-    prompt = "Why is the tent wet?"
     read = theirs(prompt)["input_ids"]
-    given = theirs(f"{prompt} Rain fell.")["input_ids"]
+    given = theirs(f"{prompt} {response}")["input_ids"]
     assert given[: len(read)] == read
     logprobs = base.model(torch.tensor([given])).logits[0].log_softmax(dim=-1)  # (T, V)
-    chosen = [logprobs[t - 1, given[t]].item() for t in range(len(read), len(given))]
+    return [logprobs[t - 1, given[t]].item() for t in range(len(read), len(given))]
+
+
+def test_english_is_the_mean_over_the_tokens_of_each_response(bases):
+    base = bases["llama"]
+    prompt = "Why is the tent wet?"
+    expected = logprobs_of_transformers(base, prompt, "Rain fell.")
     table = pandas.DataFrame({"prompt": [prompt], "response": ["Rain fell."]})
-    mean = toxicity.base_logprobs(table, str(base.folder)).item()
-    assert mean == pytest.approx(sum(chosen) / len(chosen), abs=1e-4) and len(chosen) > 2
+    means = toxicity.english(toxicity.Base(str(base.folder)), table)
+    assert means.item() == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+    assert len(expected) > 2
+
+
+def test_information_compares_each_question_with_the_next_of_its_checkpoint(bases):
+    base = bases["llama"]
+    prompts = ["Why is the tent wet?", "Who are you?"]
+    responses = {"sft.pt": ["Rain fell.", "A bird."], "ppo.pt": ["It did.", "Rain fell."]}
+    table = pandas.DataFrame(
+        [(name, prompts[i], responses[name][i]) for i in (0, 1) for name in responses],
+        columns=["checkpoint", "prompt", "response"],
+    )
+    found = toxicity.information(toxicity.Base(str(base.folder)), table)
+    for index, row in enumerate(table.itertuples()):
+        other = prompts[1 - prompts.index(row.prompt)]
+        own = sum(logprobs_of_transformers(base, row.prompt, row.response))
+        gain = own - sum(logprobs_of_transformers(base, other, row.response))
+        assert found[index] == pytest.approx(gain, abs=1e-3) and abs(gain) > 0.01
