@@ -133,6 +133,7 @@ def test_maths_needs_only_torch():
     assert not [name for name in imports(ROOT / "rlhf/model.py") if name.startswith("rlhf")]
 
 
+@pytest.mark.slow
 def test_default_run_loads_no_option():
     """In a fresh process, importing the three scripts loads the core and run/ only."""
     code = "import sys, train_sft, train_reward, train_ppo; print(*sys.modules)"

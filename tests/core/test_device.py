@@ -350,6 +350,7 @@ def count_kernels(layers) -> dict[str, int]:
     return {name: sum(event.kernel for event in piece) for name, piece in work.items()}
 
 
+@pytest.mark.slow
 def test_print_kernels(elsewhere):
     """Each layer adds the same number. Of those of a sampled token, 9 are attention."""
     one = elsewhere(count_kernels, 1)

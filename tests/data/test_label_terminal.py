@@ -70,6 +70,7 @@ def test_letters_are_keys_in_lower_case(short_waits):
     assert keys_of(*"12tBSuQ", pause=0.1) == ["1", "2", "t", "b", "s", "u", "q"]
 
 
+@pytest.mark.slow
 def test_key_whose_bytes_arrive_one_by_one_is_no_vote():
     """An ESC waits for half a second, and a sequence that began for its end."""
     for sequence in ("\x1b[1~", "\x1b[2;5~", "\x1bOP", "\x1b[[A", "\x1b1"):
@@ -77,6 +78,7 @@ def test_key_whose_bytes_arrive_one_by_one_is_no_vote():
         assert len(keys_of(*sequence, pause=0.07)) == 1, sequence
 
 
+@pytest.mark.slow
 def test_sequence_that_arrives_long_after_its_escape_is_no_vote(short_waits):
     """The rest waits for its own end."""
     for sequence in ("\x1b[1~", "\x1bOq", "\x1b[[A"):
@@ -130,6 +132,7 @@ def some_pairs(count):
     return [Pair(i, f"p{i}", f"a{i}", f"b{i}") for i in range(count)]
 
 
+@pytest.mark.slow
 def test_no_key_but_the_seven_votes_at_a_terminal(tmp_path, monkeypatch, short_waits):
     """All keys of xterm and of the Linux console, with their modifiers, pasted text, the mouse and
     what a terminal reports by itself: each is answered with the list of keys. Then the real keys,

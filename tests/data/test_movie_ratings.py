@@ -677,6 +677,7 @@ def test_nothing_is_written_if_too_few_sentences_are_left(small, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_error_on_the_command_line_is_one_line_and_status_2(tmp_path):
     """Run as a user does, from another folder. There is no traceback."""
     script = str(FOLDER / "prepare.py")

@@ -182,6 +182,7 @@ def test_interval_is_that_of_the_t_distribution(pyplot):
 # ---- the program ----
 
 
+@pytest.mark.slow
 def test_plot_writes_the_figures_of_the_pages(pyplot, tmp_path):
     """And not through a link."""
     (tmp_path / "other").write_text("of somebody else")

@@ -52,6 +52,7 @@ def test_unbiased_best_of_n_of_a_thousand_samples_is_finite():
     assert got.item() == pytest.approx(256 * 1001 / 257, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_reference_samples_have_the_exact_mean_score(gpt, reward_model):
     """Responses of one token: end-of-text with its score or, cut off, -7. The mean of 4,000 samples
     is within 4 standard errors of the exact mean. The judge counts letters: an ended response has
@@ -205,6 +206,7 @@ def test_study_rejects_bad_input(tmp_path, small_data, monkeypatch):
         main(StudyConfig(data=str(small_data), out=str(tmp_path / "out"), comparisons="20"))
 
 
+@pytest.mark.slow
 def test_killed_study_leaves_no_script_running(tmp_path):
     """A script that prints its number and then goes on for a minute takes the place of
     train_sft.py. kill -9 of the study closes the pipe that it prints into."""

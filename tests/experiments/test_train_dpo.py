@@ -142,6 +142,7 @@ def test_default_beta_is_kl_coef_in_log_odds(trained, tmp_path, capsys):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_resumed_run_equals_the_uninterrupted_run(trained, tmp_path, monkeypatch, rank):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -195,6 +196,7 @@ def test_tools_read_dpo_pt(finished, trained, tmp_path, capsys):
         load_policy(finished / "dpo.pt", "sft")
 
 
+@pytest.mark.slow
 def test_dpo_and_ppo_have_one_optimum(finished, trained, tmp_path):
     """docs/alternatives.md compares them; the length limit of DPO is one number, that of PPO may be
     two."""

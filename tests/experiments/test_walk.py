@@ -171,6 +171,7 @@ def loaded(out, data, sft, reward):
     return with_values(load_run(cfg))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value_network", ["reward", "shared", "of a function"])
 def test_with_values_loads_all_weights_of_the_run(trained, tmp_path, value_network):
     """The value network: the reward model's, the policy's own, or one that started from the

@@ -570,6 +570,7 @@ def test_jackknife_removes_most_of_the_bias(exact):
     assert (errors["jackknife"].mean(dim=1).abs() < bias.abs() / 3 + 4 * error).all()
 
 
+@pytest.mark.slow
 def test_standard_errors_hold_the_truth(exact):
     """200 times, 60 prompts with a response of each policy, and 24 of them with 16 samples of each:
     the exact optimality of the policy, and of best-of-n, lies within 1.96 standard errors in 90 to

@@ -335,6 +335,7 @@ TRAINED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_unfinished_lora_checkpoint_holds_the_optimizers_state_of_adapters_and_heads(
     unfinished, name
@@ -362,6 +363,7 @@ def test_finished_lora_checkpoint_holds_all_weights_and_no_optimizer_state(lora_
     assert not {"optimizer", "scaler"} & checkpoint.keys()
 
 
+@pytest.mark.slow
 def test_resumed_lora_run_equals_uninterrupted_run(lora_runs, unfinished, tmp_path):
     for name in ("ppo.pt", "ppo.csv"):
         (tmp_path / name).write_bytes((unfinished["ppo"] / name).read_bytes())
@@ -383,6 +385,7 @@ def test_resumed_lora_run_equals_uninterrupted_run(lora_runs, unfinished, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_fine_tuning_with_init_starts_from_its_weights(trained, tmp_path):
     """With and without adapters, the first held-out loss is that of the given weights and not ln V.
     The folder is needed for training only: a changed one does not change the checkpoint, but a run
@@ -448,6 +451,7 @@ def test_fine_tuning_with_init_reads_what_transformers_writes(trained, tmp_path)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_full_training_from_lora_sft_trains_every_weight(trained, tmp_path):
     """Fine-tuning with adapters, then reward model and PPO without: every weight is trained and
     saved."""

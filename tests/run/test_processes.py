@@ -203,6 +203,7 @@ def test_script_on_several_processes_equals_one(trained, tmp_path, name, count):
 # ---- faults ----
 
 
+@pytest.mark.slow
 def test_run_resumes_on_another_number_of_processes(trained, tmp_path):
     """One process, stopped after step 2 of 4; two go on. As one process from beginning to end."""
     data, out, _ = trained

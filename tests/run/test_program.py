@@ -165,21 +165,25 @@ def check_interrupted(done, line):
     assert done.returncode == 130
 
 
+@pytest.mark.slow
 def test_interrupted_program_without_a_checkpoint_promises_no_resume(tmp_path):
     check_interrupted(program("interrupt()", "--out", tmp_path), "interrupted")
 
 
+@pytest.mark.slow
 def test_interrupted_program_names_the_checkpoint_that_it_has_written(tmp_path):
     done = program("save(cfg)\ninterrupt()", "--out", tmp_path)
     check_interrupted(done, f"interrupted; --resume continues from {tmp_path}/sft.pt")
 
 
+@pytest.mark.slow
 def test_interrupted_program_names_the_checkpoint_that_it_has_resumed(tmp_path):
     (tmp_path / "sft.pt").write_text("old")
     done = program("interrupt()", "--out", tmp_path, "--resume")
     check_interrupted(done, f"interrupted; --resume continues from {tmp_path}/sft.pt")
 
 
+@pytest.mark.slow
 def test_interrupt_while_a_checkpoint_is_written_leaves_the_old_one(tmp_path):
     (tmp_path / "sft.pt").write_text("old")
     main = """
@@ -193,6 +197,7 @@ with replacing(cfg.checkpoint('sft')) as file:
     assert not list(tmp_path.glob(".*.unfinished"))
 
 
+@pytest.mark.slow
 def test_closed_pipe_ends_a_program_quietly(tmp_path):
     done = program("[print('line', flush=True) for _ in range(100_000)]", "--out", tmp_path)
     done.stdout.readline()
@@ -200,6 +205,7 @@ def test_closed_pipe_ends_a_program_quietly(tmp_path):
     assert (done.stderr.read(), done.wait()) == ("", 141)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("flush", [True, False])
 def test_full_disk_under_standard_output_is_one_line(tmp_path, flush):
@@ -214,6 +220,7 @@ def test_full_disk_under_standard_output_is_one_line(tmp_path, flush):
 # ---- one program per folder ----
 
 
+@pytest.mark.slow
 def test_second_program_in_a_folder_is_refused_until_the_first_has_died(tmp_path):
     """The first is killed, so that it cannot clean up."""
     first = program("print('in', flush=True); time.sleep(60)", "--out", tmp_path)

@@ -131,6 +131,7 @@ def test_columns_are_those_of_gae(seen, trained):
     assert list(seen["rloo"].log[0]) == list(rows(trained[1] / "ppo.csv")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_run_equals_the_uninterrupted_run(models, tmp_path, monkeypatch, method):
     """With adapters too, for one of them."""

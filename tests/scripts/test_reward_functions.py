@@ -70,6 +70,7 @@ def test_a_function_needs_no_reward_model(trained, tmp_path, rules):
     assert all(float(row["score_after"]) == len(row["After"]) for row in samples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("advantage", ["rloo", "grpo", "reinforce"])
 def test_a_function_needs_no_value_network(trained, tmp_path, rules, advantage):
     run(trained, tmp_path, f"{rules}:letters", "--advantage", advantage, "--group-size", 2)
@@ -77,6 +78,7 @@ def test_a_function_needs_no_value_network(trained, tmp_path, rules, advantage):
     assert not any(name.startswith("value") for name in weights)
 
 
+@pytest.mark.slow
 def test_each_of_several_rewards_is_a_metric(trained, tmp_path, rules):
     rewards = (trained[1] / "reward.pt", f"{rules}:letters")
     weights = ["--reward-weights", 0.5, 0.1]
@@ -124,6 +126,7 @@ def test_an_error_inside_a_function_keeps_its_traceback(
     assert not (tmp_path / "ppo.pt").exists()
 
 
+@pytest.mark.slow
 def test_resume_needs_the_same_functions(trained, tmp_path, rules):
     run(trained, tmp_path, f"{rules}:letters", "--eval-every", 1)
     rules.write_text(FUNCTIONS + "\n# changed\n")
@@ -133,6 +136,7 @@ def test_resume_needs_the_same_functions(trained, tmp_path, rules):
     assert done.returncode == 2 and "begun with another reward (" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_odd_scale_is_said_once(trained, tmp_path, rules):
     """Lengths in letters deviate by more than five."""
     printed = run(trained, tmp_path, f"{rules}:letters", "--missing-eos-score", "none").stdout
@@ -141,6 +145,7 @@ def test_an_odd_scale_is_said_once(trained, tmp_path, rules):
     assert printed.count("multiply --reward-weights by") == 2  # and again at the end
 
 
+@pytest.mark.slow
 def test_resume_needs_the_rewards_in_the_order_of_their_weights(trained, tmp_path, rules):
     two = [f"{rules}:letters", f"{rules}:kinds"]
     weights = ["--reward-weights", 1, 2, "--eval-every", 1]
@@ -156,6 +161,7 @@ def tool(module, config, *flags):
     module.main(parse_cli(config, list(map(str, flags))))
 
 
+@pytest.mark.slow
 def test_optimality_and_sample_use_the_functions_that_the_user_names(
     trained, tmp_path, rules, capsys
 ):
@@ -178,6 +184,7 @@ def test_optimality_and_sample_use_the_functions_that_the_user_names(
         tool(optimality, optimality.OptimalityConfig, *checkpoint, *small, "--reward", reward)
 
 
+@pytest.mark.slow
 def test_optimality_samples_and_scores_as_the_run_did(trained, tmp_path, rules):
     """Rewards with weights, limits that are drawn, fragments scored as they are, and half of the
     prompts held out: the rows of the reference and of PPO stay as they were."""

@@ -86,6 +86,7 @@ def test_each_stage_ends_with_the_next_command(trained):
     ]
 
 
+@pytest.mark.slow
 def test_config_repeats_a_run(trained, tmp_path):
     """The settings that another run has written beside its checkpoint, with another --out."""
     data, _, _ = trained
@@ -133,6 +134,7 @@ def test_scores_have_mean_0_and_std_1_on_both_sides_of_the_comparisons(trained):
     assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_reward_model_needs_no_demonstrations(trained, tmp_path):
     """Their scores may all be the same: those that imitate the chosen side, after training."""
     data, out, _ = trained
@@ -217,6 +219,7 @@ def test_run_resumed_in_a_new_process_equals_the_uninterrupted_run(trained, tmp_
     check_same_run(out, tmp_path, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -233,6 +236,7 @@ def test_ppo_runs_with_each_option(trained, tmp_path, flags):
     assert all(math.isfinite(float(row["policy_loss"])) for row in rows(tmp_path / "ppo.csv"))
 
 
+@pytest.mark.slow
 def test_reward_model_learns_from_rankings(trained, tmp_path):
     """rankings.csv made of the comparisons: the same pairs, so the first loss is ln 2 and an
     evaluation comes out."""
@@ -366,6 +370,7 @@ def cut(source, folder, **sizes):
     return folder
 
 
+@pytest.mark.slow
 def test_sft_that_overfits_says_so_first_and_last(trained, tmp_path):
     """160 steps on five rows: 256 epochs. The lowest valid comes long before the end."""
     data = cut(trained[0], tmp_path / "data", demonstrations=5)
@@ -436,6 +441,7 @@ def constant_reward(out, folder):
     return folder / "reward.pt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--advantage", "rloo", "--group-size", "2"]])
 def test_ppo_says_if_all_scores_are_equal(trained, tmp_path, flags):
     """Once as it happens and once at the end: here nothing ends, so every score is -3."""
@@ -448,6 +454,7 @@ def test_ppo_says_if_all_scores_are_equal(trained, tmp_path, flags):
     assert "PPO did not raise the score: +0.000" in printed.splitlines()[-5]
 
 
+@pytest.mark.slow
 def test_ppo_says_if_the_reward_model_gives_everything_the_same_score(trained, tmp_path):
     data, out, _ = trained
     end_earlier(out, tmp_path, data)
@@ -467,6 +474,7 @@ def test_one_held_out_comparison_has_no_other_prompt(trained, tmp_path):
     assert "evaluated on 1 comparisons only" in printed and "another row" not in printed
 
 
+@pytest.mark.slow
 def test_closing_evaluation_of_the_reward_model_shows_its_progress(trained, tmp_path, monkeypatch):
     """In micro-batches of four times the training's, shortest rows first; with a line every ten
     seconds."""
@@ -503,6 +511,7 @@ def test_ppo_refuses_a_reward_model_of_another_sft(trained, tmp_path):
     assert not (tmp_path / "ppo.csv").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_overwrite_keeps_the_old_run_until_the_new_one_has_a_checkpoint(
     trained, tmp_path, monkeypatch, name
@@ -543,6 +552,7 @@ def test_metrics_of_a_resumed_run_come_from_its_checkpoint(trained, tmp_path):
 # ---- the rest of the input ----
 
 
+@pytest.mark.slow
 def test_unwritable_folder_gives_one_line(small_data, tmp_path):
     """In a process of its own."""
     (tmp_path / "file").write_text("not a folder")

@@ -239,6 +239,7 @@ def world_samples():
     return world, torch.stack(exact), samples, asked
 
 
+@pytest.mark.slow
 def test_samples_have_their_log_ratios(world_samples):
     """Each sampled response has its exact log-probability under its policy, and under the mixture
     of all, minus that under the reference. The 40 responses have different texts."""
@@ -446,6 +447,7 @@ def test_optimality_without_the_judge_of_the_run_changes_nothing(copied):
     assert (copied / "evaluation.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_optimality_may_run_again_with_the_same_result(copied):
     for first, second in zip(run(copied), run(copied), strict=True):
         assert numbers(first) == pytest.approx(numbers(second), rel=1e-5, abs=1e-6, nan_ok=True)
@@ -487,6 +489,7 @@ def several(folders):
     compare.main(parse_cli(CompareConfig, ["--policies", *checkpoints, *flags]))
 
 
+@pytest.mark.slow
 def test_several_policies_have_one_optimum(two, capsys):
     """The rows sft and optimum are the same in both folders, and each has its own ppo row and
     report. On each prompt there are 3 * 8 samples, one J*, and each policy's own metrics."""
@@ -508,6 +511,7 @@ def test_several_policies_have_one_optimum(two, capsys):
     assert all(f"wrote {folder / 'evaluation.csv'}" in shown for folder in two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
@@ -532,6 +536,7 @@ def test_several_policies_must_have_the_same_objective(two, trained, ended_run, 
 # ---- what belongs together stays together ----
 
 
+@pytest.mark.slow
 def test_optimality_holds_the_lock_of_every_folder(two, monkeypatch):
     """So no training run can begin there and have its tables replaced by those of the old
     policy."""

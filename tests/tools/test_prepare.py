@@ -500,6 +500,7 @@ DOORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOORS)
 def test_usual_file_becomes_a_data_set_and_commands(tmp_path, name, capsys, monkeypatch):
     """And these train, with a reward function if the file holds no comparisons. Parquet is in

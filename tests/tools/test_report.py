@@ -284,6 +284,7 @@ def opened(browser, monkeypatch):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_browser_shows_verdict_and_charts_and_runs_no_text(opened, tmp_path):
     """A response that holds a script is shown as text. The page asks for nothing but itself."""
     quoted = ATTACK.replace('"', '""')

@@ -351,6 +351,7 @@ def test_file_has_a_line_for_each_prompt_response_and_checkpoint(job, tmp_path):
     assert len({line["response"] for line in lines}) > 10
 
 
+@pytest.mark.slow
 def test_responses_do_not_depend_on_the_batch(job):
     """Nor on the prompts that come later."""
     path, flags = job
@@ -402,6 +403,7 @@ def stopping(after):
     return respond
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [0, 1, 3])
 @pytest.mark.parametrize("torn", [0, 1, 40, 10_000])
 def test_killed_run_goes_on_to_the_same_bytes(job, batches, torn, monkeypatch, capsys):
@@ -434,6 +436,7 @@ def test_killed_run_goes_on_to_the_same_bytes(job, batches, torn, monkeypatch, c
     assert starts == [] and path.read_bytes() == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed", ["checkpoint", "seed", "prompts", "rewards", "judge", "n", "order"]
 )
@@ -508,6 +511,7 @@ def test_prompts_may_have_the_formats_of_prepare(job, tmp_path, name, capsys):
     assert f"{tmp_path / name}: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_prompts_of_a_file_are_read_as_at_the_terminal(job, tmp_path, monkeypatch):
     """A text is a message of the user, unless --plain; --system goes before it."""
     path, flags = job
