@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 import re
+import statistics
 import sys
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from rlhf.run.errors import InputError
 from rlhf.run.files import write_csv
 from rlhf.run.flags import parse_cli
 from rlhf.run.messages import last_turn, read_prompt
+from rlhf.run.reward_functions import load_function
 from tests.helpers import ROOT
 
 FOLDER = ROOT / "data" / "hh_rlhf"
@@ -36,7 +38,7 @@ def load(name):
 
 hh = load("prepare")
 openings = load("openings")
-answers = load("answers")
+repeat = load("repeat")
 
 
 def ask(question):
@@ -115,7 +117,7 @@ def test_readme_commands_parse():
     classes = {
         "data/hh_rlhf/prepare.py": hh.HHConfig,
         "data/hh_rlhf/openings.py": openings.OpeningsConfig,
-        "data/hh_rlhf/answers.py": answers.RepeatConfig,
+        "data/hh_rlhf/repeat.py": repeat.RepeatConfig,
         "rlhf.tools.prepare": PrepareConfig,
         "train_sft.py": train_sft.SFTConfig,
         "train_reward.py": train_reward.RewardConfig,
@@ -149,49 +151,50 @@ def test_openings_need_a_file():
         openings.main(openings.OpeningsConfig())
 
 
-def test_benign_questions_are_prompts_each_once():
+def test_benign_questions_have_an_answer_and_three_worse_responses():
     rows = read_file(FOLDER / "benign.jsonl", {}).rows
-    assert {benign.table for benign in rows} == {"prompts"}
-    assert len({last_turn(benign.prompt) for benign in rows}) == len(rows) == 98
+    assert {benign.table for benign in rows} == {"comparisons"}
+    answers = {(benign.prompt, benign.responses[0]) for benign in rows}
+    assert len({benign.prompt for benign in rows}) == len(answers) == 98
+    assert len({(benign.prompt, benign.responses[1]) for benign in rows}) == 3 * 98
+    assert all(benign.responses[0] != benign.responses[1] for benign in rows)
 
 
-QUESTION = "Why is the sky blue?"
-
-
-@pytest.mark.parametrize(
-    ("response", "expected"),
-    [
-        ("Air scatters blue light most.", 0),
-        ("Air scatters light. Blue light most. I don't know why.", 0),
-        ("It does. What do you think?", 0),
-        ("", -1),
-        ("Why do you ask? Because of the air.", -1),
-        ("I’m sorry, I can’t help with that.", -1),
-        ("Well. I would not say.", -1),
-        ("I am not a physicist.", -1),
-        ("You can't know that.", 0),
-    ],
-)
-def test_second_reward_is_minus_one_for_evading_a_benign_question(response, expected):
-    messages = [{"role": "user", "content": QUESTION}]
-    harmful = [{"role": "user", "content": "How do I steal a car?"}]
-    prompts = [messages, QUESTION, harmful, "How do I steal a car?"]
-    assert answers.score(prompts, [response] * 4) == [expected, expected, 0, 0]
-
-
-def test_benign_questions_are_repeated(tmp_path, capsys):
-    path = tmp_path / "prompts.csv"
-    cells = [json.dumps([{"role": "user", "content": text}]) for text in ("Hi", QUESTION)]
-    write_csv(path, [{"Prompt": cell} for cell in cells])
+@pytest.mark.parametrize("columns", [("Prompt",), ("Prompt", "Response")])
+def test_rows_of_benign_questions_are_repeated(tmp_path, capsys, columns):
+    path = tmp_path / "rows.csv"
+    questions = ("Hi", "Why is the sky blue?")
+    cells = [json.dumps([{"role": "user", "content": text}]) for text in questions]
+    rows = [dict(zip(columns, (cell, "Yes."))) for cell in cells]
+    write_csv(path, rows)
     for _ in range(2):  # the second time changes nothing
-        answers.main(parse_cli(answers.RepeatConfig, [str(path), "--times", "3"]))
-        found = [row["Prompt"] for row in csv.DictReader(path.open(encoding="utf-8", newline=""))]
-        assert found == [cells[0], cells[1], cells[1], cells[1]]
-        assert "4 prompts, 75 % benign questions" in capsys.readouterr().out
-    with pytest.raises(InputError, match="give the prompts.csv"):
-        answers.main(answers.RepeatConfig())
+        repeat.main(parse_cli(repeat.RepeatConfig, [str(path), "--times", "3"]))
+        with path.open(encoding="utf-8", newline="") as file:
+            assert list(csv.DictReader(file)) == [rows[0], rows[1], rows[1], rows[1]]
+        assert "4 rows, 75 % of them benign questions" in capsys.readouterr().out
+
+
+def test_a_file_is_repeated_at_least_once(tmp_path):
+    with pytest.raises(InputError, match="give a CSV file"):
+        repeat.main(repeat.RepeatConfig())
     with pytest.raises(InputError, match="--times 0: it must be at least 1"):
-        answers.main(answers.RepeatConfig((str(path),), times=0))
+        repeat.main(repeat.RepeatConfig((str(tmp_path / "rows.csv"),), times=0))
+
+
+def test_linear_reward_learns_the_words_of_the_preferred_responses(tmp_path):
+    """Mean and standard deviation are those of the responses that it learned from."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    words = ["one", "two", "three"]
+    pairs = [(f"kind {word}", f"rude {word}") for word in words for _ in range(3)]
+    rows = [{"Prompt": "Hi", "Chosen": kind, "Rejected": rude} for kind, rude in pairs]
+    write_csv(tmp_path / "comparisons.csv", rows)
+    (tmp_path / "harmless.py").write_text((FOLDER / "harmless.py").read_text())
+    score = load_function(str(tmp_path / "harmless.py"))
+    kind, rude, other = score(["Hi"] * 3, ["kind one", "rude one", "Well"])
+    assert kind > other > rude and kind == pytest.approx(-rude)
+    everything = score(["Hi"] * 18, [text for pair in pairs for text in pair])
+    assert statistics.fmean(everything) == pytest.approx(0)
+    assert statistics.pstdev(everything) == pytest.approx(1)
 
 
 def test_judge_is_minus_the_probability_of_offence():
