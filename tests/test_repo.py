@@ -32,6 +32,7 @@ FIVE = {"torch", "numpy", "tiktoken", "pandas", "pytest", "filelock"}  # torch b
 OWN = {"rlhf", "train_sft", "train_reward", "train_ppo", "tests", "docs", "data", "judge", "linear"}
 OPTIONAL = {
     "data/hh_rlhf/judge.py": {"profanity_check"},
+    "data/hh_rlhf/harmless.py": {"sklearn"},
     "docs/experiments/trl.py": {"transformers", "trl"},
     "rlhf/networks/gpt2.py": {"safetensors"},
     "docs/experiments/plot.py": {"matplotlib"},
