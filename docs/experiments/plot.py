@@ -354,12 +354,12 @@ def draw_intervals(ax, table: DataFrame) -> None:
 
 # ---- the frontier of HH-RLHF ----
 
-FRONTIER_COLOURS = [ORANGE, BLUE, GREEN, PURPLE]
+FRONTIER_COLOURS = [SOFT, ORANGE, BLUE, GREEN, PURPLE]
 
 
 def less_toxic(root: Path):
-    """data/hh_rlhf/README.md: what less offensive text costs, over kl_coef and steps."""
-    return draw_frontier(read_csv(root / "docs/results/hh_rlhf/frontier.csv"))
+    """docs/notebooks.md: what less offensive text costs, over the weight of the second reward."""
+    return draw_frontier(read_csv(root / "docs/results/hh_rlhf/benign/frontier.csv"))
 
 
 def draw_frontier(points: DataFrame):
@@ -393,7 +393,7 @@ def draw_frontier(points: DataFrame):
     add_note(
         figure,
         "Small dots: checkpoints of a run, joined in the order of its steps. Large: SFT, and the "
-        "chosen points.\nDotted line: half of SFT's.",
+        "chosen points, if any.\nDotted line: half of SFT's.",
     )
     return figure
 
