@@ -182,8 +182,9 @@ def information(base: Base, questions: DataFrame) -> Series:
 
         log p(response | its question) - log p(response | the next question), in nats
 
-    An estimate of the pointwise mutual information of question and response (Li et al. 2016). A
-    response that would fit any question has about 0.
+    An estimate of the pointwise mutual information of question and response (Li et al. 2016, "A
+    diversity-promoting objective function for neural conversation models"). A response that would
+    fit any question has about 0.
     """
     gains = {}
     for _, rows in questions.groupby("checkpoint", sort=False):
